@@ -1,0 +1,22 @@
+"""The one numba decorator of Cairn: compiled to machine code, free of the GIL, cached on disk."""
+
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar, cast
+
+import numba
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def kernel(function: Callable[P, R]) -> Callable[P, R]:
+    """Compiles `function` on its first call (nopython, no GIL) and keeps the machine code beside the source.
+
+    Kernels raise nothing: they run while other threads hold the GIL, so they report by their return value.
+    """
+    return cast(Callable[P, R], numba.njit(function, nogil=True, cache=True, boundscheck=False))
+
+
+def inline(function: Callable[P, R]) -> Callable[P, R]:
+    """As `kernel`, for small pieces that are inlined into the kernels calling them."""
+    return cast(Callable[P, R], numba.njit(function, nogil=True, cache=True, boundscheck=False, inline="never"))

@@ -1,0 +1,127 @@
+"""Block keys: a chain of 16-byte BLAKE2s digests over the blocks of a prompt.
+
+    leaf[i] = BLAKE2s-256(tokens of block i as little-endian u32)              person "cairn/lf"
+    key[i]  = BLAKE2s-128(key[i-1] || leaf[i])                                 person "cairn/bk", key[-1] = namespace
+    key[i]  = BLAKE2s-128(key[i-1] || leaf[i] || extra digest)                 the same, for a block with extra content
+    chunk   = BLAKE2s-128(namespace || BLAKE2s-256(tokens of the chunk))       person "cairn/ck", position-free
+
+Same tokens, same namespace: same key in every process, on every machine, whatever PYTHONHASHSEED. The leaf level exists
+because leaves do not depend on one another; only the short second level is a chain.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cairn.errors import InputError
+from cairn.kv.blake2s import hash_chain, hash_rows, initial_state
+
+#: Keys of a chain: uint64 [n, 2], row i the 16 bytes of key i.
+Keys = npt.NDArray[np.uint64]
+Tokens = npt.NDArray[np.uint32]
+
+KEY_BYTES = 16
+LEAF_WORDS = 8
+
+_LEAF = initial_state(32, b"cairn/lf")
+_BLOCK = initial_state(16, b"cairn/bk")
+
+
+def as_tokens(tokens: Any) -> Tokens:
+    """Token ids as a contiguous uint32 array [n]; takes arrays, torch tensors on the CPU and sequences of ints.
+
+    Raises InputError when they are not one-dimensional integers in [0, 2**32).
+    """
+    array = np.asarray(tokens)
+    if array.size == 0:
+        return np.zeros(0, np.uint32)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise InputError(f"token ids of shape {array.shape} and dtype {array.dtype}: must be one row of integers")
+    if array.dtype != np.uint32:
+        low, high = int(array.min()), int(array.max())
+        if low < 0 or high >= 1 << 32:
+            raise InputError(f"token id {low if low < 0 else high}: must be in [0, 2**32)")
+    return np.ascontiguousarray(array, np.uint32)
+
+
+def leaf_digests(tokens: Tokens, block_tokens: int) -> npt.NDArray[np.uint32]:
+    """Digests [blocks, 8 words] of the whole blocks of `tokens`; a partial block at the end is left out."""
+    rows = tokens[: len(tokens) // block_tokens * block_tokens].reshape(-1, block_tokens)
+    digests = np.empty((len(rows), LEAF_WORDS), np.uint32)
+    hash_rows(_LEAF, rows, digests)
+    return digests
+
+
+def chunk_key(namespace: bytes, tokens: Any) -> bytes:
+    """The position-free key of a chunk of any length (blending): same tokens, same key, wherever they stand."""
+    leaf = hashlib.blake2s(as_tokens(tokens).tobytes(), person=b"cairn/ck").digest()
+    return hashlib.blake2s(namespace + leaf, digest_size=KEY_BYTES, person=b"cairn/ck").digest()
+
+
+class KeyChain:
+    """The keys of one request: computed once, extended as tokens come, never computed again.
+
+    `extra` names content beyond the token ids, by block: `{block: bytes}` (multimodal ids, prompt embeddings, ...);
+    such a block, and so every block after it, matches only the same content.
+
+    Owned by one request; not thread-safe while it is extended. Raises InputError for tokens that are no token ids.
+    """
+
+    def __init__(
+        self, namespace: bytes, block_tokens: int, tokens: Any = (), extra: Mapping[int, bytes] | None = None
+    ) -> None:
+        self.namespace = namespace
+        self.block_tokens = block_tokens
+        self._extra = dict(extra or {})
+        self._keys: Keys = np.empty((64, 2), np.uint64)
+        self._blocks = 0
+        self._tail: Tokens = np.zeros(0, np.uint32)
+        self.extend(tokens)
+
+    def __len__(self) -> int:
+        """Whole blocks so far."""
+        return self._blocks
+
+    @property
+    def tokens(self) -> int:
+        """Tokens so far, those of the unfinished block included."""
+        return self._blocks * self.block_tokens + len(self._tail)
+
+    @property
+    def keys(self) -> Keys:
+        """The keys so far, uint64 [blocks, 2]; a view that later `extend` calls may leave behind."""
+        return self._keys[: self._blocks]
+
+    def key(self, block: int) -> bytes:
+        """The 16 bytes of one block's key."""
+        return self.keys[block].tobytes()
+
+    def extend(self, tokens: Any) -> None:
+        """Appends tokens [n]; costs O(n), whatever the chain's length."""
+        new = as_tokens(tokens)
+        if len(self._tail):
+            new = np.concatenate([self._tail, new])
+        blocks = len(new) // self.block_tokens
+        self._tail = new[blocks * self.block_tokens :].copy()
+        if blocks:
+            self._append(leaf_digests(new, self.block_tokens))
+
+    def _append(self, leaves: npt.NDArray[np.uint32]) -> None:
+        start, stop = self._blocks, self._blocks + len(leaves)
+        if stop > len(self._keys):
+            grown = np.empty((max(stop, 2 * len(self._keys)), 2), np.uint64)
+            grown[:start] = self._keys[:start]
+            self._keys = grown
+        self._blocks = stop
+        # Runs of plain blocks hash in one call; a block with extra content is a run of its own, with a longer link.
+        cuts = sorted({start, stop, *(c for b in self._extra if start <= b < stop for c in (b, b + 1))})
+        for first, last in zip(cuts, cuts[1:], strict=False):
+            links = leaves[first - start : last - start]
+            if first in self._extra:
+                digest = hashlib.blake2s(self._extra[first], digest_size=KEY_BYTES, person=b"cairn/ex").digest()
+                links = np.concatenate([links[0], np.frombuffer(digest, np.uint32)])[None]
+            seed = self._keys[first - 1] if first else np.frombuffer(self.namespace, np.uint64)
+            hash_chain(_BLOCK, seed.view(np.uint32), links, self._keys[first:last].view(np.uint32))

@@ -1,0 +1,23 @@
+"""Why a block was not served, not stored or not moved. Every miss has one of these, and every one is counted."""
+
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    """Reasons of misses and of skipped stores, as they stand in metrics (`reason="..."`) and logs."""
+
+    ABSENT = "absent"  # nobody has stored it, or it was evicted before the lookup
+    EVICTED = "evicted"  # it went between the lookup and the load
+    CORRUPT = "corrupt"  # its checksum or its frame is wrong
+    FOREIGN = "foreign"  # a sound frame, but of another key, namespace, geometry or codec
+    IO_ERROR = "io_error"  # the system reported an error
+    NO_SPACE = "no_space"  # the file system is full
+    NO_SLOT = "no_slot"  # every slot of the tier is in use
+    TIMEOUT = "timeout"  # the deadline passed first
+    CANCELLED = "cancelled"  # the caller withdrew
+    BREAKER_OPEN = "breaker_open"  # the tier failed too often and is resting
+    BACKPRESSURE = "backpressure"  # the queue of background writes is full
+    NOT_ADMITTED = "not_admitted"  # write admission spares the device
+    CHEAPER_TO_RECOMPUTE = "cheaper_to_recompute"  # the planner expects prefill to be faster than loading
+    PARTIAL_BLOCK = "partial_block"  # fewer tokens than a block
+    CLOSED = "closed"  # the engine is shutting down

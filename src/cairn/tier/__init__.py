@@ -1,0 +1,1 @@
+"""Tiers: where blocks live between uses. Knows keys as opaque bytes."""
