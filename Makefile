@@ -1,0 +1,59 @@
+# Every target sets up .venv first, once, and again when pyproject.toml or constraints.txt have changed.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+RESULTS := benchmarks/results
+
+.PHONY: help venv demo test lint format bench docs clean
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+venv: $(READY) ## make .venv with everything that development and the demo need
+
+# Debian leaves ensurepip out of python3 (it is in python3-venv); then the system's pip fills the environment.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "cairn needs Python 3.11 or newer; name one with: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		echo "setting up .venv"; \
+		rm -rf .venv; \
+		if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then $(PYTHON) -m venv .venv; else \
+			$(PYTHON) -m venv --without-pip .venv && $(PYTHON) -m pip --quiet --python $(BIN)/python install pip; \
+		fi; \
+	fi
+	@echo "installing the packages that constraints.txt pins (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(READY) ## ask a real model about a real text: cold, from DRAM, and from disk after a restart
+	@$(BIN)/cairn demo
+
+test: $(READY) ## run the whole test suite
+	@$(BIN)/python -m pytest
+
+lint: $(READY) ## check style, types and the direction of imports
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(READY) ## bring the code into shape
+	@$(BIN)/ruff check --fix-only .
+	@$(BIN)/ruff format .
+
+bench: $(READY) ## measure this machine; results go to benchmarks/results/
+	@mkdir -p $(RESULTS)
+	@set -e; for name in engine disk index policy; do \
+		echo "cairn bench $$name"; \
+		$(BIN)/cairn bench $$name --json > $(RESULTS)/$$name.json.new; \
+		mv $(RESULTS)/$$name.json.new $(RESULTS)/$$name.json; \
+	done
+
+docs: $(READY) ## renew docs/configuration.md from the schema
+	@$(BIN)/cairn config docs > docs/configuration.md
+
+clean: ## remove .venv and everything else that was made here
+	@rm -rf .venv .cache build dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
