@@ -1,9 +1,10 @@
 """The one numba decorator of Cairn: compiled to machine code, free of the GIL, cached on disk."""
 
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import numba
+import numba.extending
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -17,6 +18,6 @@ def kernel(function: Callable[P, R]) -> Callable[P, R]:
     return cast(Callable[P, R], numba.njit(function, nogil=True, cache=True, boundscheck=False))
 
 
-def inline(function: Callable[P, R]) -> Callable[P, R]:
-    """As `kernel`, for small pieces that are inlined into the kernels calling them."""
-    return cast(Callable[P, R], numba.njit(function, nogil=True, cache=True, boundscheck=False, inline="never"))
+def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function whose body is LLVM IR, callable from kernels only (numba.extending.intrinsic)."""
+    return cast(Callable[..., Any], numba.extending.intrinsic(function))

@@ -9,7 +9,6 @@ from cairn.errors import GeometryError
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3": 1, "float8_e5m2": 1, "int8": 1}
 
 
-
 class KVGeometry(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of the KV cache of one model shard.
 

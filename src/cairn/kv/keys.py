@@ -11,6 +11,7 @@ because leaves do not depend on one another; only the short second level is a ch
 
 import hashlib
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,7 @@ class KeyChain:
 
     def key(self, block: int) -> bytes:
         """The 16 bytes of one block's key."""
-        return self.keys[block].tobytes()
+        return bytes(self.keys[block])
 
     def extend(self, tokens: Any) -> None:
         """Appends tokens [n]; costs O(n), whatever the chain's length."""
@@ -112,13 +113,13 @@ class KeyChain:
     def _append(self, leaves: npt.NDArray[np.uint32]) -> None:
         start, stop = self._blocks, self._blocks + len(leaves)
         if stop > len(self._keys):
-            grown = np.empty((max(stop, 2 * len(self._keys)), 2), np.uint64)
+            grown = np.empty((stop + stop // 4 + 64, 2), np.uint64)
             grown[:start] = self._keys[:start]
             self._keys = grown
         self._blocks = stop
         # Runs of plain blocks hash in one call; a block with extra content is a run of its own, with a longer link.
         cuts = sorted({start, stop, *(c for b in self._extra if start <= b < stop for c in (b, b + 1))})
-        for first, last in zip(cuts, cuts[1:], strict=False):
+        for first, last in pairwise(cuts):
             links = leaves[first - start : last - start]
             if first in self._extra:
                 digest = hashlib.blake2s(self._extra[first], digest_size=KEY_BYTES, person=b"cairn/ex").digest()

@@ -1,0 +1,185 @@
+"""The CPU copier: one numba kernel that moves the largest pieces both sides have in one run."""
+
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from cairn.copy.base import Copier
+from cairn.copy.memory import fence, move_bytes, stream_lines
+from cairn.copy.paged import PagedKV, TokenSlots
+from cairn.errors import InputError
+from cairn.jit import kernel
+from cairn.kv import KVGeometry
+
+#: Below this a piece is copied through the caches: streaming would not pay for its ragged ends.
+_SMALL = 256
+_LINES = 128
+_ALIGNMENT = 32
+
+
+@kernel
+def _piece(outside: int, inside: int, count: int, into_rows: bool) -> None:
+    target, source = (inside, outside) if into_rows else (outside, inside)
+    if count < _SMALL:
+        move_bytes(target, source, count)
+        return
+    head = -target % _ALIGNMENT
+    body = (count - head) // _LINES * _LINES
+    if head:
+        move_bytes(target, source, head)
+    stream_lines(target + head, source + head, body)
+    if head + body < count:
+        move_bytes(target + head + body, source + head + body, count - head - body)
+
+
+@kernel
+def _in_one_run(slots: TokenSlots, page_tokens: int, pages_join: bool) -> bool:
+    """Whether a block's tokens stand one behind the other in the paged cache."""
+    if slots[0] < 0:
+        return False
+    for t in range(1, len(slots)):
+        if slots[t] != slots[0] + t:
+            return False
+    return pages_join or slots[0] // page_tokens == slots[len(slots) - 1] // page_tokens
+
+
+@kernel
+def _move(
+    bases: npt.NDArray[np.int64],
+    page_tokens: int,
+    page_stride: int,
+    token_stride: int,
+    head_stride: int,
+    slots: TokenSlots,
+    memory: int,
+    row_stride: int,
+    rows: npt.NDArray[np.int32],
+    first_layer: int,
+    last_layer: int,
+    block_tokens: int,
+    heads: int,
+    head_bytes: int,
+    into_rows: bool,
+) -> None:
+    planes = bases.shape[1]
+    vector = heads * head_bytes
+    vectors_packed = heads == 1 or head_stride == head_bytes
+    tokens_packed = vectors_packed and token_stride == vector
+    pages_join = page_stride == page_tokens * token_stride
+    for i in range(len(rows)):
+        of_block = slots[i * block_tokens : (i + 1) * block_tokens]
+        whole = tokens_packed and _in_one_run(of_block, page_tokens, pages_join)
+        row = memory + np.int64(rows[i]) * row_stride
+        for layer in range(first_layer, last_layer):
+            for plane in range(planes):
+                inside = row + (layer * planes + plane) * block_tokens * vector
+                base = bases[layer, plane]
+                if whole:
+                    outside = base + of_block[0] // page_tokens * page_stride + of_block[0] % page_tokens * token_stride
+                    _piece(outside, inside, block_tokens * vector, into_rows)
+                    continue
+                for t in range(block_tokens):
+                    slot = of_block[t]
+                    if slot < 0:
+                        continue
+                    outside = base + slot // page_tokens * page_stride + slot % page_tokens * token_stride
+                    if vectors_packed:
+                        _piece(outside, inside + t * vector, vector, into_rows)
+                    else:
+                        for head in range(heads):
+                            at = inside + t * vector + head * head_bytes
+                            _piece(outside + head * head_stride, at, head_bytes, into_rows)
+    fence()
+
+
+class CpuCopier(Copier):
+    """Copies with `threads` threads (the caller's own when 1), each taking an equal share of the blocks."""
+
+    def __init__(self, geometry: KVGeometry, threads: int = 1) -> None:
+        super().__init__(geometry)
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, "cairn-copy") if threads > 1 else None
+
+    def gather(
+        self,
+        kv: PagedKV,
+        slots: TokenSlots,
+        memory: npt.NDArray[np.uint8],
+        rows: npt.NDArray[np.int32],
+        layers: range | None = None,
+    ) -> None:
+        self._run(kv, slots, memory, rows, layers, into_rows=True)
+
+    def scatter(
+        self,
+        kv: PagedKV,
+        slots: TokenSlots,
+        memory: npt.NDArray[np.uint8],
+        rows: npt.NDArray[np.int32],
+        layers: range | None = None,
+    ) -> None:
+        self._run(kv, slots, memory, rows, layers, into_rows=False)
+
+    def close(self) -> None:
+        if self._pool:
+            self._pool.shutdown()
+
+    def _run(
+        self,
+        kv: PagedKV,
+        slots: TokenSlots,
+        memory: npt.NDArray[np.uint8],
+        rows: npt.NDArray[np.int32],
+        layers: range | None,
+        *,
+        into_rows: bool,
+    ) -> None:
+        tokens = self.geometry.block_tokens
+        if len(slots) != len(rows) * tokens:
+            raise InputError(f"{len(slots)} slots for {len(rows)} blocks: each block needs {tokens}")
+        kv.check_slots(slots, tokens)
+        slots = np.ascontiguousarray(slots, np.int64)
+        if not self._pool or len(rows) < 2 * self._threads:
+            self._share(kv, slots, memory, rows, layers, into_rows)
+            return
+        cuts = np.linspace(0, len(rows), self._threads + 1).astype(int)
+        shares = [
+            self._pool.submit(self._share, kv, slots[a * tokens : b * tokens], memory, rows[a:b], layers, into_rows)
+            for a, b in pairwise(cuts)
+        ]
+        for share in shares:
+            share.result()
+
+    def _share(
+        self,
+        kv: PagedKV,
+        slots: TokenSlots,
+        memory: npt.NDArray[np.uint8],
+        rows: npt.NDArray[np.int32],
+        layers: range | None,
+        into_rows: bool,
+    ) -> None:
+        g = self.geometry
+        span = layers if layers is not None else range(g.layers)
+        # Opaque pages are one run of `layer_bytes` a layer: as if they had one head of that many bytes a token.
+        opaque_vector = g.layer_bytes // g.block_tokens
+        heads, head_bytes = (1, opaque_vector) if kv.opaque else (g.kv_heads, g.head_dim * g.element_bytes)
+        _move(
+            kv.bases,
+            kv.page_tokens,
+            kv.page_stride,
+            kv.token_stride,
+            kv.head_stride,
+            slots,
+            memory.ctypes.data,
+            memory.strides[0],
+            rows,
+            span.start,
+            span.stop,
+            g.block_tokens,
+            heads,
+            head_bytes,
+            into_rows,
+        )
