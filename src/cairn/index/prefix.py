@@ -205,13 +205,14 @@ class PrefixIndex:
         with self._lock:
             return _match(self._table, self._slots, keys)
 
-    def pin(self, keys: Keys, now: float | None = None) -> SlotIds:
-        """Slots of the leading resident blocks, kept from eviction until `unpin`; counts as their use."""
+    def pin(self, keys: Keys, now: float | None = None, *, use: bool = True) -> SlotIds:
+        """Slots of the leading resident blocks, kept from eviction until `unpin`; counts as their use if `use`."""
         ids = np.empty(len(keys), np.int32)
         with self._lock:
             ids = ids[: _find(self._table, self._slots, keys, ids)]
             self._pinned += _pin(self._slots, ids)
-            self.policy.access(ids, _clock(now))
+            if use:
+                self.policy.access(ids, _clock(now))
         return ids
 
     def touch(self, keys: Keys, now: float | None = None) -> int:

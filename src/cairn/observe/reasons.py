@@ -11,6 +11,7 @@ class Reason(StrEnum):
     CORRUPT = "corrupt"  # its checksum or its frame is wrong
     FOREIGN = "foreign"  # a sound frame, but of another key, namespace, geometry or codec
     IO_ERROR = "io_error"  # the system reported an error
+    NO_PARENT = "no_parent"  # the block before it is not there, so it could never be found
     NO_SPACE = "no_space"  # the file system is full
     NO_SLOT = "no_slot"  # every slot of the tier is in use
     TIMEOUT = "timeout"  # the deadline passed first
