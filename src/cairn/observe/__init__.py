@@ -1,1 +1,1 @@
-"""What can be seen of Cairn: reasons, counters, logs. Stands at the bottom: everything may report, nothing is called back."""
+"""What can be seen of Cairn: reasons, counters, logs. It stands at the bottom, so that everything may report."""
