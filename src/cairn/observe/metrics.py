@@ -1,7 +1,7 @@
 """Counters: what an engine counts about itself, in plain Python ints.
 
-One `Metrics` an engine, and nothing global. A count costs less than a microsecond and is made for a request or a batch, not
-for each block. What a tier counts itself (residents, evictions, queue depth, breaker) is read from its `stats` when
+One `Metrics` an engine, and nothing global. A count costs less than a microsecond and is made for a request or a batch,
+not for each block. What a tier counts itself (residents, evictions, queue depth, breaker) is read from its `stats` when
 somebody looks (`watch`), so it costs nothing until then. `cairn.observe.prometheus` shows all of it to Prometheus.
 """
 
