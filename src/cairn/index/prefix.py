@@ -12,7 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from cairn.errors import InputError
 from cairn.index.base import EvictionPolicy
+from cairn.index.restore import restore_forest
 from cairn.index.slots import (
     DOOMED,
     FREE,
@@ -264,11 +266,7 @@ class PrefixIndex:
     def remove(self, key: Keys) -> int:
         """Removes one block (key [2]) and all that follow from it; returns how many blocks that were."""
         with self._lock:
-            slot = table_find(self._table, self._slots, key[0], key[1])
-            if slot == NONE:
-                return 0
-            tree = np.empty(self._resident, np.int32)
-            tree = tree[: _subtree(self._slots, slot, tree)]
+            tree = self._subtree(key)
             self.policy.remove(tree)
             freed = np.empty(len(tree), np.int32)
             freed = freed[: _detach(self._table, self._slots, tree, freed)]
@@ -277,10 +275,46 @@ class PrefixIndex:
             self._push_free(freed)
             return len(tree)
 
+    def subtree(self, key: Keys) -> SlotIds:
+        """The slots of one block (key [2]) and of all that follow from it, parents first; none if it is absent."""
+        with self._lock:
+            return self._subtree(key)
+
+    def restore(
+        self, keys: Keys, parents: Keys, roots: npt.NDArray[np.bool_], ids: SlotIds, now: float | None = None
+    ) -> int:
+        """Fills an index that was never used from recovered records, oldest first; returns how many blocks were kept.
+
+        ids[i] held keys[i] [n, 2] below parents[i] [n, 2], or as a root where roots[i]. Of records with the same key
+        the last wins; blocks whose chain does not reach a root are dropped, since nobody could find them. All slots
+        without a block are free. Raises InputError if the index is in use.
+        """
+        order = np.empty(len(ids), np.int32)
+        with self._lock:
+            if self._top != self.capacity:
+                raise InputError(f"restore into an index with {self.capacity - self._top} slots in use: must be empty")
+            kept = restore_forest(self._table, self._slots, keys, parents, roots, ids, order)
+            order = order[:kept]
+            # A policy takes the blocks of one prompt at a time: cut where a block does not follow from the one before.
+            cuts = np.flatnonzero(self._slots["parent"][order[1:]] != order[:-1]) + 1
+            for run in np.split(order, cuts) if kept else ():
+                self.policy.insert(run, _clock(now))
+            free = np.flatnonzero(self._slots["state"] == FREE)[::-1]
+            self._free[: len(free)] = free
+            self._top, self._resident = len(free), kept
+        return kept
+
     def keys_of(self, ids: SlotIds) -> Keys:
         """The keys of resident slots [n, 2]."""
         records = self._slots[ids]
         return np.stack([records["key0"], records["key1"]], axis=1)
+
+    def _subtree(self, key: Keys) -> SlotIds:
+        slot = table_find(self._table, self._slots, key[0], key[1])
+        if slot == NONE:
+            return np.empty(0, np.int32)
+        tree = np.empty(self._resident, np.int32)
+        return tree[: _subtree(self._slots, slot, tree)]
 
     def _evict(self, want: int, now: float) -> None:
         victims = self.policy.evict(want, self._pinned, now)
