@@ -40,7 +40,7 @@ Size = Annotated[
     int,
     BeforeValidator(parse_size),
     PlainSerializer(_dump_size, return_type=int | str),
-    Field(gt=0, lt=1 << 63),
+    Field(gt=0, le=1 << 60),
     WithJsonSchema(
         {"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"type": "string", "pattern": f"^{PATTERN}$"}]}
     ),

@@ -2,11 +2,11 @@
 
 import re
 
-PATTERN = r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*"
+PATTERN = r"\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|[kKMGT]?B|)\s*"
 RULE = "must be a number of bytes, or a number with KiB, MiB, GiB or TiB (8GiB)"
 
 _BINARY = {"TiB": 1 << 40, "GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10}
-_UNITS = {"": 1, "B": 1, **_BINARY, "KB": 10**3, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS = {"": 1, "B": 1, **_BINARY, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def parse_size(value: object) -> int:
@@ -14,7 +14,7 @@ def parse_size(value: object) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     match = re.fullmatch(PATTERN, value) if isinstance(value, str) else None
-    if match is None or match[2] not in _UNITS:
+    if match is None:
         raise ValueError(RULE)
     number, unit = match[1], _UNITS[match[2]]
     return int(float(number) * unit) if "." in number else int(number) * unit

@@ -13,7 +13,7 @@ _seen: Counter[tuple[str, str]] = Counter()
 def log_once(logger: logging.Logger, key: str, message: str) -> int:
     """Warns the first time `key` is seen by `logger`; returns how often it has been seen, this time included.
 
-    key: what fails and why, from a small set ("disk.read.io_error /var/cache/cairn"), never with a request's or a block's
+    key: what fails and why, from a small set ("disk.read.io_error /var/cache/cairn"), never with a request's or block's
     id: keys are kept as long as the process lives. Thread-safe.
     """
     with _lock:

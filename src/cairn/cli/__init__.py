@@ -1,0 +1,59 @@
+"""The command line: `cairn`. Nothing heavy is imported until a command that needs it runs.
+
+Exit codes: 0 done; 1 a resource failed; 2 bad input (value, key, file, option); 130 interrupted. A mistake ends in one
+line on stderr, `cairn: <what, and how to mend it>`, and never in a traceback.
+"""
+
+import sys
+from typing import Annotated, cast
+
+import typer
+
+from cairn import __version__
+from cairn.cli.bench import app as bench
+from cairn.cli.config import app as config
+from cairn.cli.inspect import inspect
+from cairn.cli.output import help_if_alone
+from cairn.cli.version import version
+from cairn.errors import CairnError, ConfigError, GeometryError, InputError
+
+# typer carries its own copy of click and exports only some of its exceptions; this is the root of those for bad usage.
+_UsageError = cast(type[typer.BadParameter], typer.BadParameter.__bases__[0])
+_BAD_INPUT = (ConfigError, GeometryError, InputError)
+
+app = typer.Typer(name="cairn", rich_markup_mode=None, pretty_exceptions_enable=False)
+app.command()(version)
+app.command()(inspect)
+app.add_typer(config, name="config")
+app.add_typer(bench, name="bench")
+
+
+@app.callback(invoke_without_command=True)
+def cairn(
+    context: typer.Context,
+    show_version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """Keeps the KV cache of LLM inference alive beyond one GPU: prefill once, reuse anywhere."""
+    if show_version:
+        typer.echo(f"cairn {__version__}")
+        raise typer.Exit
+    help_if_alone(context)
+
+
+def main() -> None:
+    """Runs `cairn` on sys.argv and exits."""
+    try:
+        code = app(prog_name="cairn", standalone_mode=False)
+    except CairnError as error:
+        code = _complain(str(error), 2 if isinstance(error, _BAD_INPUT) else 1)
+    except _UsageError as error:
+        command = error.ctx.command_path if error.ctx else "cairn"
+        code = _complain(f"{error.format_message().rstrip('.')}; see `{command} --help`", 2)
+    except typer.Abort:
+        code = _complain("aborted", 130)
+    sys.exit(code)
+
+
+def _complain(message: str, code: int) -> int:
+    typer.echo(f"cairn: {' '.join(message.split())}", err=True)
+    return code

@@ -1,0 +1,67 @@
+"""What every command shows: JSON for machines, a table for people, and where a figure was measured."""
+
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from cairn import __version__
+
+
+def machine() -> dict[str, Any]:
+    """Where and how a figure was measured: the head of every benchmark result."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "cairn": __version__,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["cairn", *sys.argv[1:]]),
+    }
+
+
+def show(result: Mapping[str, Any], *, title: str, as_json: bool) -> None:
+    """Prints a result: as JSON, or as a table with a row for each figure, nested names joined by dots."""
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("figure", "value", title=title, title_justify="left")
+    table.columns[1].justify = "right"
+    for name, value in _rows(result):
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def help_if_alone(context: typer.Context) -> None:
+    """The callback of a group of commands: without a command, its help."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def _rows(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _rows(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
