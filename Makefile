@@ -16,13 +16,12 @@ venv: $(READY) ## make .venv with everything that development and the demo need
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "cairn needs Python 3.11 or newer; name one with: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
-	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
 		echo "setting up .venv"; \
-		rm -rf .venv; \
-		if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then $(PYTHON) -m venv .venv; else \
-			$(PYTHON) -m venv --without-pip .venv && $(PYTHON) -m pip --quiet --python $(BIN)/python install pip; \
-		fi; \
-	fi
+		$(PYTHON) -m venv --clear .venv >/dev/null 2>&1 || { \
+			$(PYTHON) -m venv --clear --without-pip .venv && $(PYTHON) -m pip --quiet --python $(BIN)/python install pip; \
+		}; \
+	}
 	@echo "installing the packages that constraints.txt pins (a few minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@

@@ -1,0 +1,197 @@
+"""The command line as its user meets it: what it prints, on which stream, and how it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import typer.main
+import yaml
+
+import cairn
+from cairn.cli import app, main
+from cairn.config import Config
+from cairn.errors import ClosedError, ConfigError, GeometryError, InputError, LockedError, StorageError
+
+CAIRN = [sys.executable, "-c", "from cairn.cli import main; main()"]
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+class Runner:
+    """Runs `cairn` in this process, as `main` does, and sees how it ends."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch = monkeypatch
+        self._capsys = capsys
+
+    def __call__(self, *arguments: object) -> Ended:
+        self._monkeypatch.setattr(sys, "argv", ["cairn", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return Ended(int(caught.value.code or 0), *self._capsys.readouterr())
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
+    for name in [name for name in os.environ if name.startswith("CAIRN_")]:
+        monkeypatch.delenv(name)
+    return Runner(monkeypatch, capsys)
+
+
+def assert_one_line(ended: Ended, code: int, message: str) -> None:
+    assert ended == (code, "", f"cairn: {message}\n")
+
+
+def every_command(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    subcommands = getattr(command, "commands", {})
+    if not subcommands:
+        yield path, command
+    for name, subcommand in subcommands.items():
+        yield from every_command(subcommand, (*path, name))
+
+
+COMMANDS = [path for path, _ in every_command(typer.main.get_command(app))]
+
+
+def test_the_commands_are_there() -> None:
+    benches = {("bench", name) for name in ("engine", "disk", "index", "policy")}
+    configs = {("config", name) for name in ("show", "check", "schema", "docs")}
+    assert {*COMMANDS} == {("inspect",), ("version",), *benches, *configs}
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_every_command_explains_itself_with_an_example(run: Runner, path: tuple[str, ...]) -> None:
+    ended = run(*path, "--help")
+    assert (ended.code, ended.err) == (0, "")
+    assert f"Usage: cairn {' '.join(path)}" in ended.out
+    assert f"Example:\n    cairn {' '.join(path)}" in ended.out
+
+
+@pytest.mark.parametrize("group", [(), ("config",), ("bench",)])
+def test_a_group_alone_shows_its_help(run: Runner, group: tuple[str, ...]) -> None:
+    assert run(*group).out.strip() == run(*group, "--help").out.strip()
+
+
+def test_version(run: Runner) -> None:
+    assert run("--version") == (0, f"cairn {cairn.__version__}\n", "")
+    assert run("version").out.startswith(f"cairn        {cairn.__version__}\n")
+    versions = json.loads(run("version", "--json").out)
+    assert versions["cairn"] == cairn.__version__
+    assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nope"], "No such command 'nope'; see `cairn --help`"),
+        (["config", "show", "--what"], "No such option: --what; see `cairn config show --help`"),
+        (["inspect"], "Missing argument 'path'; see `cairn inspect --help`"),
+        (["bench", "disk", "x"], "Got unexpected extra argument(s) (x); see `cairn bench disk --help`"),
+        (["config", "check", "--set", "engine"], "'engine': must be KEY=VALUE, as in storage.cpu.size=8GiB"),
+        (["config", "show", "--set", "cpu.size=1"], "cpu.size: unknown key; did you mean storage.cpu.size?"),
+        (["config", "check", "/nothing.yaml"], "/nothing.yaml: cannot be read: No such file or directory"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(run: Runner, arguments: list[str], message: str) -> None:
+    assert_one_line(run(*arguments), 2, message)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError, 2),
+        (GeometryError, 2),
+        (InputError, 2),
+        (StorageError, 1),
+        (LockedError, 1),
+        (ClosedError, 1),
+    ],
+)
+def test_what_cairn_raises_is_one_line(
+    run: Runner, monkeypatch: pytest.MonkeyPatch, error: type[Exception], code: int
+) -> None:
+    def fail(**_: object) -> None:
+        raise error("/x: is no\n  directory")
+
+    monkeypatch.setattr("cairn.config.load_config", lambda *_, **__: fail())
+    assert_one_line(run("config", "check"), code, "/x: is no directory")
+
+
+def test_config_show(run: Runner, tmp_path: Path) -> None:
+    file = tmp_path / "cairn.yaml"
+    file.write_text("storage: {cpu: {size: 2GiB}}")
+    shown = run("config", "show", file, "--set", "engine.timeout_s=2", "--set", "engine.planner=false")
+    assert shown.code == 0
+    tree = yaml.safe_load(shown.out)
+    assert (tree["storage"]["cpu"]["size"], tree["engine"]["timeout_s"], tree["engine"]["planner"]) == (
+        "2GiB",
+        2,
+        False,
+    )
+    assert json.loads(run("config", "show", file, "--json").out)["storage"]["cpu"]["size"] == 2 << 30
+
+
+def test_config_check(run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("config", "check") == (0, "ok\n", "")
+    monkeypatch.setenv("CAIRN_STORAGE__DISK__THREADS", "none")
+    assert run("config", "check").code == 2
+
+
+def test_config_schema_is_the_schema(run: Runner) -> None:
+    assert json.loads(run("config", "schema").out) == Config.model_json_schema()
+
+
+def test_help_is_light() -> None:
+    """No command's help may wait for what only a running command needs."""
+    heavy = ("numba", "numpy", "torch", "transformers", "pydantic", "yaml", "rich", "prometheus_client", "matplotlib")
+    code = f"import sys, cairn.cli; print([name for name in {heavy!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_is_quick() -> None:
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([*CAIRN, "--help"], capture_output=True, check=True, timeout=60)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.6, "0.12 s on an idle machine; the bar is 0.3 s"
+
+
+def test_completion(monkeypatch: pytest.MonkeyPatch) -> None:
+    environ = {**os.environ, "_CAIRN_COMPLETE": "complete_bash", "COMP_WORDS": "cairn con", "COMP_CWORD": "1"}
+    done = subprocess.run(CAIRN, env=environ, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["config"]
+
+
+def test_ctrl_c_ends_at_once_with_130(tmp_path: Path) -> None:
+    fifo = tmp_path / "cairn.yaml"
+    os.mkfifo(fifo)
+    with (
+        subprocess.Popen(
+            [*CAIRN, "config", "check", str(fifo)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as child,
+        fifo.open("w"),
+    ):  # opens when the command has come as far as reading it
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=60)
+    assert (child.returncode, out, err) == (130, b"", b"")
+
+
+def test_a_closed_pipe_is_no_traceback() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([*CAIRN, "config", "docs"], stdout=writer, stderr=subprocess.PIPE, check=False, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")

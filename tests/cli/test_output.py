@@ -1,0 +1,32 @@
+"""What results look like, and where they say they were measured."""
+
+import json
+from datetime import datetime
+
+import pytest
+
+from cairn.cli.output import machine, show
+
+
+def test_the_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/some/where/bin/cairn", "bench", "policy", "a trace.jsonl"])
+    head = machine()
+    assert head["command"] == "cairn bench policy 'a trace.jsonl'"
+    assert head["cores"] >= 1
+    assert head["memory_bytes"] > 1 << 28
+    assert datetime.fromisoformat(head["date"]).tzinfo is not None
+    assert all(head[name] for name in ("cpu", "kernel", "python", "cairn"))
+
+
+def test_json_is_what_was_given(capsys: pytest.CaptureFixture[str]) -> None:
+    result = {"store_gb_per_s": 1.5, "lru": {"1000": 0.25}}
+    show(result, title="bench", as_json=True)
+    assert json.loads(capsys.readouterr().out) == result
+
+
+def test_a_table_has_a_row_for_each_figure(capsys: pytest.CaptureFixture[str]) -> None:
+    show({"gb_per_s": 1.23456, "lru": {"1000": 0.25, "3000": 1}}, title="cairn bench x", as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("cairn bench x")
+    rows = [[cell.strip() for cell in line.split("│")[1:3]] for line in lines if line.startswith("│")]
+    assert rows == [["gb_per_s", "1.235"], ["lru.1000", "0.25"], ["lru.3000", "1"]]
