@@ -19,11 +19,11 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
 		echo "setting up .venv"; \
 		$(PYTHON) -m venv --clear .venv >/dev/null 2>&1 || { \
-			$(PYTHON) -m venv --clear --without-pip .venv && $(PYTHON) -m pip --quiet --python $(BIN)/python install pip; \
+			$(PYTHON) -m venv --clear --without-pip .venv && $(PYTHON) -m pip -qq --python $(BIN)/python install pip; \
 		}; \
 	}
 	@echo "installing the packages that constraints.txt pins (a few minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: $(READY) ## ask a real model about a real text: cold, from DRAM, and from disk after a restart

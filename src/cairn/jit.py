@@ -11,11 +11,16 @@ R = TypeVar("R")
 
 
 def kernel(function: Callable[P, R]) -> Callable[P, R]:
-    """Compiles `function` on its first call (nopython, no GIL) and keeps the machine code beside the source.
+    """Compiles `function` on its first call (nopython, no GIL) and keeps the machine code beside the source, or in
+    the user's cache directory if the installation is read-only; if neither can be written, each process compiles anew.
 
     Kernels raise nothing: they run while other threads hold the GIL, so they report by their return value.
     """
-    return cast(Callable[P, R], numba.njit(function, nogil=True, cache=True, boundscheck=False))
+    try:
+        compiled = numba.njit(function, nogil=True, cache=True, boundscheck=False)
+    except RuntimeError:  # numba found no place to keep the machine code
+        compiled = numba.njit(function, nogil=True, boundscheck=False)
+    return cast(Callable[P, R], compiled)
 
 
 def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
