@@ -28,10 +28,11 @@ def move_bytes(typingctx: Any, target: Any, source: Any, count: Any) -> Any:
 
 @intrinsic
 def stream_lines(typingctx: Any, target: Any, source: Any, count: Any) -> Any:
-    """stream_lines(target, source, count): as move_bytes, past the caches, for `count` a multiple of 128 and a 32-aligned target.
+    """stream_lines(target, source, count): as move_bytes, past the caches, for `count` a multiple of 128 and a
+    32-aligned target.
 
-    Non-temporal stores skip the read of the target's cache lines (a third of a plain copy's traffic) and leave the cache
-    to the model. Whoever reads the target in another thread must be ordered after a `fence`.
+    Non-temporal stores skip the read of the target's cache lines (a third of a plain copy's traffic) and leave the
+    cache to the model. Whoever reads the target in another thread must be ordered after a `fence`.
     """
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:

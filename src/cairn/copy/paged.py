@@ -30,11 +30,12 @@ class PagedKV:
     """One engine's KV cache: where token t of (layer, plane, head) stands.
 
     bases: int64 [layers, planes], the address of page 0; a token in slot s stands at
-    base + s // page_tokens * page_stride + s % page_tokens * token_stride + head * head_stride, head_dim elements in a row.
-    Strides in bytes. slots: how many tokens it has room for. opaque: pages are moved whole, their inside is the engine's.
+    base + s // page_tokens * page_stride + s % page_tokens * token_stride + head * head_stride, head_dim elements in a
+    row. Strides in bytes. slots: how many tokens it has room for. opaque: pages are moved whole, their inside is the
+    engine's.
 
-    `owner` keeps the tensors alive. Reading and writing it is as thread-safe as the tensors are: the engine must not use
-    the slots of a transfer before that is over.
+    `owner` keeps the tensors alive. Reading and writing it is as thread-safe as the tensors are: the engine must not
+    use the slots of a transfer before that is over.
     """
 
     bases: npt.NDArray[np.int64]
@@ -79,10 +80,14 @@ class PagedKV:
             bases, page_tokens, page_stride, token_stride, head_stride, pages * page_tokens, opaque, tuple(tensors)
         )
 
-    def check_slots(self, slots: TokenSlots, block_tokens: int) -> None:
-        """Raises InputError for slots outside the cache, or, for opaque pages, for blocks that are not whole pages."""
+    def check_range(self, slots: TokenSlots) -> None:
+        """Raises InputError for slots outside the cache."""
         if len(slots) and int(slots.max()) >= self.slots:
             raise InputError(f"slot {int(slots.max())}: the KV cache has slots 0..{self.slots - 1}")
+
+    def check_slots(self, slots: TokenSlots, block_tokens: int) -> None:
+        """As `check_range`, and for opaque pages also raises InputError for blocks that are not whole pages."""
+        self.check_range(slots)
         if self.opaque and len(slots):
             rows = slots.reshape(-1, block_tokens)
             if (rows != rows[:, :1] + np.arange(block_tokens)).any() or (rows[:, 0] % block_tokens).any():

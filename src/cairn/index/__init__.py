@@ -4,4 +4,7 @@ from cairn.index.base import EvictionPolicy
 from cairn.index.lru import LRU
 from cairn.index.prefix import PrefixIndex
 
-__all__ = ["LRU", "EvictionPolicy", "PrefixIndex"]
+#: Policies by the name that a configuration gives them.
+POLICIES: dict[str, type[EvictionPolicy]] = {LRU.name: LRU}
+
+__all__ = ["LRU", "POLICIES", "EvictionPolicy", "PrefixIndex"]

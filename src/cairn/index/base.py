@@ -9,9 +9,10 @@ from cairn.index.slots import SlotIds, Slots
 class EvictionPolicy(ABC):
     """Chooses which resident blocks of one tier go when room is needed.
 
-    A policy works on the index's slot array, where the last fields of a record (`queue`, `uses`, `mark`, `older`, `newer`,
-    `stamp`, `born`, `aux`) are its own. Slot ids are int32 arrays, the blocks of a prompt from its root towards its leaf.
-    `now` is in seconds on the caller's clock, never going back. The index calls under its lock, batch by batch.
+    A policy works on the index's slot array, where the last fields of a record (`queue`, `uses`, `mark`, `older`,
+    `newer`, `stamp`, `born`, `aux`) are its own. Slot ids are int32 arrays, the blocks of a prompt from its root
+    towards its leaf. `now` is in seconds on the caller's clock, never going back. The index calls under its lock, batch
+    by batch.
     """
 
     name: ClassVar[str]
@@ -36,5 +37,6 @@ class EvictionPolicy(ABC):
         """Chooses up to `want` blocks, forgets them and unlinks them from the forest (`slots.unlink`), leaves first.
 
         Only a block for which `slots.evictable` holds at its turn may be chosen, which keeps every tier prefix-closed.
-        Returns fewer only if too few are evictable. Costs O(want) amortized; `pinned` blocks (a count) may be stepped over.
+        Returns fewer only if too few are evictable. Costs O(want) amortized; `pinned` blocks (a count) may be stepped
+        over.
         """

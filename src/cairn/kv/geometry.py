@@ -102,7 +102,8 @@ def refuse_stateful(config: Any) -> None:
     layer_types = set(getattr(config, "layer_types", None) or ())
     if layer_types - {"full_attention"}:
         raise GeometryError(
-            f"layer_types={sorted(layer_types)}: only full attention can be reused by prefix; serve this model without Cairn"
+            f"layer_types={sorted(layer_types)}: only full attention can be reused by prefix; "
+            "serve this model without Cairn"
         )
     window = getattr(config, "sliding_window", None)
     if window and getattr(config, "use_sliding_window", True):

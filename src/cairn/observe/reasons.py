@@ -21,4 +21,5 @@ class Reason(StrEnum):
     NOT_ADMITTED = "not_admitted"  # write admission spares the device
     CHEAPER_TO_RECOMPUTE = "cheaper_to_recompute"  # the planner expects prefill to be faster than loading
     PARTIAL_BLOCK = "partial_block"  # fewer tokens than a block
+    INTERNAL = "internal"  # a bug in Cairn; the log has it once
     CLOSED = "closed"  # the engine is shutting down

@@ -1,5 +1,6 @@
 """Cost models fitted online: what recomputing and what loading a number of tokens takes, in seconds."""
 
+import threading
 from collections import deque
 from itertools import combinations
 from typing import NamedTuple
@@ -13,15 +14,16 @@ Vector = npt.NDArray[np.float64]
 class OnlineFit:
     """Non-negative least squares over the latest observations: y ~ sum of coefficient * feature.
 
-    Weighted by 1 / y, so that a relative error counts alike for short and long calls. With three features at most, trying
-    every subset is the whole of the non-negativity: the best subset whose coefficients are all positive wins.
-    Not thread-safe. `ready` once enough was seen to trust it.
+    Weighted by 1 / y, so that a relative error counts alike for short and long calls. With three features at most,
+    trying every subset is the whole of the non-negativity: the best subset whose coefficients are all positive wins.
+    Thread-safe. `ready` once enough was seen to trust it.
     """
 
     def __init__(self, features: int, window: int = 64) -> None:
         self._features = features
         self._rows: deque[tuple[float, ...]] = deque(maxlen=window)
         self._coefficients: Vector | None = None
+        self._lock = threading.Lock()
 
     @property
     def ready(self) -> bool:
@@ -30,17 +32,19 @@ class OnlineFit:
     def observe(self, features: tuple[float, ...], seconds: float) -> None:
         """One measured call: its features and how long it took (more than 0 seconds, else ignored)."""
         if seconds > 0:
-            self._rows.append((*features, seconds))
-            self._coefficients = None
+            with self._lock:
+                self._rows.append((*features, seconds))
+                self._coefficients = None
 
     def predict(self, features: tuple[float, ...]) -> float:
         """Expected seconds. Call only when `ready`."""
         return float(np.dot(self.coefficients(), features))
 
     def coefficients(self) -> Vector:
-        if self._coefficients is None:
-            self._coefficients = self._fit()
-        return self._coefficients
+        with self._lock:
+            if self._coefficients is None:
+                self._coefficients = self._fit()
+            return self._coefficients
 
     def _fit(self) -> Vector:
         table = np.array(self._rows)
@@ -96,8 +100,9 @@ class LoadCost:
         return self._fit.ready
 
     def observe(self, size: int, seconds: float) -> None:
-        """A measured transfer of `size` bytes."""
-        self._fit.observe((1.0, float(size)), seconds)
+        """A measured transfer of `size` bytes; none moved says nothing."""
+        if size:
+            self._fit.observe((1.0, float(size)), seconds)
 
     def seconds(self, size: int) -> float:
         """Expected seconds of a transfer; 0 bytes cost nothing."""

@@ -7,14 +7,14 @@ from cairn.plan.cost import CostModel
 
 
 class Segment(NamedTuple):
-    """Consecutive tokens of a prompt that one tier holds. Segments follow one another from token 0."""
+    """Consecutive tokens of a prompt that one tier holds. Segments follow one another."""
 
     tier: str
     tokens: int
 
 
 class Plan(NamedTuple):
-    """The cheapest split found: load `tokens` leading tokens, recompute the rest.
+    """The cheapest split found: load the next `tokens` tokens, recompute the rest.
 
     seconds: expected for the whole prompt, NaN while prefill has not been measured.
     """
@@ -23,22 +23,26 @@ class Plan(NamedTuple):
     seconds: float
 
 
-def plan_load(segments: Sequence[Segment], prompt_tokens: int, token_bytes: int, cost: CostModel) -> Plan:
+def plan_load(
+    segments: Sequence[Segment], prompt_tokens: int, token_bytes: int, cost: CostModel, *, start: int = 0
+) -> Plan:
     """Chooses how many of the held tokens to load so that the whole prompt is ready soonest.
 
+    The engine has the first `start` tokens already; segments follow from there on.
+
     Only the ends of segments can be best: loading grows linearly with the split inside a segment while what recomputing
-    saves grows at least linearly (attention makes later tokens dearer), so their sum is concave there. Until prefill has
-    been measured everything held is loaded. At least one token always remains to be computed, whatever is held.
+    saves grows at least linearly (attention makes later tokens dearer), so their sum is concave there. Until prefill
+    has been measured everything held is loaded. At least one token always remains to be computed, whatever is held.
     """
     held = sum(segment.tokens for segment in segments)
     if not cost.recompute.ready:
         return Plan(held, float("nan"))
-    best = Plan(0, cost.recompute.seconds(prompt_tokens, 0))
-    split, loading = 0, 0.0
+    best = Plan(0, cost.recompute.seconds(max(1, prompt_tokens - start), start))
+    split, loading = start, 0.0
     for segment in segments:
         split += segment.tokens
         loading += cost.load_seconds(segment.tier, segment.tokens * token_bytes)
         seconds = loading + cost.recompute.seconds(max(1, prompt_tokens - split), split)
         if seconds < best.seconds:
-            best = Plan(split, seconds)
+            best = Plan(split - start, seconds)
     return best

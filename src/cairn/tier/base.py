@@ -19,9 +19,9 @@ Outcomes = list[Reason | None]
 class Rows(NamedTuple):
     """Rows of host memory that blocks are read into or written from.
 
-    memory: uint8 [slots, stride], page-aligned (mmap) with a stride that is a multiple of 4096, so that it can be handed
-    to O_DIRECT; ids: int32 [n], the row of each block. Whoever made it owns the memory and keeps these rows untouched by
-    others until the transfer's future is done.
+    memory: uint8 [slots, stride], page-aligned (mmap) with a stride that is a multiple of 4096, so that it can be
+    handed to O_DIRECT; ids: int32 [n], the row of each block. Whoever made it owns the memory and keeps these rows
+    untouched by others until the transfer's future is done.
     """
 
     memory: npt.NDArray[np.uint8]
@@ -33,8 +33,8 @@ class Tier(ABC):
 
     Batch first and asynchronous: `read` and `write` return at once and never raise for what happens inside; the future
     always completes, with an outcome for each block, and from then on nothing touches the rows. A block that has not
-    started when `deadline` (time.monotonic seconds) passes or `cancel` is set is left out with that reason; one that has
-    started is finished first. All methods are thread-safe.
+    started when `deadline` (time.monotonic seconds) passes or `cancel` is set is left out with that reason; one that
+    has started is finished first. All methods are thread-safe.
     """
 
     name: ClassVar[str]
@@ -73,7 +73,9 @@ class Tier(ABC):
 
     @abstractmethod
     def stats(self) -> Mapping[str, float]:
-        """Figures by name, units as suffix (`resident_blocks`, `capacity_bytes`, `read_bytes`, `corrupt_total`, ...)."""
+        """Figures by name, units as suffix (`resident_blocks`, `capacity_bytes`, `read_bytes`, `corrupt_total`,
+        ...).
+        """
 
     @abstractmethod
     def close(self, timeout: float) -> None:

@@ -21,8 +21,8 @@ def round_up(value: int, step: int) -> int:
 class Arena:
     """Page-aligned anonymous memory, uint8 [slots, stride], faulted in once.
 
-    The first touch of memory costs more than a copy (0.6-1.3 GB/s here), so it is paid at start-up and not by a request.
-    Owns the memory until `close`; rows are handed out as views.
+    The first touch of memory costs more than a copy (0.6-1.3 GB/s here), so it is paid at start-up and not by a
+    request. Owns the memory until `close`; rows are handed out as views.
     """
 
     def __init__(self, slots: int, stride: int) -> None:
@@ -30,7 +30,9 @@ class Arena:
         try:
             self._map = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, OverflowError) as error:
-            raise StorageError(f"arena of {size} bytes: the system refuses it ({error}); lower storage.cpu.size") from None
+            raise StorageError(
+                f"arena of {size} bytes: the system refuses it ({error}); lower storage.cpu.size"
+            ) from None
         with contextlib.suppress(OSError):
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.memory: npt.NDArray[np.uint8] = np.frombuffer(self._map, np.uint8).reshape(slots, stride)

@@ -1,0 +1,116 @@
+"""Layer by layer: a load that the model overtakes only where it must wait, and a store that follows the model."""
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+
+import numpy as np
+import numpy.typing as npt
+
+from cairn.copy import Copier, PagedKV, TokenSlots
+from cairn.engine.base import BlockStore
+from cairn.errors import InputError
+from cairn.kv import Keys
+
+
+class LayerLoad:
+    """Copies held blocks into the paged cache in the background, layer after layer.
+
+    `wait(layer)` before the layer's attention reads the cache. The rows stay held by whoever started the load, who must
+    `close` it before releasing them. Thread-safe.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        copier: Copier,
+        kv: PagedKV,
+        slots: TokenSlots,
+        memory: npt.NDArray[np.uint8],
+        rows: npt.NDArray[np.int32],
+        finished: Callable[[float], None],
+    ) -> None:
+        self.layers = copier.geometry.layers
+        self._copier = copier
+        self._kv, self._slots, self._memory, self._rows = kv, slots, memory, rows
+        self._finished = finished
+        self._stop = False
+        self._done = 0
+        self._changed = threading.Condition()
+        self._job = executor.submit(self._run)
+
+    def wait(self, layer: int, timeout: float | None = None) -> bool:
+        """Waits until the layer is in the paged cache; False if the timeout came first or the load was closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._done > layer or self._stop, timeout)
+            return self._done > layer
+
+    def close(self) -> None:
+        """Stops after the layer under way; when it returns nothing touches the paged cache or the rows. Idempotent."""
+        with self._changed:
+            self._stop = True
+            self._changed.notify_all()
+        if not self._job.cancel():
+            self._job.result()
+
+    def _run(self) -> None:
+        started = time.monotonic()
+        for layer in range(self.layers):
+            if self._stop:
+                return
+            self._copier.scatter(self._kv, self._slots, self._memory, self._rows, range(layer, layer + 1))
+            with self._changed:
+                self._done = layer + 1
+                self._changed.notify_all()
+        self._finished(time.monotonic() - started)
+
+
+class LayerStore:
+    """Reserved rows that fill layer by layer; nothing of them can be found before `commit`.
+
+    Owned by one request. After `commit` or `abort` it is over; `abort` after `commit` does nothing.
+    """
+
+    def __init__(
+        self,
+        store: BlockStore,
+        copier: Copier,
+        keys: Keys,
+        first: int,
+        rows: npt.NDArray[np.int32],
+        namespace: bytes,
+    ) -> None:
+        self.first_block = first
+        self.blocks = len(rows)
+        self._store = store
+        self._copier = copier
+        self._keys = keys
+        self._rows = rows
+        self._namespace = namespace
+        self._missing = set(range(copier.geometry.layers))
+        self._over = False
+
+    def put(self, layer: int, kv: PagedKV, slots: TokenSlots) -> None:
+        """Copies one layer; slots: int64 [blocks * block_tokens], where the tokens from first_block on stand in
+        `kv`.
+        """
+        if self._over:
+            raise InputError(f"layer {layer}: this store was committed or aborted already")
+        self._copier.gather(kv, slots, self._store.memory, self._rows, range(layer, layer + 1))
+        self._missing.discard(layer)
+
+    def commit(self) -> int:
+        """Publishes the blocks; returns how many are new. Raises InputError while a layer is missing."""
+        if self._missing:
+            raise InputError(f"layer {min(self._missing)} was not put: every layer must be before commit")
+        if self._over:
+            return 0
+        self._over = True
+        return self._store.commit(self._keys, self.first_block, self._rows, namespace=self._namespace)
+
+    def abort(self) -> None:
+        """Gives the rows back unpublished."""
+        if not self._over:
+            self._over = True
+            self._store.abort(self._rows)

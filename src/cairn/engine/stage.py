@@ -1,0 +1,194 @@
+"""A stage: a prompt's leading blocks, planned, brought up and held in DRAM, ready to be copied into a paged cache."""
+
+import time
+from concurrent.futures import Executor
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import numpy as np
+
+from cairn.copy import Copier, PagedKV, TokenSlots
+from cairn.engine.base import BlockStore
+from cairn.engine.hold import Hold
+from cairn.engine.layers import LayerLoad
+from cairn.observe.metrics import Metrics
+from cairn.observe.reasons import Reason
+from cairn.plan import CostModel
+
+#: Bytes copied between two looks at the deadline.
+COPY_BYTES = 64 << 20
+
+
+class Span(NamedTuple):
+    """The tokens a stage is about: start..blocks_end in whole blocks are wanted, of a prompt of `prompt` tokens.
+
+    declined: how many of them are held, but were judged cheaper to recompute.
+    """
+
+    start: int
+    blocks_end: int
+    prompt: int
+    declined: int
+
+
+class Stage:
+    """Leading blocks of one prompt, kept in DRAM until `release` (a context manager does it).
+
+    What is copied is copied while it is held, so it is right; what could not be brought up in time is simply not part
+    of the stage. Tokens before `span.start` are the caller's and their slots are never written. On release, what was
+    copied counts as hits and the rest of the prompt as misses. Owned by one request; `abandon` may come from any
+    thread.
+    """
+
+    def __init__(
+        self,
+        store: BlockStore,
+        hold: Hold,
+        copier: Copier,
+        executor: Executor,
+        metrics: Metrics,
+        cost: CostModel,
+        span: Span,
+        deadline: float,
+    ) -> None:
+        self.span = span
+        self.deadline = deadline
+        self._store = store
+        self._hold = hold
+        self._copier = copier
+        self._executor = executor
+        self._metrics = metrics
+        self._cost = cost
+        self._block = copier.geometry.block_tokens
+        self._loaded = span.start
+        self._layer_load: LayerLoad | None = None
+        self._released = False
+        self._abandoned = False
+
+    @property
+    def blocks(self) -> int:
+        """Leading blocks that are there now."""
+        return self._hold.ready
+
+    @property
+    def tokens(self) -> int:
+        """Leading tokens that are there now, those before `span.start` included."""
+        return self._hold.ready * self._block
+
+    @property
+    def planned_tokens(self) -> int:
+        """Leading tokens that there will be if all goes well."""
+        return len(self._hold.keys) * self._block
+
+    @property
+    def loaded_tokens(self) -> int:
+        """Up to which token copies were made or started."""
+        return self._loaded
+
+    @property
+    def tokens_by_tier(self) -> dict[str, int]:
+        """Where the tokens that are there now were found."""
+        in_dram = min(self._hold.resident, self._hold.ready) * self._block
+        return {"dram": in_dram, "disk": self.tokens - in_dram}
+
+    def wait(self) -> int:
+        """Waits until all planned blocks are there, or no more will come, or the deadline; returns how many tokens
+        are.
+        """
+        self._hold.wait(self.deadline)
+        return self.tokens
+
+    def copy_to(self, kv: PagedKV, slots: TokenSlots) -> int:
+        """Copies tokens from `span.start` on into the paged cache as they come up; returns up to which token it got.
+
+        slots: int64, the slot of token span.start + i; tokens beyond it are left out. When this returns, nothing
+        touches the slots any more. Raises InputError for slots outside the cache.
+        """
+        first, slots = self._whole_blocks(slots)
+        stop = first + len(slots) // self._block
+        step = max(1, COPY_BYTES // self._copier.geometry.block_bytes)
+        done = first
+        while done < stop and not self._hold.cancel.is_set():
+            ready = min(stop, self._hold.wait_beyond(done, self.deadline), done + step)
+            if ready <= done or (done > first and time.monotonic() > self.deadline):
+                break
+            started = time.monotonic()
+            part = slots[(done - first) * self._block : (ready - first) * self._block]
+            self._copier.scatter(kv, part, self._store.memory, self._hold.ids[done:ready])
+            self._copied(ready - done, time.monotonic() - started)
+            done = ready
+        self._loaded = max(self._loaded, done * self._block)
+        return self._loaded
+
+    def load_layers(self, kv: PagedKV, slots: TokenSlots) -> LayerLoad:
+        """Starts to copy the tokens that are there now layer by layer; slots as for `copy_to`."""
+        first, slots = self._whole_blocks(slots)
+        stop = max(first, min(self.blocks, first + len(slots) // self._block))
+        self._loaded = max(self._loaded, stop * self._block)
+        self._layer_load = LayerLoad(
+            self._executor,
+            self._copier,
+            kv,
+            slots[: (stop - first) * self._block],
+            self._store.memory,
+            self._hold.ids[first:stop],
+            lambda seconds: self._copied(stop - first, seconds),
+        )
+        return self._layer_load
+
+    def abandon(self) -> None:
+        """Stops waiting and copying at the next step."""
+        self._abandoned = True
+        self._hold.abandon()
+
+    def release(self) -> None:
+        """Stops a layer load under way and gives the blocks back. Idempotent."""
+        if self._released:
+            return
+        self._released = True
+        if self._layer_load:
+            self._layer_load.close()
+        self._hold.release()
+        self._count()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def _whole_blocks(self, slots: TokenSlots) -> tuple[int, TokenSlots]:
+        """The first block to copy and slots from its first token on: what comes before span.start gets no slot."""
+        lead = self.span.start % self._block
+        if lead:
+            slots = np.concatenate([np.full(lead, -1, np.int64), slots])
+        first = self.span.start // self._block
+        count = max(0, min(self.span.blocks_end // self._block - first, len(slots) // self._block))
+        return first, slots[: count * self._block]
+
+    def _copied(self, blocks: int, seconds: float) -> None:
+        size = blocks * self._copier.geometry.block_bytes
+        self._metrics.transferred("dram", "load", size, seconds)
+        self._cost.observe_load("dram", size, seconds)
+
+    def _count(self) -> None:
+        span = self.span
+        from_dram = min(max(span.start, self._hold.resident * self._block), self._loaded)
+        missed = max(0, span.blocks_end - self._loaded)
+        declined = min(span.declined, missed)
+        reason = self._hold.reason or (Reason.CANCELLED if self._abandoned else Reason.ABSENT)
+        self._hit("dram", from_dram - span.start)
+        self._hit("disk", self._loaded - from_dram)
+        self._missed(Reason.CHEAPER_TO_RECOMPUTE, declined)
+        self._missed(reason, missed - declined)
+        self._missed(Reason.PARTIAL_BLOCK, span.prompt - max(span.start, span.blocks_end))
+
+    def _hit(self, tier: str, tokens: int) -> None:
+        if tokens:
+            self._metrics.hit_tokens.add(tokens, tier=tier)
+
+    def _missed(self, reason: Reason, tokens: int) -> None:
+        if tokens:
+            self._metrics.miss_tokens.add(tokens, reason=reason)
