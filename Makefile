@@ -36,7 +36,7 @@ lint: $(READY) ## check style, types and the direction of imports
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/lint-imports
+	@$(BIN)/lint-imports --no-logo
 
 format: $(READY) ## bring the code into shape
 	@$(BIN)/ruff check --fix-only .
