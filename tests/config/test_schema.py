@@ -1,13 +1,15 @@
 """The schema as others see it: JSON schema and the reference page."""
 
 from pathlib import Path
+from typing import get_args
 
 import yaml
 from jsonschema import Draft202012Validator
 
 from cairn.cli.config_docs import render
 from cairn.config import Config
-from cairn.config.schema import sections, settings
+from cairn.config.schema import Policy, sections, settings
+from cairn.index import POLICIES
 
 
 def test_the_reference_page_is_current() -> None:
@@ -26,6 +28,11 @@ def test_every_section_is_described() -> None:
     for key, section in sections():
         assert "__doc__" in vars(section), key
         assert section.__doc__
+
+
+def test_every_eviction_policy_can_be_chosen() -> None:
+    assert {*get_args(Policy)} == {*POLICIES}
+    assert all(policy.name == name for name, policy in POLICIES.items())
 
 
 def test_json_schema_is_closed_and_says_what_a_size_is() -> None:
