@@ -73,4 +73,9 @@ def policy(
 
 
 def _report(name: str, result: dict[str, Any], as_json: bool) -> None:
-    show({**result, "machine": machine()}, title=f"cairn bench {name}", as_json=as_json)
+    where = machine()
+    if as_json:
+        show({**result, "machine": where}, title=name, as_json=True)
+    else:
+        show(result, title=f"cairn bench {name}", as_json=False)
+        typer.echo(f"on {where['cpu']}, {where['cores']} cores, kernel {where['kernel']}, {where['date']}")
