@@ -1,0 +1,126 @@
+"""What reads and writes of the disk tier have in common, and the read: from the first block to the future."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import Event
+from typing import Final
+
+from cairn.index import PrefixIndex
+from cairn.kv import Keys
+from cairn.observe.reasons import Reason
+from cairn.tier.base import Rows
+from cairn.tier.breaker import Breaker
+from cairn.tier.disk_ledger import Ledger
+from cairn.tier.disk_slots import SlotFile
+from cairn.tier.flights import Batch
+
+#: What shows that a block is not to be had where the index says it is.
+_LOST: Final = frozenset({Reason.CORRUPT, Reason.FOREIGN, Reason.IO_ERROR})
+
+
+class Tally:
+    """Counters by name. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def add(self, **amounts: int) -> None:
+        with self._lock:
+            self._counts.update(amounts)
+
+    def read(self) -> dict[str, int]:
+        with self._lock:
+            return dict(self._counts)
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What reads and writes work with. stuck_seconds: an I/O that took longer, and past its deadline, is a failure."""
+
+    index: PrefixIndex
+    ledger: Ledger
+    slots: SlotFile
+    breaker: Breaker
+    tally: Tally
+    stuck_seconds: float
+
+
+#: Called when a batch is done; returns the batches that can be completed now.
+OnDone = Callable[[Batch], list[Batch]]
+
+
+class DiskBatch(Batch):
+    """What reads and writes have in common: the device is watched, and the outcomes are counted."""
+
+    def __init__(self, machine: Machine, count: int, deadline: float, cancel: Event | None, on_done: OnDone) -> None:
+        super().__init__(count, deadline, cancel)
+        self.machine = machine
+        self._on_done = on_done
+
+    def work(self, i: int) -> Reason | None:
+        start = time.monotonic()
+        reason = self.move(i)
+        end = time.monotonic()
+        if reason is Reason.IO_ERROR or (end > self.deadline and end - start > self.machine.stuck_seconds):
+            self.machine.breaker.failure()
+        elif reason in (None, Reason.CORRUPT, Reason.FOREIGN):
+            self.machine.breaker.success()
+        return reason
+
+    def move(self, i: int) -> Reason | None:
+        raise NotImplementedError
+
+    def close(self) -> list[Batch]:
+        """Counts the outcomes and sets the future; returns the batches to be completed next."""
+        counts = Counter(f"{reason}_total" for reason in self.outcomes if reason is not None)
+        self.machine.tally.add(**counts)
+        following = self._on_done(self)
+        self.future.set_result(self.outcomes)
+        return following
+
+
+class ReadBatch(DiskBatch):
+    """Reads keys[i] into row i; the blocks that the index holds are pinned until the end."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        keys: Keys,
+        rows: Rows,
+        deadline: float,
+        cancel: Event | None,
+        on_done: OnDone,
+    ) -> None:
+        super().__init__(machine, len(keys), deadline, cancel, on_done)
+        self._keys = keys
+        self._rows = rows
+        self._slots = machine.index.pin(keys)
+        for i in range(len(self._slots), len(keys)):
+            self.outcomes[i] = Reason.EVICTED
+        self.prepare(range(len(self._slots)))
+
+    @property
+    def quick(self) -> bool:
+        return self._first_lost() is None
+
+    def move(self, i: int) -> Reason | None:
+        row = self._rows.memory[self._rows.ids[i]]
+        return self.machine.slots.read(int(self._slots[i]), self._keys[i].tobytes(), row)
+
+    def complete(self) -> list[Batch]:
+        lost = self._first_lost()
+        # While the device fails at everything, the blocks are not to blame.
+        if lost is not None and self.machine.breaker.closed:
+            dropped = self.machine.ledger.drop(self._keys[lost])
+            self.machine.tally.add(dropped_blocks=dropped)
+        self.machine.index.unpin(self._slots)
+        done = self.outcomes.count(None)
+        self.machine.tally.add(read_blocks=done, read_bytes=done * self.machine.slots.block_bytes)
+        return self.close()
+
+    def _first_lost(self) -> int | None:
+        return next((i for i, reason in enumerate(self.outcomes) if reason in _LOST), None)

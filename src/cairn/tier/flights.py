@@ -1,0 +1,188 @@
+"""Batches under way: what a deadline does to them, and how to wait until there are none."""
+
+import logging
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from threading import Event
+from typing import Final
+
+from cairn.observe.reasons import Reason
+from cairn.tier.base import Outcomes
+
+log = logging.getLogger(__name__)
+
+_LONGEST_WAIT_SECONDS: Final = 3600.0
+
+
+class Batch(ABC):
+    """Blocks moved by one call: each is settled once, with an outcome, and the last to settle completes the batch.
+
+    A block is claimed by taking its number out of a deque, by a worker that moves it or by whoever expires it, so that
+    it never is both. `future` cannot be cancelled from outside; it gives `outcomes` when nothing touches the rows any
+    more.
+    """
+
+    def __init__(self, count: int, deadline: float, cancel: Event | None) -> None:
+        self.future: Future[Outcomes] = Future()
+        self.future.set_running_or_notify_cancel()
+        self.outcomes: Outcomes = [None] * count
+        self.deadline = deadline
+        self.begun = time.monotonic()
+        self._cancel = cancel
+        self._todo: deque[int] = deque()
+        #: Nothing to wait for from the start; and how many blocks there are to move.
+        self.empty = True
+        self.blocks_to_move = 0
+        self._pending = 0
+        self._lock = threading.Lock()
+
+    @abstractmethod
+    def work(self, i: int) -> Reason | None:
+        """Moves block i. Runs in a worker."""
+
+    @abstractmethod
+    def complete(self) -> "list[Batch]":
+        """Draws the conclusions and sets the future. Called once, by whoever settled the last block.
+
+        Returns other batches that waited for nothing else any more, and are to be completed by the caller: see `land`.
+        """
+
+    @property
+    @abstractmethod
+    def quick(self) -> bool:
+        """Whether `complete` waits for no I/O, once all is settled."""
+
+    def prepare(self, todo: range, others: int = 0) -> None:
+        """Says which blocks are to be moved, and how many more `settle` calls come from elsewhere. Called once."""
+        self._todo.extend(todo)
+        self.blocks_to_move = len(todo)
+        self._pending = len(todo) + others
+        self.empty = self._pending == 0
+
+    def step(self) -> None:
+        """Moves the next block, if one is left: a worker's task."""
+        try:
+            i = self._todo.popleft()
+        except IndexError:
+            return
+        try:
+            reason = self._too_late() or self.work(i)
+        except Exception:
+            log.exception("moving a block failed in a way it should not have; please report this")
+            reason = Reason.IO_ERROR
+        if self.settle(i, reason):
+            self.land()
+
+    def land(self) -> None:
+        """Completes a settled batch and all that waited for it; in a loop, since such chains grow long."""
+        landed: list[Batch] = [self]
+        while landed:
+            landed.extend(landed.pop().complete())
+
+    def expire(self, reason: Reason) -> bool:
+        """Settles all blocks that nobody has started; whether the batch is to be completed by the caller now."""
+        last = False
+        while self._todo:
+            try:
+                last = self.settle(self._todo.popleft(), reason)
+            except IndexError:
+                break
+        return last
+
+    def settle(self, i: int | None, reason: Reason | None) -> bool:
+        """Notes what became of block i (None: of something else that was waited for); True for the last one."""
+        with self._lock:
+            if i is not None:
+                self.outcomes[i] = reason
+            self._pending -= 1
+            return self._pending == 0
+
+    def _too_late(self) -> Reason | None:
+        if self._cancel is not None and self._cancel.is_set():
+            return Reason.CANCELLED
+        return Reason.TIMEOUT if time.monotonic() > self.deadline else None
+
+
+class Flights:
+    """The batches under way. One thread watches their deadlines, so that a batch completes even if all workers are
+    stuck.
+
+    on_deadline is called in that thread, once a batch; it must not wait for I/O. Thread-safe.
+    """
+
+    def __init__(self, on_deadline: Callable[[Batch], None], name: str) -> None:
+        self._on_deadline = on_deadline
+        self._under_way: set[Batch] = set()
+        self._in_time: set[Batch] = set()
+        self._wake_at = float("inf")
+        self._stopped = False
+        self._refusing = False
+        lock = threading.Lock()
+        self._changed = threading.Condition(lock)
+        self._idle = threading.Condition(lock)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def __len__(self) -> int:
+        return len(self._under_way)
+
+    def add(self, batch: Batch) -> bool:
+        """Takes a batch that has something pending, before anyone could settle it; False after `refuse`."""
+        if batch.empty:
+            return True
+        with self._changed:
+            if self._refusing:
+                return False
+            self._under_way.add(batch)
+            self._in_time.add(batch)
+            if batch.deadline < self._wake_at:
+                self._changed.notify()
+            return True
+
+    def refuse(self) -> None:
+        """Takes no more batches."""
+        with self._changed:
+            self._refusing = True
+
+    def remove(self, batch: Batch) -> None:
+        with self._idle:
+            self._under_way.discard(batch)
+            self._in_time.discard(batch)
+            if not self._under_way:
+                self._idle.notify_all()
+
+    def drain(self, timeout: float) -> bool:
+        """Waits until no batch is under way; False if there still is one after `timeout` seconds."""
+        with self._idle:
+            return self._idle.wait_for(lambda: not self._under_way, timeout)
+
+    def all(self) -> list[Batch]:
+        with self._changed:
+            return list(self._under_way)
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (due := self._next_due()) is not None:
+            for batch in due:
+                self._on_deadline(batch)
+
+    def _next_due(self) -> list[Batch] | None:
+        with self._changed:
+            while not self._stopped:
+                now = time.monotonic()
+                due = [batch for batch in self._in_time if batch.deadline <= now]
+                if due:
+                    self._in_time.difference_update(due)
+                    return due
+                self._wake_at = min((batch.deadline for batch in self._in_time), default=float("inf"))
+                self._changed.wait(min(self._wake_at - now, _LONGEST_WAIT_SECONDS))
+        return None
