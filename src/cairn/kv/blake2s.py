@@ -2,107 +2,164 @@
 
 Keys must resist deliberate collisions (a tenant chooses its prompts, also to collide with another's), which rules the
 fast non-cryptographic hashes out, and 8,192 blocks must hash in about a millisecond, which rules a Python call a block
-out. The kernels equal `hashlib.blake2s` bit for bit (that is their test) and hash a whole prompt in one call.
+out. The kernels equal `hashlib.blake2s` bit for bit (that is their test) and hash a whole prompt in one call. The
+compression is written as LLVM IR over a type: one 32-bit word for a chain, a vector of words for rows hashed side by
+side, which numba's own loops are not turned into.
 """
+
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from llvmlite import ir
+from numba import types
 
-from cairn.jit import kernel
+from cairn.jit import intrinsic, kernel
 
 Words = npt.NDArray[np.uint32]
 Matrix = npt.NDArray[np.uint32]
 
-IV = np.array(
-    [0x6A09E667, 0xBB67AE85, 0x3C6EF372, 0xA54FF53A, 0x510E527F, 0x9B05688C, 0x1F83D9AB, 0x5BE0CD19], np.uint32
-)
-LAST = 0xFFFFFFFF
+LANES = 16
 BLOCK_WORDS = 16
+
+_IV = (0x6A09E667, 0xBB67AE85, 0x3C6EF372, 0xA54FF53A, 0x510E527F, 0x9B05688C, 0x1F83D9AB, 0x5BE0CD19)
+_SIGMA = (
+    (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+    (14, 10, 4, 8, 9, 15, 13, 6, 1, 12, 0, 2, 11, 7, 5, 3),
+    (11, 8, 12, 0, 5, 2, 15, 13, 10, 14, 3, 6, 7, 1, 9, 4),
+    (7, 9, 3, 1, 13, 12, 11, 14, 2, 6, 5, 10, 4, 0, 15, 8),
+    (9, 0, 5, 7, 2, 4, 10, 15, 14, 1, 11, 12, 6, 8, 3, 13),
+    (2, 12, 6, 10, 0, 11, 8, 3, 4, 13, 7, 5, 15, 14, 1, 9),
+    (12, 5, 1, 15, 14, 13, 4, 10, 0, 7, 6, 3, 9, 2, 8, 11),
+    (13, 11, 7, 14, 12, 1, 3, 9, 5, 0, 15, 4, 8, 6, 2, 10),
+    (6, 15, 14, 9, 11, 3, 0, 8, 12, 2, 13, 7, 1, 4, 10, 5),
+    (10, 2, 8, 4, 7, 6, 1, 5, 15, 11, 9, 14, 3, 12, 13, 0),
+)
+_COLUMNS_AND_DIAGONALS = (
+    (0, 4, 8, 12), (1, 5, 9, 13), (2, 6, 10, 14), (3, 7, 11, 15),
+    (0, 5, 10, 15), (1, 6, 11, 12), (2, 7, 8, 13), (3, 4, 9, 14),
+)  # fmt: skip
+_WORD = ir.IntType(32)
+_ADDRESS = ir.IntType(64)
 
 
 def initial_state(digest_bytes: int, person: bytes) -> Words:
-    """The chaining value before the first compression: unkeyed, `person` (8 bytes) separating one use from another."""
-    state = IV.copy()
+    """The chaining value before the first compression: unkeyed; `person` (8 bytes) separates one use from another."""
+    state = np.array(_IV, np.uint32)
     state[0] ^= np.uint32(0x01010000 | digest_bytes)
     state[6:8] ^= np.frombuffer(person, np.uint32)
     return state
 
 
-@kernel
-def _mix(a, b, c, d, x, y):  # type: ignore[no-untyped-def]
-    a = np.uint32(a + b + x)
-    d = np.uint32(d ^ a)
-    d = np.uint32((d >> np.uint32(16)) | (d << np.uint32(16)))
-    c = np.uint32(c + d)
-    b = np.uint32(b ^ c)
-    b = np.uint32((b >> np.uint32(12)) | (b << np.uint32(20)))
-    a = np.uint32(a + b + y)
-    d = np.uint32(d ^ a)
-    d = np.uint32((d >> np.uint32(8)) | (d << np.uint32(24)))
-    c = np.uint32(c + d)
-    b = np.uint32(b ^ c)
-    b = np.uint32((b >> np.uint32(7)) | (b << np.uint32(25)))
-    return a, b, c, d
+def _mix(builder: ir.IRBuilder, v: list[Any], at: tuple[int, int, int, int], x: Any, y: Any) -> None:
+    """The function G on four entries of v, each a word or a vector of words."""
+    kind = x.type
+    lanes = kind.count if isinstance(kind, ir.VectorType) else 0
+
+    def rotate(value: Any, by: int) -> Any:
+        left, right = (ir.Constant(kind, [n] * lanes if lanes else n) for n in (32 - by, by))
+        return builder.or_(builder.lshr(value, right), builder.shl(value, left))
+
+    a, b, c, d = at
+    for word, turn_d, turn_b in ((x, 16, 12), (y, 8, 7)):
+        v[a] = builder.add(builder.add(v[a], word), v[b])
+        v[d] = rotate(builder.xor(v[d], v[a]), turn_d)
+        v[c] = builder.add(v[c], v[d])
+        v[b] = rotate(builder.xor(v[b], v[c]), turn_b)
 
 
-@kernel
-def _round(v, m0, m1, m2, m3, m4, m5, m6, m7, m8, m9, ma, mb, mc, md, me, mf):  # type: ignore[no-untyped-def]
-    v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, va, vb, vc, vd, ve, vf = v
-    v0, v4, v8, vc = _mix(v0, v4, v8, vc, m0, m1)
-    v1, v5, v9, vd = _mix(v1, v5, v9, vd, m2, m3)
-    v2, v6, va, ve = _mix(v2, v6, va, ve, m4, m5)
-    v3, v7, vb, vf = _mix(v3, v7, vb, vf, m6, m7)
-    v0, v5, va, vf = _mix(v0, v5, va, vf, m8, m9)
-    v1, v6, vb, vc = _mix(v1, v6, vb, vc, ma, mb)
-    v2, v7, v8, vd = _mix(v2, v7, v8, vd, mc, md)
-    v3, v4, v9, ve = _mix(v3, v4, v9, ve, me, mf)
-    return v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, va, vb, vc, vd, ve, vf
+def _pointers(builder: ir.IRBuilder, base: Any, kind: Any, count: int) -> list[Any]:
+    """Pointers to `count` consecutive values of `kind` from an address on."""
+    size = 4 * (kind.count if isinstance(kind, ir.VectorType) else 1)
+    addresses = [builder.add(base, ir.Constant(_ADDRESS, size * i)) for i in range(count)]
+    return [builder.inttoptr(address, kind.as_pointer()) for address in addresses]
 
 
-@kernel
-def compress(h: Words, m: Words, length: int, last: int) -> None:
-    """One compression in place: `h` [8] absorbs the block `m` [16]; `length` bytes so far, `last` is LAST or 0."""
-    a, b, c, d, e, f, g, i = m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7]
-    j, k, l, n, o, p, q, r = m[8], m[9], m[10], m[11], m[12], m[13], m[14], m[15]  # noqa: E741
-    v = (
-        h[0], h[1], h[2], h[3], h[4], h[5], h[6], h[7], IV[0], IV[1], IV[2], IV[3],
-        np.uint32(IV[4] ^ np.uint32(length)), IV[5], np.uint32(IV[6] ^ np.uint32(last)), IV[7],
-    )  # fmt: skip
-    v = _round(v, a, b, c, d, e, f, g, i, j, k, l, n, o, p, q, r)
-    v = _round(v, q, l, e, j, k, r, p, g, b, o, a, c, n, i, f, d)
-    v = _round(v, n, j, o, a, f, c, r, p, l, q, d, g, i, b, k, e)
-    v = _round(v, i, k, d, b, p, o, n, q, c, g, f, l, e, a, r, j)
-    v = _round(v, k, a, f, i, c, e, l, r, q, b, n, o, g, j, d, p)
-    v = _round(v, c, o, g, l, a, n, j, d, e, p, i, f, r, q, b, k)
-    v = _round(v, o, f, b, r, q, p, e, l, a, i, g, d, k, c, j, n)
-    v = _round(v, p, n, i, q, o, b, d, k, f, a, r, e, j, g, c, l)
-    v = _round(v, g, r, q, k, n, d, a, j, o, c, p, i, b, e, l, f)
-    v = _round(v, l, c, j, e, i, g, b, f, r, n, k, q, d, o, p, a)
-    h[0] ^= np.uint32(v[0] ^ v[8])
-    h[1] ^= np.uint32(v[1] ^ v[9])
-    h[2] ^= np.uint32(v[2] ^ v[10])
-    h[3] ^= np.uint32(v[3] ^ v[11])
-    h[4] ^= np.uint32(v[4] ^ v[12])
-    h[5] ^= np.uint32(v[5] ^ v[13])
-    h[6] ^= np.uint32(v[6] ^ v[14])
-    h[7] ^= np.uint32(v[7] ^ v[15])
+def _vector(builder: ir.IRBuilder, words: list[Any]) -> Any:
+    vector = ir.Constant(ir.VectorType(_WORD, len(words)), ir.Undefined)
+    for i, word in enumerate(words):
+        vector = builder.insert_element(vector, word, ir.Constant(_WORD, i))
+    return vector
+
+
+def _compress_one(context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> Any:
+    """Codegen for one message: the 4 x 4 state as four rows, so that its four columns are mixed at once."""
+    state, block, length, last = args
+    row = ir.VectorType(_WORD, 4)
+    h_pointers = _pointers(builder, state, row, 2)
+    h = [builder.load(pointer, align=4) for pointer in h_pointers]
+    m = [builder.load(pointer, align=4) for pointer in _pointers(builder, block, _WORD, BLOCK_WORDS)]
+
+    def turn(vector: Any, by: int) -> Any:
+        order = ir.Constant(row, [(i + by) % 4 for i in range(4)])
+        return builder.shuffle_vector(vector, vector, order)
+
+    zero = ir.Constant(_WORD, 0)
+    counters = _vector(builder, [builder.trunc(length, _WORD), zero, builder.trunc(builder.neg(last), _WORD), zero])
+    v = [*h, ir.Constant(row, _IV[:4]), builder.xor(ir.Constant(row, _IV[4:]), counters)]
+    for sigma in _SIGMA:
+        for half, sign in ((sigma[:8], 1), (sigma[8:], -1)):
+            x, y = (_vector(builder, [m[i] for i in half[part::2]]) for part in (0, 1))
+            _mix(builder, v, (0, 1, 2, 3), x, y)
+            # Turns the diagonals into columns, and after the second half back.
+            v[1:] = [turn(v[i], sign * i) for i in (1, 2, 3)]
+    for i in range(2):
+        builder.store(builder.xor(h[i], builder.xor(v[i], v[i + 2])), h_pointers[i], align=4)
+    return context.get_dummy_value()
+
+
+def _compress_many(context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> Any:
+    """Codegen for LANES messages side by side: a vector holds one word of each."""
+    state, block, length, last = args
+    kind = ir.VectorType(_WORD, LANES)
+    h_pointers = _pointers(builder, state, kind, 8)
+    h = [builder.load(pointer, align=4) for pointer in h_pointers]
+    m = [builder.load(pointer, align=4) for pointer in _pointers(builder, block, kind, BLOCK_WORDS)]
+    v = h + [ir.Constant(kind, [value] * LANES) for value in _IV]
+    for i, value in ((12, length), (14, builder.neg(last))):
+        v[i] = builder.xor(v[i], _vector(builder, [builder.trunc(value, _WORD)] * LANES))
+    for sigma in _SIGMA:
+        for i, at in enumerate(_COLUMNS_AND_DIAGONALS):
+            _mix(builder, v, at, m[sigma[2 * i]], m[sigma[2 * i + 1]])
+    for i in range(8):
+        builder.store(builder.xor(h[i], builder.xor(v[i], v[i + 8])), h_pointers[i], align=4)
+    return context.get_dummy_value()
+
+
+_FOUR_INTS = types.void(types.int64, types.int64, types.int64, types.int64)
+
+
+@intrinsic
+def _compress(typingctx: Any, state: Any, block: Any, length: Any, last: Any) -> Any:
+    return _FOUR_INTS, _compress_one
+
+
+@intrinsic
+def _compress_lanes(typingctx: Any, state: Any, block: Any, length: Any, last: Any) -> Any:
+    return _FOUR_INTS, _compress_many
 
 
 @kernel
 def hash_rows(initial: Words, rows: Matrix, digests: Matrix) -> None:
     """`digests[i]` [8 words] = BLAKE2s of `rows[i]` (4 bytes a word, little-endian), each row hashed on its own."""
     words = rows.shape[1]
-    block = np.empty(BLOCK_WORDS, np.uint32)
-    for i in range(rows.shape[0]):
-        state = digests[i]
-        state[:] = initial
-        done = 0
-        while words - done > BLOCK_WORDS:
-            compress(state, rows[i, done : done + BLOCK_WORDS], 4 * (done + BLOCK_WORDS), 0)
-            done += BLOCK_WORDS
-        block[:] = 0
-        block[: words - done] = rows[i, done:]
-        compress(state, block, 4 * words, LAST)
+    state = np.empty((8, LANES), np.uint32)
+    block = np.empty((BLOCK_WORDS, LANES), np.uint32)
+    for base in range(0, rows.shape[0], LANES):
+        lanes = min(LANES, rows.shape[0] - base)
+        for word in range(8):
+            state[word, :] = initial[word]
+        for done in range(0, words, BLOCK_WORDS):
+            count = min(BLOCK_WORDS, words - done)
+            block[:] = 0
+            for lane in range(lanes):
+                for word in range(count):
+                    block[word, lane] = rows[base + lane, done + word]
+            last = np.int64(done + count == words)
+            _compress_lanes(state.ctypes.data, block.ctypes.data, 4 * (done + count), last)
+        for lane in range(lanes):
+            for word in range(8):
+                digests[base + lane, word] = state[word, lane]
 
 
 @kernel
@@ -116,8 +173,11 @@ def hash_chain(initial: Words, seed: Words, links: Matrix, keys: Matrix) -> None
     state = np.empty(8, np.uint32)
     block[:4] = seed
     for i in range(links.shape[0]):
-        block[4 : 4 + width] = links[i]
-        state[:] = initial
-        compress(state, block, 4 * (4 + width), LAST)
-        block[:4] = state[:4]
-        keys[i] = state[:4]
+        for word in range(width):
+            block[4 + word] = links[i, word]
+        for word in range(8):
+            state[word] = initial[word]
+        _compress(state.ctypes.data, block.ctypes.data, 4 * (4 + width), 1)
+        for word in range(4):
+            block[word] = state[word]
+            keys[i, word] = state[word]
