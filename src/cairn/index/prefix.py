@@ -1,8 +1,8 @@
 """The prefix index of one tier: which blocks are resident, in which slots, who uses them, and which go next.
 
 Two rules make it small. *Writers own anonymous slots*: a reserved slot has no key and cannot be found until it is
-committed, so a writer that dies leaves nothing behind but its reservation. *A tier is prefix-closed*: a block is resident
-only while its parent is, so how much of a prompt a tier holds is one number, found by bisection.
+committed, so a writer that dies leaves nothing behind but its reservation. *A tier is prefix-closed*: a block is
+resident only while its parent is, so how much of a prompt a tier holds is one number, found by bisection.
 """
 
 import threading
@@ -282,8 +282,8 @@ class PrefixIndex:
 
     def restore(
         self, keys: Keys, parents: Keys, roots: npt.NDArray[np.bool_], ids: SlotIds, now: float | None = None
-    ) -> int:
-        """Fills an index that was never used from recovered records, oldest first; returns how many blocks were kept.
+    ) -> SlotIds:
+        """Fills an index that was never used from recovered records, oldest first; returns the slots of those kept.
 
         ids[i] held keys[i] [n, 2] below parents[i] [n, 2], or as a root where roots[i]. Of records with the same key
         the last wins; blocks whose chain does not reach a root are dropped, since nobody could find them. All slots
@@ -302,7 +302,7 @@ class PrefixIndex:
             free = np.flatnonzero(self._slots["state"] == FREE)[::-1]
             self._free[: len(free)] = free
             self._top, self._resident = len(free), kept
-        return kept
+        return order
 
     def keys_of(self, ids: SlotIds) -> Keys:
         """The keys of resident slots [n, 2]."""

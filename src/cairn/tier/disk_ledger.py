@@ -26,7 +26,7 @@ class Ledger:
 
     def restore(self, found: Recovered) -> int:
         """Fills the index from recovered records; returns how many blocks were kept. Touches no record."""
-        return self.index.restore(found.keys, found.parents, found.roots, found.slots)
+        return len(self.index.restore(found.keys, found.parents, found.roots, found.slots))
 
     def reserve(self, count: int) -> SlotIds:
         """Up to `count` slots, empty on disk too. Raises OSError; nothing is reserved then."""

@@ -38,13 +38,13 @@ class SlotFile:
     direct: whether O_DIRECT is in use; a file system that refuses it is served through the page cache.
     """
 
-    def __init__(self, path: Path, framer: Framer) -> None:
+    def __init__(self, path: Path, framer: Framer, *, writable: bool = True) -> None:
         self._framer = framer
         self.block_bytes = framer.codec.geometry.block_bytes
         self._row_bytes = -(-self.block_bytes // PAGE) * PAGE
         self.slot_bytes = PAGE + self._row_bytes
         self._local = threading.local()
-        self.fd, self.direct = _open_direct(path, self._page())
+        self.fd, self.direct = _open_direct(path, os.O_RDWR if writable else os.O_RDONLY, self._page())
 
     def read(self, slot: int, key: bytes, row: Octets) -> Reason | None:
         """Fills row [>= block bytes rounded up to pages] with the block `key`, and proves that it is that block.
@@ -100,10 +100,10 @@ def fits_direct(memory: npt.NDArray[np.uint8], row_bytes: int) -> bool:
     return aligned and memory.shape[1] >= row_bytes
 
 
-def _open_direct(path: Path, page: memoryview) -> tuple[int, bool]:
+def _open_direct(path: Path, mode: int, page: memoryview) -> tuple[int, bool]:
     """The file opened with O_DIRECT if a first read through it goes well, else without."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
+        fd = os.open(path, mode | os.O_CLOEXEC | os.O_DIRECT)
         try:
             os.preadv(fd, [page], 0)
             return fd, True
@@ -113,4 +113,4 @@ def _open_direct(path: Path, page: memoryview) -> tuple[int, bool]:
         if error.errno != errno.EINVAL:
             raise
     log.warning("%s: the file system refuses O_DIRECT; the disk tier goes through the page cache", path)
-    return os.open(path, os.O_RDWR | os.O_CLOEXEC), False
+    return os.open(path, mode | os.O_CLOEXEC), False
