@@ -16,6 +16,7 @@ from cairn.observe.metrics import Metrics
 from cairn.observe.reasons import Reason
 from cairn.plan import CostModel
 from cairn.tier.base import Rows, Tier
+from cairn.tier.disk import DiskTier
 from cairn.tier.dram import DramTier
 
 #: Bytes that one read brings up: large enough for the disk's full speed, small enough that copying starts early.
@@ -141,8 +142,6 @@ def open_local(config: Config, geometry: KVGeometry, metrics: Metrics, cost: Cos
     storage = config.storage
     lower: Tier | None = None
     if storage.disk.path is not None:
-        from cairn.tier.disk import DiskTier
-
         lower = DiskTier(
             storage.disk.path,
             geometry=geometry,
