@@ -1,0 +1,104 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cairn.plan import CostModel, OnlineFit, Segment, plan_load
+from cairn.plan.cost import RecomputeCost
+
+positive = st.floats(1e-9, 1e-3)
+
+
+def model(a: float, b: float, c: float) -> CostModel:
+    cost = CostModel()
+    for tokens, context in [(16, 0), (512, 0), (4096, 0), (512, 4096), (4096, 8192), (64, 65536)]:
+        cost.recompute.observe(tokens, context, a + b * tokens + c * tokens * (context + tokens / 2))
+    return cost
+
+
+@given(a=positive, b=positive, c=st.floats(1e-13, 1e-8))
+def test_prefill_is_fitted_exactly_when_it_follows_the_model(a: float, b: float, c: float) -> None:
+    fitted = model(a, b, c).recompute
+    for tokens, context in [(2000, 3000), (100_000, 0)]:
+        exact = a + b * tokens + c * tokens * (context + tokens / 2)
+        assert fitted.seconds(tokens, context) == pytest.approx(exact, rel=0.05)
+
+
+def test_a_fit_follows_a_machine_that_changes() -> None:
+    fit = OnlineFit(2, window=16)
+    for speed in (1e9, 5e9):
+        for i in range(32):
+            size = 1e6 * (1 + i % 7)
+            fit.observe((1.0, size), 1e-4 + size / speed)
+    assert fit.predict((1.0, 1e7)) == pytest.approx(1e-4 + 1e7 / 5e9, rel=0.02)
+
+
+@given(st.lists(st.tuples(st.integers(1, 10**6), st.floats(1e-6, 10)), min_size=2, max_size=80))
+def test_no_noise_makes_a_cost_negative(observed: list[tuple[int, float]]) -> None:
+    cost = RecomputeCost()
+    for tokens, seconds in observed:
+        cost.observe(tokens, tokens % 977, seconds)
+    assert all(cost.seconds(n, ctx) >= 0 for n in (1, 100, 10**7) for ctx in (0, 10**6))
+
+
+def test_zero_and_negative_times_are_no_observations() -> None:
+    fit = OnlineFit(1)
+    for seconds in (0.0, -1.0):
+        fit.observe((1.0,), seconds)
+    assert not fit.ready
+
+
+def brute_force(segments: list[Segment], prompt: int, size: int, cost: CostModel, start: int) -> float:
+    """Every split at every token."""
+    best = math.inf
+    for split in range(sum(s.tokens for s in segments) + 1):
+        left, loading = split, 0.0
+        for tier, tokens in segments:
+            take = min(left, tokens)
+            loading += cost.load_seconds(tier, take * size)
+            left -= take
+        at = start + split
+        best = min(best, loading + cost.recompute.seconds(max(1, prompt - at), at))
+    return best
+
+
+@given(
+    dram=st.integers(0, 40),
+    disk=st.integers(0, 40),
+    rest=st.integers(0, 40),
+    start=st.integers(0, 30),
+    bandwidths=st.tuples(st.floats(1e2, 1e10), st.floats(1e2, 1e10)),
+    prefill=st.tuples(st.floats(0, 1), positive, st.floats(0, 1e-5)),
+)
+def test_no_other_split_is_cheaper(
+    dram: int,
+    disk: int,
+    rest: int,
+    start: int,
+    bandwidths: tuple[float, float],
+    prefill: tuple[float, float, float],
+) -> None:
+    cost = model(*prefill)
+    for tier, bandwidth in zip(("dram", "disk"), bandwidths, strict=True):
+        for size in (1000, 2000, 4000):
+            cost.observe_load(tier, size, size / bandwidth)
+    segments = [Segment("dram", dram), Segment("disk", disk)]
+    prompt = start + dram + disk + rest
+    plan = plan_load(segments, prompt, 100, cost, start=start)
+    assert plan.seconds == pytest.approx(brute_force(segments, prompt, 100, cost, start), rel=1e-6)
+
+
+def test_everything_is_loaded_until_prefill_is_known() -> None:
+    plan = plan_load([Segment("dram", 32), Segment("disk", 64)], 100, 1, CostModel())
+    assert plan.tokens == 96
+    assert np.isnan(plan.seconds)
+
+
+def test_a_slow_tier_is_left_alone() -> None:
+    cost = model(0.0, 1e-4, 0.0)
+    for size in (10_000, 20_000):
+        cost.observe_load("disk", size, size / 1e5)
+        cost.observe_load("dram", size, size / 1e10)
+    assert plan_load([Segment("dram", 64), Segment("disk", 64)], 200, 100, cost).tokens == 64
