@@ -6,51 +6,27 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import typer.main
 import yaml
 
 import cairn
-from cairn.cli import app, main
+from cairn.cli import app
 from cairn.config import Config
 from cairn.errors import ClosedError, ConfigError, GeometryError, InputError, LockedError, StorageError
 
 CAIRN = [sys.executable, "-c", "from cairn.cli import main; main()"]
 
 
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-class Runner:
-    """Runs `cairn` in this process, as `main` does, and sees how it ends."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self._monkeypatch = monkeypatch
-        self._capsys = capsys
-
-    def __call__(self, *arguments: object) -> Ended:
-        self._monkeypatch.setattr(sys, "argv", ["cairn", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return Ended(int(caught.value.code or 0), *self._capsys.readouterr())
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
-    for name in [name for name in os.environ if name.startswith("CAIRN_")]:
-        monkeypatch.delenv(name)
-    return Runner(monkeypatch, capsys)
-
-
-def assert_one_line(ended: Ended, code: int, message: str) -> None:
-    assert ended == (code, "", f"cairn: {message}\n")
+def assert_one_line(ended: subprocess.CompletedProcess[str], code: int, message: str) -> None:
+    assert (ended.returncode, ended.stdout, ended.stderr) == (code, "", f"cairn: {message}\n")
 
 
 def every_command(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -71,22 +47,22 @@ def test_the_commands_are_there() -> None:
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
-def test_every_command_explains_itself_with_an_example(run: Runner, path: tuple[str, ...]) -> None:
+def test_every_command_explains_itself_with_an_example(run: Run, path: tuple[str, ...]) -> None:
     ended = run(*path, "--help")
-    assert (ended.code, ended.err) == (0, "")
-    assert f"Usage: cairn {' '.join(path)}" in ended.out
-    assert f"Example:\n    cairn {' '.join(path)}" in ended.out
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert f"Usage: cairn {' '.join(path)}" in ended.stdout
+    assert f"Example:\n    cairn {' '.join(path)}" in ended.stdout
 
 
 @pytest.mark.parametrize("group", [(), ("config",), ("bench",)])
-def test_a_group_alone_shows_its_help(run: Runner, group: tuple[str, ...]) -> None:
-    assert run(*group).out.strip() == run(*group, "--help").out.strip()
+def test_a_group_alone_shows_its_help(run: Run, group: tuple[str, ...]) -> None:
+    assert run(*group).stdout.strip() == run(*group, "--help").stdout.strip()
 
 
-def test_version(run: Runner) -> None:
-    assert run("--version") == (0, f"cairn {cairn.__version__}\n", "")
-    assert run("version").out.startswith(f"cairn        {cairn.__version__}\n")
-    versions = json.loads(run("version", "--json").out)
+def test_version(run: Run) -> None:
+    assert run("--version").stdout == f"cairn {cairn.__version__}\n"
+    assert run("version").stdout.startswith(f"cairn        {cairn.__version__}\n")
+    versions = json.loads(run("version", "--json").stdout)
     assert versions["cairn"] == cairn.__version__
     assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
 
@@ -103,7 +79,7 @@ def test_version(run: Runner) -> None:
         (["config", "check", "/nothing.yaml"], "/nothing.yaml: cannot be read: No such file or directory"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(run: Runner, arguments: list[str], message: str) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(run: Run, arguments: list[str], message: str) -> None:
     assert_one_line(run(*arguments), 2, message)
 
 
@@ -119,7 +95,7 @@ def test_bad_input_is_one_line_and_exit_code_2(run: Runner, arguments: list[str]
     ],
 )
 def test_what_cairn_raises_is_one_line(
-    run: Runner, monkeypatch: pytest.MonkeyPatch, error: type[Exception], code: int
+    run: Run, monkeypatch: pytest.MonkeyPatch, error: type[Exception], code: int
 ) -> None:
     def fail(**_: object) -> None:
         raise error("/x: is no\n  directory")
@@ -128,28 +104,28 @@ def test_what_cairn_raises_is_one_line(
     assert_one_line(run("config", "check"), code, "/x: is no directory")
 
 
-def test_config_show(run: Runner, tmp_path: Path) -> None:
+def test_config_show(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "cairn.yaml"
     file.write_text("storage: {cpu: {size: 2GiB}}")
     shown = run("config", "show", file, "--set", "engine.timeout_s=2", "--set", "engine.planner=false")
-    assert shown.code == 0
-    tree = yaml.safe_load(shown.out)
+    assert shown.returncode == 0
+    tree = yaml.safe_load(shown.stdout)
     assert (tree["storage"]["cpu"]["size"], tree["engine"]["timeout_s"], tree["engine"]["planner"]) == (
         "2GiB",
         2,
         False,
     )
-    assert json.loads(run("config", "show", file, "--json").out)["storage"]["cpu"]["size"] == 2 << 30
+    assert json.loads(run("config", "show", file, "--json").stdout)["storage"]["cpu"]["size"] == 2 << 30
 
 
-def test_config_check(run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run("config", "check") == (0, "ok\n", "")
+def test_config_check(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("config", "check").stdout == "ok\n"
     monkeypatch.setenv("CAIRN_STORAGE__DISK__THREADS", "none")
-    assert run("config", "check").code == 2
+    assert run("config", "check").returncode == 2
 
 
-def test_config_schema_is_the_schema(run: Runner) -> None:
-    assert json.loads(run("config", "schema").out) == Config.model_json_schema()
+def test_config_schema_is_the_schema(run: Run) -> None:
+    assert json.loads(run("config", "schema").stdout) == Config.model_json_schema()
 
 
 def test_help_is_light() -> None:

@@ -42,7 +42,7 @@ def test_json_schema_is_closed_and_says_what_a_size_is() -> None:
     size = schema["$defs"]["Cpu"]["properties"]["size"]
     assert {kind["type"] for kind in size["anyOf"]} == {"integer", "string"}
     assert schema["$defs"]["Disk"]["properties"]["threads"] == {
-        "default": 4,
+        "default": 8,
         "description": "Threads that read and write.",
         "maximum": 64,
         "minimum": 1,

@@ -31,16 +31,22 @@ def engine(as_json: AsJson = False) -> None:
 
 
 @app.command()
-def disk(as_json: AsJson = False) -> None:
+def disk(
+    directory: Annotated[
+        Path | None,
+        typer.Option("--dir", exists=True, file_okay=False, help="On the disk to measure; temporary files by default."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Read and write a disk tier, beside bare O_DIRECT I/O.
 
     \b
     Example:
-      cairn bench disk --json
+      cairn bench disk --dir /var/cache --json
     """
     from cairn.cli.bench_disk import run_disk
 
-    _report("disk", run_disk(), as_json)
+    _report("disk", run_disk(directory), as_json)
 
 
 @app.command()

@@ -9,7 +9,7 @@ from cairn.cli.output import show
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Cache directory of a disk tier.")],
+    path: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Cache directory of a disk tier.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read every frame and check it.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
@@ -19,6 +19,8 @@ def inspect(
     Example:
       cairn inspect /var/cache/cairn --verify
     """
-    from cairn.tier import inspect_directory
+    import msgspec
 
-    show(inspect_directory(path, verify=verify), title=str(path), as_json=as_json)
+    from cairn.tier.inspection import inspect_directory
+
+    show(msgspec.to_builtins(inspect_directory(path, verify=verify)), title=f"cairn inspect {path}", as_json=as_json)

@@ -52,10 +52,18 @@ def help_if_alone(context: typer.Context) -> None:
 
 def _rows(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for name, value in tree.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, list):
+            yield from _rows({str(i): item for i, item in enumerate(value)}, f"{prefix}{name}.")
+        elif isinstance(value, Mapping):
             yield from _rows(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", f"{value:,.4g}" if isinstance(value, float) else str(value)
+            yield f"{prefix}{name}", _cell(value)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    return f"{value:,}" if isinstance(value, int) else "-" if value is None else str(value)
 
 
 def _cpu_model() -> str:

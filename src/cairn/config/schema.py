@@ -70,7 +70,7 @@ class Disk(Section):
     path: Directory | None = Field(default=None, description="Cache directory, made if missing; null: no disk tier.")
     size: Size = Field(default=16 << 30, description="Bytes that the directory may take, preallocated.")
     policy: Policy = Field(default="lru", description="Eviction policy.")
-    threads: Threads = Field(default=4, description="Threads that read and write.")
+    threads: Threads = Field(default=8, description="Threads that read and write.")
     write_budget_per_day: Size | None = Field(
         default=None, description="Bytes that may be written in a day, to spare the SSD; null: no limit."
     )
