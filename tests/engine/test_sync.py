@@ -1,0 +1,221 @@
+"""The synchronous face: what is stored comes back, what cannot be proved is a miss, nothing else is written."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cairn.engine import CacheEngine
+from cairn.errors import ClosedError, ConfigError, GeometryError, InputError, LockedError
+from cairn.kv import KVGeometry, Namespace
+
+from .pages import BLOCK, GEOMETRY, SLOT, Pages, at_rest, make_engine, namespace, prompt, retrieved, stored
+
+
+def test_what_was_stored_comes_back() -> None:
+    with make_engine(64) as engine:
+        tokens = prompt(0, 30)
+        assert stored(engine, tokens) == 28
+        assert engine.lookup(tokens) == 28
+        assert retrieved(engine, tokens) == 28
+        assert stored(engine, tokens) == 0
+        stats = engine.get_stats()
+        assert stats["hit_tokens"] == {"dram": 28}
+        assert stats["miss_tokens"] == {"partial_block": 2}
+        at_rest(engine)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shared=st.integers(0, 40), own=st.integers(0, 24), start=st.integers(0, 64), offset=st.integers(0, 64))
+def test_masks_and_offsets(shared: int, own: int, start: int, offset: int) -> None:
+    with make_engine(64) as engine:
+        first = prompt(1, 40)
+        second = np.concatenate([first[:shared], prompt(2, own) + 1000])
+        stored(engine, first)
+        start, offset = min(start, len(second)), min(offset, len(second))
+        mask = np.arange(len(second)) >= start
+        pages = Pages(3)
+        slots = pages.slots(len(second))
+        pages.clear()
+        result = engine.retrieve(second, mask, pages.tensors, slots[offset:], offset)
+        begin, held = max(start, offset), shared // BLOCK * BLOCK
+        assert result.tolist() == [begin <= i < held for i in range(len(second))]
+        assert pages.holds(second, slots, result)
+
+
+def test_a_store_continues_where_the_last_one_ended() -> None:
+    with make_engine(64) as engine:
+        tokens = prompt(0, 40)
+        assert stored(engine, tokens[:18]) == 16
+        assert stored(engine, tokens) == 24
+        assert retrieved(engine, tokens) == 40
+
+
+def test_a_store_behind_a_gap_is_skipped_and_counted() -> None:
+    with make_engine(64) as engine:
+        tokens, pages = prompt(0, 40), Pages()
+        slots = pages.slots(40)
+        assert engine.store(tokens, np.arange(40) >= 16, pages.tensors, slots) == 0
+        assert engine.get_stats()["skipped_tokens"] == {"dram": {"no_parent": 24}}
+        assert engine.lookup(tokens) == 0
+
+
+def test_more_than_dram_holds() -> None:
+    with make_engine(5) as engine:
+        tokens = prompt(0, 40)
+        assert stored(engine, tokens) == 20
+        assert retrieved(engine, tokens) == 20
+        assert stored(engine, prompt(1, 40)) == 20
+        assert retrieved(engine, tokens) == 0
+        at_rest(engine)
+
+
+def test_requests_of_other_namespaces_never_meet() -> None:
+    with make_engine(64) as engine:
+        tokens = prompt(0, 16)
+        stored(engine, tokens)
+        for other in (namespace(salt=b"x"), namespace(lora="a"), namespace(revision="2"), namespace(model="n")):
+            assert engine.lookup(tokens, namespace=other) == 0
+            assert retrieved(engine, tokens, namespace=other) == 0
+        with pytest.raises(GeometryError):
+            engine.lookup(tokens, namespace=Namespace(model="m", geometry=KVGeometry(layers=1, kv_heads=1, head_dim=8)))
+
+
+def test_extra_content_separates_requests() -> None:
+    with make_engine(64) as engine:
+        tokens = prompt(0, 16)
+        pages = Pages()
+        slots = pages.slots(16)
+        pages.prefill(tokens, slots)
+        engine.store(engine.chain(tokens, extra={1: b"image"}), None, pages.tensors, slots)
+        assert engine.lookup(engine.chain(tokens, extra={1: b"image"})) == 16
+        assert engine.lookup(engine.chain(tokens, extra={1: b"other"})) == 4
+        assert engine.lookup(tokens) == 4
+
+
+def test_the_disk_serves_what_dram_has_lost(tmp_path: Path) -> None:
+    tokens = prompt(0, 64)
+    with make_engine(16, tmp_path / "cache") as engine:
+        stored(engine, tokens)
+        assert engine.flush(10)
+        stored(engine, prompt(1, 64))
+        assert engine.flush(10)
+        assert engine._store.match(engine.chain(tokens).keys).dram == 0
+        assert retrieved(engine, tokens) == 64
+        assert engine.get_stats()["hit_tokens"] == {"disk": 64}
+        assert retrieved(engine, tokens) == 64
+        assert engine.get_stats()["hit_tokens"] == {"disk": 64, "dram": 64}
+        at_rest(engine)
+
+
+def test_a_restart_is_warm(tmp_path: Path) -> None:
+    tokens = prompt(0, 64)
+    with make_engine(16, tmp_path) as engine:
+        stored(engine, tokens)
+    with make_engine(16, tmp_path) as engine:
+        assert engine.lookup(tokens) == 64
+        assert retrieved(engine, tokens[:50]) == 48
+        assert engine.contains(engine.chain(tokens).key(3)) == 1
+        assert engine.contains(bytes(16)) == -1
+
+
+def test_a_part_in_dram_and_a_part_on_disk(tmp_path: Path) -> None:
+    tokens = prompt(0, 64)
+    with make_engine(64, tmp_path) as engine:
+        stored(engine, tokens)
+        assert engine.flush(10)
+    with make_engine(64, tmp_path) as engine:
+        assert retrieved(engine, tokens[:20]) == 20
+        assert retrieved(engine, tokens) == 64
+        assert engine.get_stats()["hit_tokens"] == {"disk": 20 + 44, "dram": 20}
+
+
+def test_a_corrupt_frame_is_a_miss_from_there_on(tmp_path: Path) -> None:
+    tokens = prompt(0, 64)
+    with make_engine(64, tmp_path) as engine:
+        stored(engine, tokens)
+    data = next(path for path in tmp_path.iterdir() if path.name == "data")
+    content = bytearray(data.read_bytes())
+    needle = Pages()
+    slots = np.arange(64)
+    needle.prefill(tokens, slots)
+    wanted = needle.tensors[0][0, 7].tobytes()
+    at = content.index(wanted)
+    content[at] ^= 1
+    data.write_bytes(content)
+    with make_engine(64, tmp_path) as engine:
+        assert retrieved(engine, tokens) == 28
+        assert engine.get_stats()["miss_tokens"] == {"corrupt": 36}
+        assert engine.lookup(tokens) == 28
+        stored(engine, tokens)
+        assert retrieved(engine, tokens) == 64
+
+
+def test_two_engines_cannot_own_one_directory(tmp_path: Path) -> None:
+    with make_engine(4, tmp_path), pytest.raises(LockedError, match="in use by process"):
+        make_engine(4, tmp_path)
+
+
+def test_the_planner_leaves_to_prefill_what_it_does_faster(tmp_path: Path) -> None:
+    tokens = prompt(0, 64)
+    with make_engine(64) as engine:
+        stored(engine, tokens)
+        for n in (100, 1000):
+            engine.observe_prefill(n, 0, n * 1e-12)
+            engine.cost.observe_load("dram", n * 1000, float(n))
+        assert retrieved(engine, tokens) == 0
+        assert engine.get_stats()["miss_tokens"] == {"cheaper_to_recompute": 64}
+    with make_engine(64, **{"engine.planner": False}) as engine:
+        stored(engine, tokens)
+        engine.observe_prefill(100, 0, 1e-12)
+        engine.observe_prefill(1000, 0, 1e-12)
+        assert retrieved(engine, tokens) == 64
+
+
+def test_results_speak_the_callers_language() -> None:
+    torch = pytest.importorskip("torch")
+    with make_engine(8) as engine:
+        tokens, pages = prompt(0, 8), Pages()
+        slots = pages.slots(8)
+        engine.store(torch.tensor(tokens), None, pages.tensors, torch.tensor(slots))
+        mask = engine.retrieve(torch.tensor(tokens), torch.ones(8, dtype=torch.bool), pages.tensors, slots)
+        assert mask.dtype == torch.bool
+        assert mask.all()
+        assert isinstance(engine.retrieve(tokens, None, pages.tensors, slots), np.ndarray)
+
+
+def test_bad_arguments_end_in_one_clear_line() -> None:
+    with make_engine(8) as engine:
+        tokens, pages = prompt(0, 8), Pages()
+        slots = pages.slots(8)
+        cases = [
+            (lambda: engine.store(tokens, None, None, slots), "kvcaches is missing"),
+            (lambda: engine.store(tokens, None, pages.tensors), "slot_mapping is missing"),
+            (lambda: engine.store(tokens, None, pages.tensors, slots[:5]), r"slot_mapping of shape \(5,\)"),
+            (lambda: engine.store(tokens, None, pages.tensors, slots + 256), "slot [0-9]+: the KV cache has slots"),
+            (lambda: engine.store(tokens, None, pages.tensors, slots, 9), "offset=9"),
+            (lambda: engine.retrieve(tokens, np.ones(3, bool), pages.tensors, slots), r"mask of shape \(3,\)"),
+            (lambda: engine.retrieve(tokens, tokens % 2 == 0, pages.tensors, slots), "mask: must be False"),
+            (lambda: engine.lookup([[1]]), "one row of integers"),
+            (lambda: engine.contains(b"short"), "key of 5 bytes"),
+        ]
+        for call, message in cases:
+            with pytest.raises(InputError, match=message) as caught:
+                call()
+            assert "\n" not in str(caught.value)
+        at_rest(engine)
+    with pytest.raises(ClosedError):
+        engine.lookup(tokens)
+    engine.close()
+
+
+def test_an_arena_of_no_block_is_refused() -> None:
+    with pytest.raises(ConfigError, match="at least one KV block of 4096 bytes"):
+        make_engine(1, **{"storage.cpu.size": SLOT - 1})
+
+
+def test_defaults_are_enough() -> None:
+    with CacheEngine(Namespace(model="m", geometry=GEOMETRY)) as engine:
+        assert stored(engine, prompt(0, 8)) == 8
