@@ -96,6 +96,17 @@ def test_everything_is_loaded_until_prefill_is_known() -> None:
     assert np.isnan(plan.seconds)
 
 
+def test_short_rests_say_nothing_about_a_long_prompt() -> None:
+    cost = CostModel()
+    for seconds in (0.40, 0.46):
+        cost.recompute.observe(1, 63, seconds)
+    for size in (10_000, 20_000):
+        cost.observe_load("dram", size, 1e-3 + size / 1e10)
+    assert plan_load([Segment("dram", 4096)], 4100, 100, cost).tokens == 4096
+    cost.recompute.observe(4096, 0, 9.0)
+    assert plan_load([Segment("dram", 4096)], 4100, 100, cost).tokens == 4096
+
+
 def test_a_slow_tier_is_left_alone() -> None:
     cost = model(0.0, 1e-4, 0.0)
     for size in (10_000, 20_000):

@@ -29,6 +29,11 @@ class OnlineFit:
     def ready(self) -> bool:
         return len(self._rows) >= 2
 
+    def largest(self, feature: int) -> float:
+        """The largest value that a feature had in the observations."""
+        with self._lock:
+            return max((row[feature] for row in self._rows), default=0.0)
+
     def observe(self, features: tuple[float, ...], seconds: float) -> None:
         """One measured call: its features and how long it took (more than 0 seconds, else ignored)."""
         if seconds > 0:
@@ -75,6 +80,13 @@ class RecomputeCost:
     @property
     def ready(self) -> bool:
         return self._fit.ready
+
+    def knows(self, tokens: int) -> bool:
+        """Whether a prefill of so many tokens can be predicted: at most twice the longest one measured.
+
+        After hits only their short rests have been measured, which say next to nothing about a long prompt.
+        """
+        return self.ready and tokens <= 2 * self._fit.largest(1)
 
     def observe(self, tokens: int, context: int, seconds: float) -> None:
         """A measured prefill of `tokens` behind `context` tokens."""

@@ -31,11 +31,12 @@ def plan_load(
     The engine has the first `start` tokens already; segments follow from there on.
 
     Only the ends of segments can be best: loading grows linearly with the split inside a segment while what recomputing
-    saves grows at least linearly (attention makes later tokens dearer), so their sum is concave there. Until prefill
-    has been measured everything held is loaded. At least one token always remains to be computed, whatever is held.
+    saves grows at least linearly (attention makes later tokens dearer), so their sum is concave there. Until prefills
+    about as long have been measured everything held is loaded. At least one token always remains to be computed,
+    whatever is held.
     """
     held = sum(segment.tokens for segment in segments)
-    if not cost.recompute.ready:
+    if not cost.recompute.knows(prompt_tokens - start):
         return Plan(held, float("nan"))
     best = Plan(0, cost.recompute.seconds(max(1, prompt_tokens - start), start))
     split, loading = start, 0.0
