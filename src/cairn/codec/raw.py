@@ -4,7 +4,7 @@ from cairn.codec.base import Codec, Octets
 
 
 class Raw(Codec):
-    """Moves no bytes: encode returns the block's own memory, decode in place copies nothing."""
+    """Moves no bytes: encode returns the block itself, and decode leaves it alone when it is given as both."""
 
     id = "raw"
     lossless = True
@@ -18,6 +18,6 @@ class Raw(Codec):
     def decode(self, stored: Octets, out: Octets) -> bool:
         if len(stored) != len(out):
             return False
-        if stored.ctypes.data != out.ctypes.data:
+        if stored is not out:
             out[:] = stored
         return True

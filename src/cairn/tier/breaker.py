@@ -59,6 +59,8 @@ class Breaker:
 
     def success(self) -> None:
         """An operation went well."""
+        if self._retry_at is None and not self._failures:
+            return  # nearly always, and then without the lock
         with self._lock:
             if self._retry_at is None:
                 self._failures = 0

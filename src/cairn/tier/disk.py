@@ -12,6 +12,7 @@ from cairn.codec import Raw, Shard
 from cairn.codec.frame import WHOLE, Framer
 from cairn.errors import InputError, StorageError
 from cairn.index import LRU, EvictionPolicy, PrefixIndex
+from cairn.index.slots import SlotIds
 from cairn.kv import Keys, KVGeometry
 from cairn.kv.namespace import DIGEST_BYTES
 from cairn.observe.reasons import Reason
@@ -137,6 +138,12 @@ class DiskTier(Tier):
         """As the contract says. Once a sync has failed every later one is False: the kernel reports a lost page once
         and forgets it, so nobody can tell any more what is on the device."""
         return not self._closed and self._sync(timeout)
+
+    def slots_of(self, keys: Keys) -> SlotIds:
+        """In which slots the leading blocks of the chain are; they may move as soon as this is said."""
+        slots = self._index.pin(keys, use=False)
+        self._index.unpin(slots)
+        return slots
 
     def load_cost(self) -> LoadEstimate:
         """What reading takes now, for the planner; fitted to the latest batches, queueing included."""

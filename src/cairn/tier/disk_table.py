@@ -14,7 +14,9 @@ Nothing is served because a record says so: a reader still checks the frame in t
 disk before or after its slot in a power cut is a miss at worst.
 """
 
+import errno
 import os
+from itertools import pairwise
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -26,7 +28,6 @@ from cairn.tier.disk_directory import RECORD_BYTES
 
 _WORDS: Final = RECORD_BYTES // 8
 _KEY, _PARENT, _NAMESPACE, _SEQUENCE, _CHECK = slice(0, 2), slice(2, 4), slice(4, 6), 6, 7
-_EMPTY: Final = bytes(RECORD_BYTES)
 _PRIME: Final = np.uint64(0x9E3779B185EBCA87)
 _SEED: Final = np.uint64(0xC2B2AE3D27D4EB4F)
 
@@ -102,9 +103,9 @@ class RecordTable:
 
     def clear(self, slots: SlotIds) -> None:
         """Empties the records of slots [n], before anything else is written into these slots."""
-        for slot in slots[self._used[slots]].tolist():
-            os.pwrite(self._fd, _EMPTY, slot * RECORD_BYTES)
-            self._used[slot] = False
+        slots = slots[self._used[slots]]
+        self._write(slots, np.zeros((len(slots), _WORDS), np.uint64))
+        self._used[slots] = False
 
     def publish(self, slots: SlotIds, keys: Keys, parents: Keys, namespace: bytes) -> None:
         """Records that slots [n] hold keys [n, 2] below parents [n, 2], which are in chain order."""
@@ -115,9 +116,18 @@ class RecordTable:
         records[:, _SEQUENCE] = np.arange(self._next, self._next + len(slots), dtype=np.uint64)
         records[:, _CHECK] = checksums(records, slots)
         self._next += len(slots)
-        for slot, record in zip(slots.tolist(), records.astype("<u8", copy=False), strict=True):
-            self._used[slot] = True
-            os.pwrite(self._fd, record.tobytes(), slot * RECORD_BYTES)
+        self._used[slots] = True
+        self._write(slots, records)
+
+    def _write(self, slots: SlotIds, records: Records) -> None:
+        """One call for each run of neighbouring slots, in the order given."""
+        data = records.astype("<u8", copy=False).tobytes()
+        edges = [0, *(np.flatnonzero(np.diff(slots) != 1) + 1).tolist(), len(slots)]
+        for start, stop in pairwise(edges):
+            if start < stop:
+                run = data[start * RECORD_BYTES : stop * RECORD_BYTES]
+                if os.pwrite(self._fd, run, int(slots[start]) * RECORD_BYTES) != len(run):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def sync(self) -> None:
         """Brings the records to the device."""
