@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 RESULTS := benchmarks/results
+TRACE ?= $(firstword $(wildcard ../shared/traces/conversation_trace.jsonl benchmarks/traces/*.jsonl))
 
 .PHONY: help venv demo test lint format bench docs clean
 .DEFAULT_GOAL := help
@@ -44,10 +45,10 @@ format: $(READY) ## bring the code into shape
 
 bench: $(READY) ## measure this machine; results go to benchmarks/results/
 	@mkdir -p $(RESULTS)
-	@set -e; for name in engine disk index policy; do \
-		echo "cairn bench $$name"; \
-		$(BIN)/cairn bench $$name --json > $(RESULTS)/$$name.json.new; \
-		mv $(RESULTS)/$$name.json.new $(RESULTS)/$$name.json; \
+	@set -e; for bench in engine disk index "policy $(TRACE)"; do \
+		echo "cairn bench $$bench"; \
+		$(BIN)/cairn bench $$bench --json > $(RESULTS)/new; \
+		mv $(RESULTS)/new $(RESULTS)/$${bench%% *}.json; \
 	done
 
 docs: $(READY) ## renew docs/configuration.md from the schema

@@ -43,7 +43,7 @@ COMMANDS = [path for path, _ in every_command(typer.main.get_command(app))]
 def test_the_commands_are_there() -> None:
     benches = {("bench", name) for name in ("engine", "disk", "index", "policy")}
     configs = {("config", name) for name in ("show", "check", "schema", "docs")}
-    assert {*COMMANDS} == {("inspect",), ("version",), *benches, *configs}
+    assert {*COMMANDS} == {("demo",), ("inspect",), ("version",), *benches, *configs}
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
@@ -102,6 +102,12 @@ def test_what_cairn_raises_is_one_line(
 
     monkeypatch.setattr("cairn.config.load_config", lambda *_, **__: fail())
     assert_one_line(run("config", "check"), code, "/x: is no directory")
+
+
+def test_a_package_of_an_extra_that_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cairn.config", None)  # any import that fails will do; torch's stands for it
+    monkeypatch.setattr("cairn.cli._EXTRA", {"cairn.config"})
+    assert_one_line(run("config", "check"), 1, "cairn.config is not installed; pip install 'cairn-kv[demo]' brings it")
 
 
 def test_config_show(run: Run, tmp_path: Path) -> None:

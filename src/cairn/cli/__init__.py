@@ -12,6 +12,7 @@ import typer
 from cairn import __version__
 from cairn.cli.bench import app as bench
 from cairn.cli.config import app as config
+from cairn.cli.demo import demo
 from cairn.cli.inspect import inspect
 from cairn.cli.output import help_if_alone
 from cairn.cli.version import version
@@ -19,13 +20,15 @@ from cairn.errors import CairnError, ConfigError, GeometryError, InputError
 
 # typer carries its own copy of click and exports only some of its exceptions; this is the root of those for bad usage.
 _UsageError = cast(type[typer.BadParameter], typer.BadParameter.__bases__[0])
+_EXTRA = {"accelerate", "gguf", "matplotlib", "torch", "transformers"}
 _BAD_INPUT = (ConfigError, GeometryError, InputError)
 
 app = typer.Typer(name="cairn", rich_markup_mode=None, pretty_exceptions_enable=False)
-app.command()(version)
+app.command()(demo)
+app.add_typer(bench, name="bench")
 app.command()(inspect)
 app.add_typer(config, name="config")
-app.add_typer(bench, name="bench")
+app.command()(version)
 
 
 @app.callback(invoke_without_command=True)
@@ -49,6 +52,10 @@ def main() -> None:
     except _UsageError as error:
         command = error.ctx.command_path if error.ctx else "cairn"
         code = _complain(f"{error.format_message().rstrip('.')}; see `{command} --help`", 2)
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRA:
+            raise
+        code = _complain(f"{error.name} is not installed; pip install 'cairn-kv[demo]' brings it", 1)
     except typer.Abort:
         code = _complain("aborted", 130)
     sys.exit(code)

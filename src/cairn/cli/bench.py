@@ -64,7 +64,7 @@ def index(as_json: AsJson = False) -> None:
 
 @app.command()
 def policy(
-    trace: Annotated[Path, typer.Argument(help="Trace of requests, a JSON object a line.")],
+    trace: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Requests, a JSON object a line.")],
     as_json: AsJson = False,
 ) -> None:
     """Replay a trace: hit rate of every policy, beside Belady.
