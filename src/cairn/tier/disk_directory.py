@@ -96,11 +96,12 @@ class CacheDirectory:
                 raise StorageError(f"{self.path}: holds {strangers[0]!r} but no superblock; give an empty directory")
         else:
             _refuse_other(self.path, found, wanted)
-        self.data_fd = _open(self.path / "data")
-        self.table_fd = _open(self.path / "table")
-        _require_space(self.path, wanted, (self.data_fd, self.table_fd))
+        _require_space(self.path, wanted)
+        # Before the other files: without a superblock they would be taken for somebody else's.
         if found != wanted:
             _write_superblock(self.path, wanted)
+        self.data_fd = _open(self.path / "data")
+        self.table_fd = _open(self.path / "table")
         _resize(self.path, self.table_fd, wanted.table_bytes)
         _resize(self.path, self.data_fd, wanted.data_bytes)
         _sync_directory(self.path)
@@ -165,9 +166,10 @@ def _open(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
-def _require_space(path: Path, wanted: Superblock, fds: tuple[int, int]) -> None:
+def _require_space(path: Path, wanted: Superblock) -> None:
     """Says at once what would fail later, and before anything has been taken."""
-    had = sum(os.fstat(fd).st_blocks * 512 for fd in fds)
+    files = (path / "data", path / "table")
+    had = sum(file.stat().st_blocks * 512 for file in files if file.exists())
     need = wanted.data_bytes + wanted.table_bytes + _FIXED_BYTES - had
     system = os.statvfs(path)
     free = system.f_bavail * system.f_frsize
