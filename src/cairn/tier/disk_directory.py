@@ -173,7 +173,7 @@ def _require_space(path: Path, wanted: Superblock) -> None:
     need = wanted.data_bytes + wanted.table_bytes + _FIXED_BYTES - had
     system = os.statvfs(path)
     free = system.f_bavail * system.f_frsize
-    if need > free:
+    if need > free and system.f_blocks:  # some (ramfs) tell nothing
         raise _no_space(path, need, free)
 
 
