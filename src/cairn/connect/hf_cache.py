@@ -33,7 +33,8 @@ class CairnCache(Cache):  # type: ignore[misc]
     It begins with the stored prefix, of which each layer is waited for only when the model comes to it, and leaves at
     least one token to compute. New whole blocks of the prompt are stored as the model passes; those of the answer when
     `finish` is called or the context manager is left, so that the next turn finds them too. Crop, beams, several
-    samples of one prompt, assisted decoding and chunked prefill work; of several sequences only the prompt is stored.
+    samples of one prompt and chunked prefill work, as does assisted decoding, for which Transformers computes the whole
+    prompt whatever its cache holds; of several sequences only the prompt is stored.
 
     A failure in Cairn turns it into a plain cache (counted, logged once). InputError comes up in the forward pass when
     a cache that began with a prefix is used with another prompt, a padding mask or positions of the caller's own: then
@@ -132,6 +133,8 @@ class CairnCache(Cache):  # type: ignore[misc]
         blocks of the prompt that it completes."""
         self._abort_store()
         self._started, self._waited_s = time.perf_counter(), 0.0
+        if self._history.is_given_whole(arguments):
+            self._forgo_prefix()
         self._past, self._pass_tokens = int(self.get_seq_length()), 0
         history = self._history
         if not history.trusted:
@@ -245,6 +248,11 @@ class CairnCache(Cache):  # type: ignore[misc]
         self._abort_store()
         if self._history.began_with:
             raise InputError(f"a CairnCache was used with {what}: make one for each prompt, from the same input_ids")
+
+    def _forgo_prefix(self) -> None:
+        """The model is given the whole prompt all the same (assisted decoding does so): then it computes all of it."""
+        self.reset()
+        self.reused_tokens, self.reused_by_tier = 0, {}
 
     def _settle(self) -> None:
         """Ends what is under way: a load is waited for, a store given up."""

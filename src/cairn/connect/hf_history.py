@@ -22,6 +22,14 @@ class History:
         self._parts: list[torch.Tensor] = [prompt[:held]]
         self._plain = torch.ones((), dtype=torch.bool)
 
+    def is_given_whole(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether the first pass, with these arguments, begins with the prompt itself and not behind what is held."""
+        ids = arguments.get("input_ids")
+        first = self.began_with > 0 and self.length == self.began_with and len(self._parts) == 1
+        if not first or ids is None or ids.shape[1] < len(self.prompt):
+            return False
+        return bool((ids[:, : len(self.prompt)] == self.prompt.to(ids.device)).all())
+
     def add(self, arguments: Mapping[str, Any], past: int) -> str | None:
         """A forward pass with these arguments begins, behind `past` cached tokens; what is wrong with it, or None."""
         ids = arguments.get("input_ids")

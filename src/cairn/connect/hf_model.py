@@ -36,6 +36,7 @@ def refuse_model(model: Any) -> None:
     reasons = {
         "its cache also holds encoder states": config.is_encoder_decoder,
         "what it computes depends on more than token ids": config.get_text_config(decoder=True) is not config,
+        "its attention looks both ways": any(getattr(part, "is_causal", True) is False for part in model.modules()),
         "its state is recurrent": getattr(model, "_is_stateful", False),
         "Transformers keeps MLA expanded, not as a latent": bool(getattr(config, "kv_lora_rank", None)),
         "some of its layers share the KV of others": bool(getattr(config, "num_kv_shared_layers", None)),

@@ -72,15 +72,15 @@ def _ask_all(options: Options, text: Text, home: Path, storage: events.Storage, 
     questions = list(options.questions or text.questions)
     everything = range(len(questions))
     screen.heading(f"The text: {text.title}")
-    screen.line(f"licence: {text.license}; {len(text.content):,} characters, of which the prompts hold the first part")
+    screen.line(f"licence: {text.license}; the prompts hold its first part")
 
     def job(ask: list[int], where: events.Storage | None) -> events.Job:
         return events.Job(
             str(home), text.content, questions, ask, options.tokens, options.answer_tokens, options.dtype, where
         )
 
-    for number, question in enumerate(questions):
-        screen.question(number, question)
+    for number, wording in enumerate(questions):
+        screen.question(number, wording)
     screen.heading("Process 1: plain Transformers, without Cairn")
     plain = _ask(job(list(everything), None), screen, None)
     screen.heading("Process 2: Cairn, at first with an empty cache, then with the text in DRAM")

@@ -1,0 +1,185 @@
+"""What the connector will not do: serve models it cannot, and KV of other tokens than it was computed from."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from cairn.connect.hf_model import namespace_of, weights_revision
+from cairn.connect.transformers import CairnConnector
+from cairn.errors import ClosedError, GeometryError, InputError
+from tests.connect.rig import check, figures, generate, open_engine, prompt, tiny_model
+
+MODEL = tiny_model()
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+
+
+@pytest.fixture
+def connector() -> Iterator[CairnConnector]:
+    with open_engine(MODEL) as engine, CairnConnector(MODEL, engine) as connector:
+        yield connector
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def test_models_whose_kv_is_not_the_prefix_alone_are_refused() -> None:
+    models = [
+        (MistralForCausalLM(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=32)), "sliding_window=32"),
+        (tiny_model(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "'dynamic'"),
+        (
+            T5ForConditionalGeneration(T5Config(d_model=32, d_ff=64, num_layers=1, num_heads=2, vocab_size=96)),
+            "encoder",
+        ),
+        (MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=96)), "recurrent"),
+        (DeepseekV2ForCausalLM(DeepseekV2Config(**SMALL, kv_lora_rank=8, n_routed_experts=4)), "MLA"),
+        (BertLMHeadModel(BertConfig(**SMALL)), "both ways"),
+    ]
+    for model, reason in models:
+        with pytest.raises(GeometryError, match=reason) as caught:
+            namespace_of(model)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_does_not_fit_the_engine_is_refused(connector: CairnConnector) -> None:
+    with pytest.raises(GeometryError, match="must be equal"):
+        CairnConnector(tiny_model(num_key_value_heads=4), connector.engine)
+    with pytest.raises(GeometryError, match="must be equal"):
+        CairnConnector(tiny_model().to(torch.bfloat16), connector.engine)
+
+
+def test_a_revision_tells_any_change_of_the_weights() -> None:
+    revision = weights_revision(MODEL)
+    assert weights_revision(tiny_model()) == revision
+    changed = tiny_model()
+    with torch.no_grad():
+        changed.model.layers[1].mlp.up_proj.weight[3, 7] += 1e-3
+    assert weights_revision(changed) != revision
+    assert weights_revision(tiny_model(rms_norm_eps=1e-3)) != revision
+    assert weights_revision(tiny_model().to(torch.bfloat16)) != revision
+
+
+# --- requests --------------------------------------------------------------------------------------------------------
+
+
+def test_one_sequence_of_token_ids_is_what_a_cache_is_for(connector: CairnConnector) -> None:
+    for wrong in (prompt(0, 20).repeat(2, 1), prompt(0, 0), torch.ones(1, 4), -prompt(0, 5) - 1):
+        with pytest.raises(InputError):
+            connector.cache(wrong)
+    for right in (prompt(0, 20), prompt(0, 20)[0], prompt(0, 20)[0].tolist()):
+        assert connector.cache(right).get_seq_length() == 0
+
+
+def test_a_prefix_is_not_lent_to_another_prompt(connector: CairnConnector) -> None:
+    ids = prompt(1, 40)
+    check(MODEL, connector, ids)
+    other = ids.clone()
+    other[0, 35] += 1
+    with pytest.raises(InputError, match="another prompt"):
+        generate(MODEL, other, connector.cache(ids))
+    with pytest.raises(InputError, match="another prompt"):
+        generate(
+            MODEL,
+            ids.repeat(2, 1).index_put((torch.tensor(1), torch.tensor(38)), torch.tensor(1)),
+            connector.cache(ids),
+        )
+    padding = torch.ones_like(ids)
+    padding[0, :3] = 0
+    with pytest.raises(InputError, match="padding"):
+        MODEL.generate(ids, attention_mask=padding, past_key_values=connector.cache(ids), max_new_tokens=2)
+    with pytest.raises(InputError, match="positions"):
+        MODEL(ids[:, 32:], position_ids=torch.arange(8)[None], past_key_values=connector.cache(ids))
+    with pytest.raises(InputError, match="embeddings"):
+        MODEL(inputs_embeds=torch.zeros(1, 8, 32), past_key_values=connector.cache(ids))
+
+
+def test_nothing_is_stored_of_passes_that_are_not_plain(connector: CairnConnector) -> None:
+    ids, other = prompt(2, 40), prompt(3, 40)
+    with connector.cache(ids) as cache:
+        assert torch.equal(generate(MODEL, other, cache)[0], generate(MODEL, other)[0])
+    padding = torch.ones_like(ids)
+    padding[0, :3] = 0
+    with connector.cache(ids) as cache:
+        MODEL.generate(ids, attention_mask=padding, past_key_values=cache, max_new_tokens=2)
+    with connector.cache(ids) as cache:
+        MODEL(ids, position_ids=torch.arange(5, 45)[None], past_key_values=cache)
+    assert connector.engine.lookup(ids[0]) == connector.engine.lookup(other[0]) == 0
+
+
+def test_a_shifted_answer_is_not_stored(connector: CairnConnector) -> None:
+    """Behind the prompt as well, only plain positions count."""
+    ids, more = prompt(4, 32), prompt(5, 32)
+    with connector.cache(ids) as cache:
+        MODEL(ids, past_key_values=cache)
+        MODEL(more, position_ids=torch.arange(100, 132)[None], past_key_values=cache)
+    assert connector.engine.lookup(torch.cat([ids, more], dim=1)[0]) == 32
+
+
+def test_kv_of_a_model_in_training_is_refused(connector: CairnConnector) -> None:
+    MODEL.train()
+    try:
+        with pytest.raises(InputError, match="eval"):
+            MODEL(prompt(6, 20), past_key_values=connector.cache(prompt(6, 20)))
+    finally:
+        MODEL.eval()
+
+
+def test_kv_of_another_model_is_not_stored(connector: CairnConnector) -> None:
+    ids, other = prompt(7, 40), tiny_model(seed=1)
+    with connector.cache(ids) as cache:
+        other(ids, past_key_values=cache)
+    assert connector.engine.lookup(ids[0]) == 0
+    check(MODEL, connector, ids)
+    with pytest.raises(InputError, match="did not see"):
+        other(ids[:, 32:], past_key_values=connector.cache(ids))
+
+
+# --- failures --------------------------------------------------------------------------------------------------------
+
+
+def test_an_engine_that_is_gone_costs_nothing_but_the_reuse(connector: CairnConnector) -> None:
+    ids = prompt(8, 60)
+    check(MODEL, connector, ids)
+    cache = connector.cache(ids)
+    connector.engine.close()
+    assert torch.equal(generate(MODEL, ids, cache)[0], generate(MODEL, ids)[0])
+    assert cache.finish() == 0
+    assert figures(connector.engine)["failures"]["engine"]["closed"] > 0
+    with pytest.raises(ClosedError):
+        connector.cache(ids)
+
+
+def test_a_pass_that_fails_stores_nothing(connector: CairnConnector) -> None:
+    ids = prompt(9, 40)
+
+    def fail(*_: object) -> None:
+        raise MemoryError("no memory")
+
+    hook = MODEL.model.layers[2].register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError), connector.cache(ids) as cache:
+        generate(MODEL, ids, cache)
+    hook.remove()
+    assert connector.engine.lookup(ids[0]) == 0
+    assert figures(connector.engine)["tiers"]["dram"]["reserved_blocks"] == 0
+    check(MODEL, connector, ids)
+
+
+def test_a_closed_connector_leaves_no_hook_behind() -> None:
+    model = tiny_model()
+    with CairnConnector.open(model, dram_bytes=1 << 20, revision="r1") as connector:
+        assert connector.engine.namespace.revision == "r1"
+        check(model, connector, prompt(10, 40))
+    assert not model.base_model._forward_pre_hooks
+    assert not model.base_model._forward_hooks
