@@ -136,6 +136,14 @@ def test_kv_of_a_model_in_training_is_refused(connector: CairnConnector) -> None
         MODEL.eval()
 
 
+def test_kv_of_another_dtype_is_not_stored(connector: CairnConnector) -> None:
+    ids = prompt(11, 40)
+    with connector.cache(ids) as cache, torch.autocast("cpu", dtype=torch.bfloat16):
+        MODEL(ids, past_key_values=cache)
+    assert connector.engine.lookup(ids[0]) == 0
+    check(MODEL, connector, ids)
+
+
 def test_kv_of_another_model_is_not_stored(connector: CairnConnector) -> None:
     ids, other = prompt(7, 40), tiny_model(seed=1)
     with connector.cache(ids) as cache:

@@ -224,7 +224,8 @@ class CairnCache(Cache):  # type: ignore[misc]
     def _store_all(self, tokens: torch.Tensor) -> int:
         """Stores all whole blocks of `tokens`, which the cache holds, that are not stored; returns how many."""
         length = self._history.length
-        if any((layer.get_seq_length(), layer.keys.dtype) != (length, self._dtype) for layer in self.layers):
+        kinds = {(layer.get_seq_length(), layer.keys.dtype, layer.values.dtype) for layer in self.layers}
+        if kinds != {(length, self._dtype, self._dtype)}:
             return 0
         store = self._store = self._engine.store_layers(self._engine.chain(tokens.numpy()))
         if store is None:

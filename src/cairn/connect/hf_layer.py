@@ -33,7 +33,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         """Appends [batch, heads, new, dim]; returns all of K and V, as views."""
         past = self.get_seq_length()
         total = past + key_states.shape[-2]
-        if not self._fits(key_states, total):
+        if not self._fits(key_states, value_states, total):
             self._grow(key_states, value_states, past, total)
         keys, values = self.buffers
         # Inference only: what is written into the buffers carries no gradient.
@@ -46,11 +46,12 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         """Forgets all tokens; the buffers stay."""
         self.adopt(self.buffers, 0)
 
-    def _fits(self, new: torch.Tensor, total: int) -> bool:
-        buffer = self.buffers[0]
-        in_place = self.get_seq_length() == 0 or self.keys.data_ptr() == buffer.data_ptr()
-        same_kind = (buffer.shape[0], buffer.dtype) == (new.shape[0], new.dtype)
-        return bool(in_place and same_kind and total <= buffer.shape[2])
+    def _fits(self, key_states: torch.Tensor, value_states: torch.Tensor, total: int) -> bool:
+        keys, values = self.buffers
+        in_place = self.get_seq_length() == 0 or self.keys.data_ptr() == keys.data_ptr()
+        same_batch = keys.shape[0] == key_states.shape[0]
+        same_dtypes = (keys.dtype, values.dtype) == (key_states.dtype, value_states.dtype)
+        return bool(in_place and same_batch and same_dtypes and total <= keys.shape[2])
 
     def _grow(self, key_states: torch.Tensor, value_states: torch.Tensor, past: int, total: int) -> None:
         room = max(self.buffers[0].shape[2], total + total // 4)
