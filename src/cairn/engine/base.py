@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cairn.engine.hold import Hold
+from cairn.engine.writing import Writing
 from cairn.kv import Keys
 
 
@@ -25,7 +26,7 @@ class BlockStore(ABC):
     """
 
     memory: npt.NDArray[np.uint8]
-    """The arena, uint8 [rows, stride]; a row is touched only by who reserved or holds it."""
+    """The arena, uint8 [rows, stride]; a row is touched only by who writes or holds it."""
 
     @abstractmethod
     def match(self, keys: Keys) -> Held:
@@ -36,20 +37,8 @@ class BlockStore(ABC):
         """Pins the leading blocks and starts to bring up those that are not in DRAM. Returns at once."""
 
     @abstractmethod
-    def reserve(self, count: int) -> npt.NDArray[np.int32]:
-        """Up to `count` rows for the caller to fill; fewer when all others are in use."""
-
-    @abstractmethod
-    def commit(self, keys: Keys, first: int, rows: npt.NDArray[np.int32], *, namespace: bytes) -> int:
-        """Publishes filled rows as blocks first.. of the chain and takes the rows back; returns how many are new."""
-
-    @abstractmethod
-    def abort(self, rows: npt.NDArray[np.int32]) -> None:
-        """Takes reserved rows back unpublished."""
-
-    @abstractmethod
-    def touch(self, keys: Keys, namespace: bytes) -> None:
-        """Counts a use of blocks that the caller did not need to load or store."""
+    def write(self, keys: Keys, *, namespace: bytes) -> Writing:
+        """Rows for the blocks of a chain that DRAM lacks, as many as can be had; counts a use of those it has."""
 
     @abstractmethod
     def flush(self, timeout: float) -> bool:

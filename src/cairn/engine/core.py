@@ -10,7 +10,6 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from cairn.config import Config
 from cairn.copy import CpuCopier, PagedKV, TokenSlots
@@ -19,6 +18,7 @@ from cairn.engine.base import BlockStore
 from cairn.engine.layers import LayerStore
 from cairn.engine.local import open_local
 from cairn.engine.stage import COPY_BYTES, Span, Stage
+from cairn.engine.writing import Writing
 from cairn.errors import ClosedError, GeometryError, InputError
 from cairn.kv import KeyChain, Namespace
 from cairn.observe.metrics import Figures, Metrics
@@ -176,11 +176,8 @@ class EngineCore:
         Blocks before `first_block` are not at hand. The result's `first_block` and `blocks` say which blocks it takes.
         """
         self._check_open()
-        opened = self._reserve(chain, first_block, len(chain) if stop_block is None else stop_block)
-        if opened is None:
-            return None
-        first, rows = opened
-        return LayerStore(self._store, self._copier, chain.keys, first, rows, chain.namespace)
+        writing = self._write(chain, first_block, stop_block)
+        return LayerStore(writing, self._copier, self._store.memory) if writing else None
 
     def observe_prefill(self, tokens: int, context: int, seconds: float) -> None:
         """Tells the planner what computing `tokens` behind `context` others took."""
@@ -221,19 +218,19 @@ class EngineCore:
 
     # --- parts ---------------------------------------------------------------------------------------------------
 
-    def _reserve(self, chain: KeyChain, given: int, stop: int) -> tuple[int, npt.NDArray[np.int32]] | None:
-        """Rows for the first blocks that DRAM lacks; None if it lacks none or those before `given` are not there."""
+    def _write(self, chain: KeyChain, given: int, stop: int | None = None) -> Writing | None:
+        """Rows for the blocks that DRAM lacks; None if it lacks none, has no room, or lacks some before `given`."""
         keys = chain.keys[:stop]
-        first = self._store.match(keys).dram
-        if first >= len(keys):
-            self._store.touch(keys, chain.namespace)
-            return None
-        if first < given:
+        writing = self._store.write(keys, namespace=chain.namespace)
+        lacking = len(keys) - writing.first
+        if lacking and writing.first < given:
             self._skipped(len(keys) - given, Reason.NO_PARENT)
-            return None
-        rows = self._store.reserve(len(keys) - first)
-        self._skipped(len(keys) - first - len(rows), Reason.NO_SLOT)
-        return (first, rows) if len(rows) else None
+        else:
+            self._skipped(lacking - len(writing.rows), Reason.NO_SLOT)
+            if len(writing.rows):
+                return writing
+        writing.end()
+        return None
 
     def _store_from(
         self,
@@ -246,11 +243,11 @@ class EngineCore:
     ) -> Stored:
         """Stores the whole blocks from token `start` on that DRAM lacks; slots[i] is the slot of token start + i."""
         block = self.geometry.block_tokens
-        opened = self._reserve(chain, -(-start // block), len(chain))
-        if opened is None:
+        writing = self._write(chain, -(-start // block))
+        if writing is None:
             return Stored(0, self._store.match(chain.keys).dram * block)
-        first, rows = opened
         step = max(1, COPY_BYTES // self.geometry.block_bytes)
+        first, rows = writing.first, writing.rows
         new = done = 0
         try:
             while done < len(rows) and not (done and time.monotonic() > deadline) and not (cancel and cancel.is_set()):
@@ -260,11 +257,10 @@ class EngineCore:
                 self._copier.gather(kv, slots[begin : begin + len(piece) * block], self._store.memory, piece)
                 size = len(piece) * self.geometry.block_bytes
                 self.metrics.transferred("dram", "store", size, time.monotonic() - started)
-                new += self._store.commit(chain.keys, first + done, piece, namespace=chain.namespace)
+                new += writing.commit(len(piece))
                 done += len(piece)
         finally:
-            # `commit` took its piece back in any case; a piece whose copy failed is still ours.
-            self._store.abort(rows[done:])
+            writing.end()
         self._skipped(len(rows) - done, Reason.TIMEOUT)
         return Stored(new * block, (first + done) * block)
 

@@ -9,9 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cairn.copy import Copier, PagedKV, TokenSlots
-from cairn.engine.base import BlockStore
+from cairn.engine.writing import Writing
 from cairn.errors import InputError
-from cairn.kv import Keys
 
 
 class LayerLoad:
@@ -67,27 +66,17 @@ class LayerLoad:
 
 
 class LayerStore:
-    """Reserved rows that fill layer by layer; nothing of them can be found before `commit`.
+    """Blocks that fill layer by layer; nothing of them can be found before `commit`.
 
     Owned by one request. After `commit` or `abort` it is over; `abort` after `commit` does nothing.
     """
 
-    def __init__(
-        self,
-        store: BlockStore,
-        copier: Copier,
-        keys: Keys,
-        first: int,
-        rows: npt.NDArray[np.int32],
-        namespace: bytes,
-    ) -> None:
-        self.first_block = first
-        self.blocks = len(rows)
-        self._store = store
+    def __init__(self, writing: Writing, copier: Copier, memory: npt.NDArray[np.uint8]) -> None:
+        self.first_block = writing.first
+        self.blocks = len(writing.rows)
+        self._writing = writing
         self._copier = copier
-        self._keys = keys
-        self._rows = rows
-        self._namespace = namespace
+        self._memory = memory
         self._missing = set(range(copier.geometry.layers))
         self._over = False
 
@@ -97,20 +86,20 @@ class LayerStore:
         """
         if self._over:
             raise InputError(f"layer {layer}: this store was committed or aborted already")
-        self._copier.gather(kv, slots, self._store.memory, self._rows, range(layer, layer + 1))
+        self._copier.gather(kv, slots, self._memory, self._writing.rows, range(layer, layer + 1))
         self._missing.discard(layer)
 
     def commit(self) -> int:
         """Publishes the blocks; returns how many are new. Raises InputError while a layer is missing."""
-        if self._missing:
-            raise InputError(f"layer {min(self._missing)} was not put: every layer must be before commit")
         if self._over:
             return 0
-        self._over = True
-        return self._store.commit(self._keys, self.first_block, self._rows, namespace=self._namespace)
+        if self._missing:
+            raise InputError(f"layer {min(self._missing)} was not put: every layer must be before commit")
+        new = self._writing.commit(self.blocks)
+        self.abort()
+        return new
 
     def abort(self) -> None:
-        """Gives the rows back unpublished."""
-        if not self._over:
-            self._over = True
-            self._store.abort(self._rows)
+        """Gives back what was not committed."""
+        self._over = True
+        self._writing.end()

@@ -3,13 +3,11 @@
 import threading
 import time
 
-import numpy as np
-import numpy.typing as npt
-
 from cairn.config import Config
 from cairn.engine.base import BlockStore, Held
 from cairn.engine.hold import Hold
 from cairn.engine.write_behind import WriteBehind
+from cairn.engine.writing import Writing
 from cairn.index import POLICIES
 from cairn.kv import Keys, KVGeometry
 from cairn.observe.metrics import Metrics
@@ -70,25 +68,14 @@ class LocalStore(BlockStore):
         hold.start()
         return hold
 
-    def reserve(self, count: int) -> npt.NDArray[np.int32]:
-        return self._dram.index.reserve(count)
-
-    def commit(self, keys: Keys, first: int, rows: npt.NDArray[np.int32], *, namespace: bytes) -> int:
-        new = int(np.count_nonzero(self._dram.index.commit(keys, first, rows)))
-        self._metrics.stored_tokens.add(new * self._geometry.block_tokens, tier=self._dram.name)
-        if self._writer:
-            self._writer.offer(keys[: first + len(rows)], namespace)
-        return new
-
-    def abort(self, rows: npt.NDArray[np.int32]) -> None:
-        self._dram.index.free(rows)
-
-    def touch(self, keys: Keys, namespace: bytes) -> None:
-        self._dram.index.touch(keys)
+    def write(self, keys: Keys, *, namespace: bytes) -> Writing:
+        writing = Writing(self._dram.index, keys, lambda upto, new: self._committed(keys[:upto], new, namespace))
         if self._lower:
             self._lower.touch(keys)
         if self._writer:
-            self._writer.offer(keys, namespace)
+            # What DRAM had already may have missed its turn to be written when it was stored.
+            self._writer.offer(keys[: writing.first], namespace)
+        return writing
 
     def flush(self, timeout: float) -> bool:
         if not self._writer or not self._lower:
@@ -124,6 +111,12 @@ class LocalStore(BlockStore):
                 hold.stop_short(Reason.NO_SLOT)
                 return
             first += wanted
+
+    def _committed(self, keys: Keys, new: int, namespace: bytes) -> None:
+        if new:
+            self._metrics.stored_tokens.add(new * self._geometry.block_tokens, tier=self._dram.name)
+        if self._writer:
+            self._writer.offer(keys, namespace)
 
     def _landed(self, blocks: int, seconds: float) -> None:
         assert self._lower is not None

@@ -51,11 +51,11 @@ class WriteBehind:
     def offer(self, keys: Keys, namespace: bytes) -> None:
         """Writes the blocks of a chain that DRAM holds and the lower tier does not. Returns at once."""
         missing = len(keys) - self._lower.match(keys)
-        if not missing or not self._limit:
+        if not missing:
             return
         tip = keys[-1].tobytes()
         with self._changed:
-            if tip in self._waiting or self._cancel.is_set():
+            if tip in self._waiting or not self._limit or self._cancel.is_set():
                 return
             if self._waiting_blocks + missing > self._dram.index.capacity:
                 self._skip(missing, Reason.BACKPRESSURE)
