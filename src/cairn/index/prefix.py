@@ -267,6 +267,8 @@ class PrefixIndex:
         """Removes one block (key [2]) and all that follow from it; returns how many blocks that were."""
         with self._lock:
             tree = self._subtree(key)
+            if not len(tree):
+                return 0
             self.policy.remove(tree)
             freed = np.empty(len(tree), np.int32)
             freed = freed[: _detach(self._table, self._slots, tree, freed)]
