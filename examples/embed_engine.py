@@ -1,6 +1,6 @@
-"""A `CacheEngine` inside one's own inference code: store a prompt's KV blocks, find them again, load them elsewhere.
+"""A `CacheEngine` inside one's own inference code: load what is known of a prompt, store what is new.
 
-    python examples/embed_engine.py
+    python examples/embed_engine.py      # twice: the second time the prompt comes from the disk
 """
 
 import numpy as np
@@ -16,8 +16,7 @@ filled = [np.random.default_rng(layer).random((2, 64, 16, 2, 64)).astype(np.floa
 empty = [np.zeros_like(layer) for layer in filled]
 
 with CacheEngine(Namespace(model="my-model", revision="1", geometry=geometry), config) as engine:
-    print("known before:", engine.lookup(prompt), "tokens")
-    engine.store(prompt, kvcaches=filled, slot_mapping=slots)
     loaded = engine.retrieve(prompt, kvcaches=empty, slot_mapping=slots)
-    print("loaded:", int(loaded.sum()), "of", len(prompt), "tokens; the rest is an unfinished block, to be computed")
+    print("loaded", int(loaded.sum()), "of", len(prompt), "tokens; an unfinished block is left to be computed")
+    print("stored", engine.store(prompt, kvcaches=filled, slot_mapping=slots), "tokens that DRAM did not hold")
     print("hits by tier:", engine.get_stats()["hit_tokens"])
