@@ -48,7 +48,7 @@ Size = Annotated[
 Directory = Annotated[Path, BeforeValidator(_directory)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Threads = Annotated[int, Field(ge=1, le=64)]
-Policy = Literal["lru"]
+Policy = Literal["lru", "s3fifo", "tenure"]
 
 
 class Section(BaseModel):

@@ -3,8 +3,13 @@
 from cairn.index.base import EvictionPolicy
 from cairn.index.lru import LRU
 from cairn.index.prefix import PrefixIndex
+from cairn.index.s3fifo import S3FIFO
+from cairn.index.tenure import Tenure
 
 #: Policies by the name that a configuration gives them.
-POLICIES: dict[str, type[EvictionPolicy]] = {LRU.name: LRU}
+POLICIES: dict[str, type[EvictionPolicy]] = {policy.name: policy for policy in (LRU, S3FIFO, Tenure)}
 
-__all__ = ["LRU", "POLICIES", "EvictionPolicy", "PrefixIndex"]
+#: The policy to use unless there is a reason for another.
+DEFAULT_POLICY = Tenure.name
+
+__all__ = ["DEFAULT_POLICY", "LRU", "POLICIES", "S3FIFO", "EvictionPolicy", "PrefixIndex", "Tenure"]

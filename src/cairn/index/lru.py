@@ -10,6 +10,9 @@ from cairn.jit import kernel
 #: The two ends of a list: [oldest, newest].
 Ends = npt.NDArray[np.int32]
 
+PARKED, LISTED = 0, 1
+"""Values of a slot's `queue`: out of the list until its last child goes; in it."""
+
 
 @kernel
 def push_newest(slots: Slots, ends: Ends, slot: int) -> None:
@@ -20,6 +23,17 @@ def push_newest(slots: Slots, ends: Ends, slot: int) -> None:
     else:
         ends[0] = slot
     ends[1] = slot
+
+
+@kernel
+def push_oldest(slots: Slots, ends: Ends, slot: int) -> None:
+    slots[slot].newer = ends[0]
+    slots[slot].older = NONE
+    if ends[0] != NONE:
+        slots[ends[0]].older = slot
+    else:
+        ends[1] = slot
+    ends[0] = slot
 
 
 @kernel
@@ -36,43 +50,64 @@ def take_out(slots: Slots, ends: Ends, slot: int) -> None:
 
 
 @kernel
-def _insert(slots: Slots, ends: Ends, ids: SlotIds) -> None:
+def _use(slots: Slots, ends: Ends, ids: SlotIds, inserted: bool) -> None:
     for i in range(len(ids) - 1, -1, -1):
+        if not inserted and slots[ids[i]].queue == LISTED:
+            take_out(slots, ends, ids[i])
         push_newest(slots, ends, ids[i])
+        slots[ids[i]].queue = LISTED
 
 
 @kernel
-def _access(slots: Slots, ends: Ends, ids: SlotIds) -> None:
-    for i in range(len(ids) - 1, -1, -1):
-        take_out(slots, ends, ids[i])
-        push_newest(slots, ends, ids[i])
+def _unpark(slots: Slots, ends: Ends, slot: int) -> None:
+    """Puts a parked block that has just become a leaf at the old end: it was met there before its children were."""
+    if slot != NONE and slots[slot].child == NONE and slots[slot].queue == PARKED:
+        push_oldest(slots, ends, slot)
+        slots[slot].queue = LISTED
 
 
 @kernel
 def _remove(slots: Slots, ends: Ends, ids: SlotIds) -> None:
     for i in range(len(ids)):
-        take_out(slots, ends, ids[i])
+        if slots[ids[i]].queue == LISTED:
+            take_out(slots, ends, ids[i])
+    top = ids[0]
+    parent = slots[top].parent
+    if parent != NONE and slots[parent].queue == PARKED and slots[parent].child == top and slots[top].right == NONE:
+        push_oldest(slots, ends, parent)
+        slots[parent].queue = LISTED
 
 
 @kernel
-def _evict(slots: Slots, ends: Ends, victims: SlotIds, steps: int) -> int:
+def _evict(slots: Slots, ends: Ends, victims: SlotIds, pinned: int) -> int:
     found = 0
-    while found < len(victims) and steps > 0 and ends[0] != NONE:
-        steps -= 1
+    while found < len(victims) and ends[0] != NONE:
         slot = ends[0]
         take_out(slots, ends, slot)
         if evictable(slots, slot):
+            parent = slots[slot].parent
             unlink(slots, slot)
             victims[found] = slot
             found += 1
+            _unpark(slots, ends, parent)
+        elif slots[slot].child != NONE:
+            slots[slot].queue = PARKED
         else:
-            # In use, or a younger block hangs below it: as good as used now. Each pays for one step only.
+            # In use, which is as good as used now. Met for the second time, all of the list is in use.
             push_newest(slots, ends, slot)
+            pinned -= 1
+            if pinned < 0:
+                break
     return found
 
 
 class LRU(EvictionPolicy):
-    """Exact LRU over blocks; a request's blocks count as used from its tail to its root, so tails go first."""
+    """Exact LRU over blocks; a request's blocks count as used from its tail to its root, so tails go first.
+
+    A block that stands at the old end while younger blocks hang below it is parked: it leaves the list and returns to
+    the old end with the last of them, which is when LRU would take it. Each use pays for one parking, so eviction is
+    O(1).
+    """
 
     name = "lru"
 
@@ -81,16 +116,14 @@ class LRU(EvictionPolicy):
         self._ends: Ends = np.full(2, NONE, np.int32)
 
     def insert(self, ids: SlotIds, now: float) -> None:
-        _insert(self.slots, self._ends, ids)
+        _use(self.slots, self._ends, ids, True)
 
     def access(self, ids: SlotIds, now: float) -> None:
-        _access(self.slots, self._ends, ids)
+        _use(self.slots, self._ends, ids, False)
 
     def remove(self, ids: SlotIds) -> None:
         _remove(self.slots, self._ends, ids)
 
     def evict(self, want: int, pinned: int, now: float) -> SlotIds:
         victims = np.empty(want, np.int32)
-        # Two turns: what stands above its own children in the list is met once before and once after them.
-        found = _evict(self.slots, self._ends, victims, 4 * want + 2 * pinned + 64)
-        return victims[:found]
+        return victims[: _evict(self.slots, self._ends, victims, pinned)]

@@ -81,4 +81,4 @@ def unlink(slots: Slots, slot: int) -> None:
 @kernel
 def evictable(slots: Slots, slot: int) -> bool:
     """Whether a policy may choose the slot now: findable, unused, and nothing hangs below it."""
-    return slots[slot].state == RESIDENT and slots[slot].pins == 0 and slots[slot].child == NONE
+    return bool(slots[slot].state == RESIDENT and slots[slot].pins == 0 and slots[slot].child == NONE)

@@ -1,7 +1,7 @@
 """The hash table of an index: block key -> slot, open addressing with linear probing and no tombstones.
 
-Keys are digests, so their low bits are the hash. An entry is one uint64: the slot + 1 in the low half, a tag from the key
-in the high half, so that a probe touches a slot's cache line only when it very likely is the right one.
+Keys are digests, so their low bits are the hash. An entry is one uint64: the slot + 1 in the low half, a tag from the
+key in the high half, so that a probe touches a slot's cache line only when it very likely is the right one.
 """
 
 import numpy as np
@@ -33,7 +33,7 @@ def table_find(table: Table, slots: Slots, key0: np.uint64, key1: np.uint64) -> 
         if entry & _HIGH == tag:
             slot = np.int64(entry & _LOW) - 1
             if slots[slot].key0 == key0 and slots[slot].key1 == key1:
-                return slot
+                return int(slot)
         at = (at + np.uint64(1)) & mask
     return NONE
 

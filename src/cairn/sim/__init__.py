@@ -1,0 +1,1 @@
+"""Trace replay with the real index, policies and planner."""
