@@ -257,6 +257,8 @@ def test_callers_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
             tier.read(keys, 0, Rows(np.zeros((2, 4097), np.uint8), rows.ids), deadline=soon())
         with pytest.raises(InputError, match="page-aligned"):
             tier.read(keys, 0, Rows(memory(4)[:, :2048], rows.ids), deadline=soon())
+        with pytest.raises(InputError, match=r"rows 0\.\.1 of 1: must lie within the memory"):
+            tier.read(keys, 0, Rows(rows.memory[:1], rows.ids), deadline=soon())
         with pytest.raises(InputError, match="namespace of 3 bytes"):
             tier.write(keys, 0, rows, namespace=b"abc", deadline=soon())
 

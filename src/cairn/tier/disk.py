@@ -23,7 +23,7 @@ from cairn.tier.breaker import Breaker
 from cairn.tier.disk_batch import Machine, ReadBatch, Tally
 from cairn.tier.disk_directory import CacheDirectory, plan_superblock
 from cairn.tier.disk_ledger import Ledger
-from cairn.tier.disk_slots import SlotFile, fits_direct
+from cairn.tier.disk_slots import SlotFile
 from cairn.tier.disk_table import RecordTable, recover
 from cairn.tier.disk_write import WriteBatch, Writers
 from cairn.tier.flights import Batch, Flights
@@ -255,7 +255,11 @@ class DiskTier(Tier):
     def _check(self, keys: Keys, first: int, rows: Rows) -> None:
         if not 0 <= first <= first + len(rows.ids) <= len(keys):
             raise InputError(f"blocks {first}..{first + len(rows.ids)} of a chain of {len(keys)}: must lie within it")
-        if not fits_direct(rows.memory, self._slots.slot_bytes - 4096):
+        if len(rows.ids) and not 0 <= rows.ids.min() <= rows.ids.max() < len(rows.memory):
+            raise InputError(
+                f"rows {rows.ids.min()}..{rows.ids.max()} of {len(rows.memory)}: must lie within the memory"
+            )
+        if not self._slots.takes(rows.memory):
             raise InputError(
                 f"rows of {rows.memory.shape[1]} bytes: must be page-aligned, of whole pages, "
                 f"and hold a block of {self.geometry.block_bytes} bytes"

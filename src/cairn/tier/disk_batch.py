@@ -1,5 +1,6 @@
 """What reads and writes of the disk tier have in common, and the read: from the first block to the future."""
 
+import logging
 import threading
 import time
 from collections import Counter
@@ -17,15 +18,20 @@ from cairn.tier.disk_ledger import Ledger
 from cairn.tier.disk_slots import SlotFile
 from cairn.tier.flights import Batch
 
+log = logging.getLogger(__name__)
+
 #: What shows that a block is not to be had where the index says it is.
 _LOST: Final = frozenset({Reason.CORRUPT, Reason.FOREIGN, Reason.IO_ERROR})
 
 
+_TRAFFIC: Final = ("read_blocks", "read_bytes", "written_blocks", "written_bytes", "dropped_blocks")
+
+
 class Tally:
-    """Counters by name. Thread-safe."""
+    """Counters by name, those of every reason and of every kind of traffic from zero on. Thread-safe."""
 
     def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
+        self._counts = Counter({f"{reason}_total": 0 for reason in Reason} | dict.fromkeys(_TRAFFIC, 0))
         self._lock = threading.Lock()
 
     def add(self, **amounts: int) -> None:
@@ -74,8 +80,16 @@ class DiskBatch(Batch):
     def move(self, i: int) -> Reason | None:
         raise NotImplementedError
 
-    def close(self) -> list[Batch]:
-        """Counts the outcomes and sets the future; returns the batches to be completed next."""
+    def finish(self) -> None:
+        """Draws the conclusions from the outcomes, and may change them."""
+        raise NotImplementedError
+
+    def complete(self) -> list[Batch]:
+        try:
+            self.finish()
+        except Exception:
+            log.exception("finishing a batch failed in a way it should not have; please report this")
+            self.outcomes = [reason or Reason.IO_ERROR for reason in self.outcomes]
         counts = Counter(f"{reason}_total" for reason in self.outcomes if reason is not None)
         self.machine.tally.add(**counts)
         following = self._on_done(self)
@@ -111,7 +125,7 @@ class ReadBatch(DiskBatch):
         row = self._rows.memory[self._rows.ids[i]]
         return self.machine.slots.read(int(self._slots[i]), self._keys[i].tobytes(), row)
 
-    def complete(self) -> list[Batch]:
+    def finish(self) -> None:
         lost = self._first_lost()
         # While the device fails at everything, the blocks are not to blame.
         if lost is not None and self.machine.breaker.closed:
@@ -120,7 +134,6 @@ class ReadBatch(DiskBatch):
         self.machine.index.unpin(self._slots)
         done = self.outcomes.count(None)
         self.machine.tally.add(read_blocks=done, read_bytes=done * self.machine.slots.block_bytes)
-        return self.close()
 
     def _first_lost(self) -> int | None:
         return next((i for i, reason in enumerate(self.outcomes) if reason in _LOST), None)

@@ -64,9 +64,9 @@ def plan_superblock(geometry: KVGeometry, shard: Shard, capacity_bytes: int) -> 
 
 
 class CacheDirectory:
-    """A cache directory that this process owns until `close`: path, superblock, and the two files' descriptors.
+    """A cache directory that this process owns until `close`: its path, its superblock, and files of the right size.
 
-    data_fd, table_fd: buffered, close-on-exec. Whoever holds them stops using them before `close`.
+    table_fd: the table, opened for everyone who needs it; whoever uses it stops before `close`.
     """
 
     def __init__(self, path: Path, wanted: Superblock) -> None:
@@ -76,7 +76,7 @@ class CacheDirectory:
         """
         self.path = path
         self.superblock = wanted
-        self.data_fd = self.table_fd = self._lock_fd = -1
+        self.table_fd = self._lock_fd = -1
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock_fd = _lock(path)
@@ -100,18 +100,21 @@ class CacheDirectory:
         # Before the other files: without a superblock they would be taken for somebody else's.
         if found != wanted:
             _write_superblock(self.path, wanted)
-        self.data_fd = _open(self.path / "data")
         self.table_fd = _open(self.path / "table")
         _resize(self.path, self.table_fd, wanted.table_bytes)
-        _resize(self.path, self.data_fd, wanted.data_bytes)
+        data_fd = _open(self.path / "data")
+        try:
+            _resize(self.path, data_fd, wanted.data_bytes)
+        finally:
+            os.close(data_fd)
         _sync_directory(self.path)
 
     def close(self) -> None:
         """Closes the files and gives up the lock. Idempotent."""
-        for fd in (self.data_fd, self.table_fd, self._lock_fd):
+        for fd in (self.table_fd, self._lock_fd):
             if fd >= 0:
                 os.close(fd)
-        self.data_fd = self.table_fd = self._lock_fd = -1
+        self.table_fd = self._lock_fd = -1
 
 
 #: Errors that already are the one clear line.

@@ -76,6 +76,11 @@ class SlotFile:
         # The system cuts a write short only where the next byte would have failed for want of room.
         return None if done == self.slot_bytes else Reason.NO_SPACE
 
+    def takes(self, memory: npt.NDArray[np.uint8]) -> bool:
+        """Whether rows of `memory` [slots, stride] can be moved without a copy: whole pages, page-aligned."""
+        aligned = memory.ctypes.data % PAGE == 0 and memory.strides[0] % PAGE == 0 and memory.strides[1] == 1
+        return aligned and memory.shape[1] >= self._row_bytes
+
     def sync(self) -> None:
         """Brings what was written to the device. Raises OSError."""
         os.fdatasync(self.fd)
@@ -92,12 +97,6 @@ class SlotFile:
         if page is None:
             page = self._local.page = memoryview(mmap.mmap(-1, PAGE))
         return page
-
-
-def fits_direct(memory: npt.NDArray[np.uint8], row_bytes: int) -> bool:
-    """Whether rows of `memory` can be handed to O_DIRECT."""
-    aligned = memory.ctypes.data % PAGE == 0 and memory.strides[0] % PAGE == 0 and memory.strides[1] == 1
-    return aligned and memory.shape[1] >= row_bytes
 
 
 def _open_direct(path: Path, mode: int, page: memoryview) -> tuple[int, bool]:

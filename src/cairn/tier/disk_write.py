@@ -14,7 +14,7 @@ from cairn.observe.reasons import Reason
 from cairn.tier.base import Rows
 from cairn.tier.disk_batch import DiskBatch, Machine, OnDone
 from cairn.tier.disk_slots import reason_of
-from cairn.tier.flights import Batch, Flights
+from cairn.tier.flights import Flights
 
 _NO_SLOTS: Final[SlotIds] = np.empty(0, np.int32)
 
@@ -91,11 +91,8 @@ class WriteBatch(DiskBatch):
             self._failed_from = min(self._failed_from, self.first + i)
         return reason
 
-    def complete(self) -> list[Batch]:
-        self._commit()
-        return self.close()
-
-    def _commit(self) -> None:
+    def finish(self) -> None:
+        """Commits, or gives the slots back."""
         index, count = self.machine.index, self._written()
         slots = _NO_SLOTS if self._slots is None else self._slots
         reason = Reason.NO_PARENT
@@ -171,6 +168,8 @@ class Writers:
         """Forgets a batch that has been committed; returns those that waited only for that, to be completed now."""
         with self._lock:
             for at in range(batch.start, batch.stop):
-                del self._by_key[batch.keys[at].tobytes()]
+                # Another batch may bring the block anew, if its parent went meanwhile.
+                if self._by_key.get(key := batch.keys[at].tobytes()) is batch:
+                    del self._by_key[key]
             followers, batch.followers = batch.followers, []
         return [follower for follower in followers if follower.release()]
