@@ -63,9 +63,7 @@ class Child:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.wait(GRACE_S)
+        self._end(0)
         if self._pipe is not None:
             os.close(self._pipe)
         self._errors.close()
@@ -101,7 +99,7 @@ class Child:
                 deadline = time.monotonic() + silence
             chunk = self._read(tick)
             if chunk == b"":
-                self._process.wait(GRACE_S)
+                self._end(GRACE_S)
                 raise CairnError(f"{self.what} died: {self._reason()}")
             buffer += chunk or b""
             if not chunk:
@@ -116,6 +114,14 @@ class Child:
             pass_fds=pass_fds,
             env=self._environment,
         )
+
+    def _end(self, grace: float) -> None:
+        """Waits for the process, and kills it if it is still there after `grace` seconds."""
+        try:
+            self._process.wait(grace)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(GRACE_S)
 
     def _read(self, tick: Tick) -> bytes | None:
         """What the pipe has; None when it has nothing yet, b"" at its end."""
