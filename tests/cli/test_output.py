@@ -24,9 +24,22 @@ def test_json_is_what_was_given(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out) == result
 
 
+def printed_rows(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+
+
 def test_a_table_has_a_row_for_each_figure(capsys: pytest.CaptureFixture[str]) -> None:
-    show({"gb_per_s": 1.23456, "lru": {"1000": 0.25, "3000": 1}}, title="cairn bench x", as_json=False)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("cairn bench x")
-    rows = [[cell.strip() for cell in line.split("│")[1:3]] for line in lines if line.startswith("│")]
-    assert rows == [["gb_per_s", "1.235"], ["lru.1000", "0.25"], ["lru.3000", "1"]]
+    show({"gb_per_s": 1.23456, "lru": {"1000": 0.25, "3000": 1}, "owner": None}, title="cairn bench x", as_json=False)
+    text = capsys.readouterr().out
+    assert text.startswith("cairn bench x")
+    assert printed_rows(text) == [["gb_per_s", "1.235"], ["lru.1000", "0.25"], ["lru.3000", "1"], ["owner", "-"]]
+
+
+def test_the_same_figures_of_several_things_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = {"1000": {"hit": {"lru": 1, "belady": 2}}, "3000": {"hit": {"lru": 3, "belady": 4}}}
+    show({"requests": 12345, "blocks": blocks}, title="cairn bench x", as_json=False)
+    assert printed_rows(capsys.readouterr().out) == [
+        ["requests", "12,345"],
+        ["hit.lru", "1", "3"],
+        ["hit.belady", "2", "4"],
+    ]

@@ -30,24 +30,45 @@ def machine() -> dict[str, Any]:
 
 
 def show(result: Mapping[str, Any], *, title: str, as_json: bool) -> None:
-    """Prints a result: as JSON, or as a table with a row for each figure, nested names joined by dots."""
+    """Prints a result: as JSON, or as a table with a row for each figure, nested names joined by dots.
+
+    What holds the same figures for several things ({"1000": {"lru": 1}, "3000": {"lru": 2}}) gets a table of its own,
+    with a column for each thing.
+    """
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("figure", "value", title=title, title_justify="left")
-    table.columns[1].justify = "right"
-    for name, value in _rows(result):
-        table.add_row(name, value)
-    Console().print(table)
+    console = Console()
+    parts = {title: {"value": {name: value for name, value in result.items() if not _is_matrix(value)}}}
+    parts |= {name: value for name, value in result.items() if _is_matrix(value)}
+    for name, columns in parts.items():
+        table = Table("figure", title=name, title_justify="left")
+        for column in columns:
+            table.add_column(column, justify="right")
+        cells = [dict(_rows(column)) for column in columns.values()]
+        for figure in cells[0]:
+            table.add_row(figure, *(cell[figure] for cell in cells))
+        console.print(table)
 
 
 def help_if_alone(context: typer.Context) -> None:
     """The callback of a group of commands: without a command, its help."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
+
+
+def _is_matrix(value: object) -> bool:
+    """Whether each of several mappings holds the same figures."""
+    if (
+        not isinstance(value, Mapping)
+        or len(value) < 2
+        or not all(isinstance(item, Mapping) for item in value.values())
+    ):
+        return False
+    return len({tuple(dict(_rows(item))) for item in value.values()}) == 1
 
 
 def _rows(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

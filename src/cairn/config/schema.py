@@ -61,7 +61,7 @@ class Cpu(Section):
     """DRAM: one arena, taken and pre-faulted when the engine starts."""
 
     size: Size = Field(default=1 << 30, description="Bytes of the arena.")
-    policy: Policy = Field(default="lru", description="Eviction policy.")
+    policy: Policy = Field(default="tenure", description="Eviction policy.")
 
 
 class Disk(Section):
@@ -69,7 +69,7 @@ class Disk(Section):
 
     path: Directory | None = Field(default=None, description="Cache directory, made if missing; null: no disk tier.")
     size: Size = Field(default=16 << 30, description="Bytes that the directory may take, preallocated.")
-    policy: Policy = Field(default="lru", description="Eviction policy.")
+    policy: Policy = Field(default="tenure", description="Eviction policy.")
     threads: Threads = Field(default=8, description="Threads that read and write.")
     write_budget_per_day: Size | None = Field(
         default=None, description="Bytes that may be written in a day, to spare the SSD; null: no limit."

@@ -1,0 +1,48 @@
+"""`cairn bench`: results that say where they were measured, and one line for a trace that cannot be used."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    """Three requests of two blocks, the last one like the first."""
+    path = tmp_path / "trace.jsonl"
+    ids = ([0, 1], [2, 3], [0, 1])
+    path.write_text("".join(json.dumps({"timestamp": 1000 * i, "hash_ids": row}) + "\n" for i, row in enumerate(ids)))
+    return path
+
+
+def test_policy_says_what_where_and_how(run: Run, trace: Path) -> None:
+    result = json.loads(run("bench", "policy", trace, "--json").stdout)
+    assert (result["requests"], result["block_uses"], result["distinct_blocks"]) == (3, 6, 4)
+    assert {round(rate) for rate in result["capacity_blocks"]["1000"]["hit_percent"].values()} == {33}
+    assert result["machine"]["command"] == f"cairn bench policy {trace} --json"
+
+
+def test_policy_for_people_ends_with_the_machine(run: Run, trace: Path) -> None:
+    lines = run("bench", "policy", trace).stdout.splitlines()
+    assert any("hit_percent.belady" in line for line in lines)
+    assert lines[-1].startswith("on ")
+
+
+@pytest.mark.parametrize("line", ["", "{", "[]", '{"timestamp": 1, "hash_ids": [-1]}', '{"timestamp": 1}', "\0"])
+def test_a_trace_that_is_none(run: Run, tmp_path: Path, line: str) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text(line)
+    ended = run("bench", "policy", path)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith(f"cairn: {path}")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_paths_that_are_not_there(run: Run, tmp_path: Path) -> None:
+    assert run("bench", "policy", tmp_path / "nothing").returncode == 2
+    assert run("bench", "policy", tmp_path).returncode == 2
+    assert run("bench", "disk", "--dir", tmp_path / "nothing").returncode == 2
