@@ -47,7 +47,7 @@ def draw(report: Report, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlim(shortest / 3, summary.ttft_plain_s * 8)
-    axes.xaxis.set_major_formatter(lambda value, _: seconds(value))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} s" if value >= 1 else f"{value * 1e3:g} ms")
     axes.xaxis.set_minor_formatter(lambda *_: "")
     axes.set_xlabel("time to first token (log scale; bar: median, dots: questions)", fontsize=10)
     axes.set_title(

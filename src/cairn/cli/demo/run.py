@@ -81,7 +81,7 @@ def _ask_all(options: Options, text: Text, home: Path, storage: events.Storage, 
 
     for number, wording in enumerate(questions):
         screen.question(number, wording)
-    screen.heading("Process 1: plain Transformers, without Cairn")
+    screen.heading("Process 1: plain Transformers, without Cairn (TTFT: time to the first token)")
     plain = _ask(job(list(everything), None), screen, None)
     screen.heading("Process 2: Cairn, at first with an empty cache, then with the text in DRAM")
     warm = _ask(job([*everything, 0], storage), screen, plain.answers)
@@ -135,7 +135,7 @@ def _ask(job: events.Job, screen: Screen, plain: list[events.Answer] | None) -> 
                 case events.Answer():
                     answers.append(event)
                     screen.answer(event, plain[event.question] if plain else None)
-                    live.show("storing" if job.storage else "")
+                    live.show("ending the process")
                 case events.Done():
                     flush_s = event.flush_s
     if ready is None or len(answers) != len(job.ask):

@@ -50,7 +50,7 @@ class Screen:
 
     def answer(self, answer: Answer, plain: Answer | None) -> None:
         """What became of one request; `plain` is the same one without Cairn, None if this is it."""
-        self.line(f"Q{answer.question + 1} {seconds(answer.ttft_s):>7} to the first token{_moved(answer, plain)}")
+        self.line(f"Q{answer.question + 1} TTFT {seconds(answer.ttft_s):>6}{_moved(answer, plain)}")
         if plain is None or answer.token_ids != plain.token_ids:
             different = "" if plain is None else "ANOTHER ANSWER: "
             self.line(f"   {different}{' '.join(answer.text.split())}", style="italic" if plain is None else "red")
@@ -64,7 +64,7 @@ class Screen:
         if total_bytes:
             columns = (*columns, BarColumn(), DownloadColumn())  # type: ignore[assignment]
         started = time.monotonic()
-        with Progress(*columns, console=self.console, transient=True) as progress:
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
             task = progress.add_task(what, total=total_bytes)
             yield lambda: progress.update(task, completed=done_bytes() if done_bytes else None)
         self.line(f"{what}: {time.monotonic() - started:.0f} s", style="dim")
@@ -73,7 +73,7 @@ class Screen:
     def request(self) -> Iterator["LiveRequest"]:
         """A live line for the requests of one process."""
         columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-        with Progress(*columns, console=self.console, transient=True) as progress:
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
             yield LiveRequest(progress)
 
 
