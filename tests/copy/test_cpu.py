@@ -169,7 +169,7 @@ def test_other_dtypes_layers_and_slots_are_refused() -> None:
         PagedKV.from_tensors([good, good], "nhd", g)
     kv = PagedKV.from_tensors([good], "nhd", g)
     memory, rows = np.zeros((1, g.block_bytes), np.uint8), np.zeros(1, np.int32)
-    with pytest.raises(InputError, match="slot 16: the KV cache has slots 0..15"):
+    with pytest.raises(InputError, match=r"slot 16: the KV cache has slots 0\.\.15"):
         CpuCopier(g).scatter(kv, np.arange(13, 17), memory, rows)
     with pytest.raises(InputError, match="3 slots for 1 blocks"):
         CpuCopier(g).scatter(kv, np.arange(3), memory, rows)
