@@ -1,5 +1,6 @@
 """The synchronous face: what is stored comes back, what cannot be proved is a miss, nothing else is written."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -219,3 +220,10 @@ def test_an_arena_of_no_block_is_refused() -> None:
 def test_defaults_are_enough() -> None:
     with CacheEngine(Namespace(model="m", geometry=GEOMETRY)) as engine:
         assert stored(engine, prompt(0, 8)) == 8
+
+
+def test_the_log_level_is_the_configured_one() -> None:
+    with make_engine(4, **{"engine.log_level": "ERROR"}):
+        assert logging.getLogger("cairn").level == logging.ERROR
+    with make_engine(4):
+        assert logging.getLogger("cairn").level == logging.WARNING

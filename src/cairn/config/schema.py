@@ -98,7 +98,10 @@ class Engine(Section):
     planner: bool = Field(default=True, description="Recompute what would take longer to load; false: load every hit.")
     copy_threads: Threads = Field(default=2, description="Threads that copy between the paged KV cache and the arena.")
     write_behind: float = Field(
-        default=0.25, ge=0, le=1, description="Largest share of the arena that is pinned at a time while it is written to disk."
+        default=0.25,
+        ge=0,
+        le=1,
+        description="Largest share of the arena that is pinned at a time while it is written to disk.",
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="WARNING", description="Least severe level that is logged."

@@ -21,6 +21,7 @@ from cairn.engine.stage import COPY_BYTES, Span, Stage
 from cairn.engine.writing import Writing
 from cairn.errors import ClosedError, GeometryError, InputError
 from cairn.kv import KeyChain, Namespace
+from cairn.observe.log import setup_logging
 from cairn.observe.metrics import Figures, Metrics
 from cairn.observe.reasons import Reason
 from cairn.plan import CostModel, Segment, plan_load
@@ -54,6 +55,7 @@ class EngineCore:
         self.namespace = namespace
         self.geometry = namespace.geometry
         self.config = config or Config()
+        setup_logging(self.config.engine.log_level)
         self.metrics = Metrics()
         self.cost = CostModel()
         self._store: BlockStore = open_local(self.config, self.geometry, self.metrics, self.cost)

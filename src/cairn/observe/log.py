@@ -25,8 +25,8 @@ def log_once(logger: logging.Logger, key: str, message: str) -> int:
 
 
 def setup_logging(level: str) -> None:
-    """Lets Cairn's log lines of `level` (DEBUG, INFO, WARNING, ERROR) and above reach stderr, or the handlers that the
-    program has set up. For programs; a library leaves logging to whoever embeds it. Repeatable.
+    """Lets Cairn's log lines of `level` (DEBUG, INFO, WARNING, ERROR) and above through: to the handlers that the
+    program has set up, or to stderr if it has set up none. Every engine calls it; repeatable.
     """
     logger = logging.getLogger("cairn")
     logger.setLevel(level)
