@@ -127,7 +127,7 @@ def answer_all(job: events.Job, report: Report) -> None:
         asker.warm_up(connector)
         versions = {
             "cairn": cairn.__version__,
-            "torch": str(torch.__version__),
+            "torch": f"{torch.__version__} (threads: {torch.get_num_threads()})",
             "transformers": transformers.__version__,
         }
         kv_token_bytes = connector.engine.namespace.geometry.token_bytes if connector else 0
