@@ -33,7 +33,7 @@ def resealed(frame: FrameHeader) -> memoryview:
 
 @pytest.mark.parametrize("size", [None, 512, HEADER_LIMIT])
 def test_round_trip(size: int | None) -> None:
-    packed = framer().pack(KEY, NAMESPACE, BLOCK, size)
+    packed = framer().pack(KEY, NAMESPACE, BLOCK, size=size)
     found = framer().expect(memoryview(packed), KEY)
     assert isinstance(found, FrameHeader)
     assert (found.key, found.namespace, found.geometry) == (KEY, NAMESPACE, GEOMETRY)
@@ -43,7 +43,7 @@ def test_round_trip(size: int | None) -> None:
 
 
 def test_every_byte_of_a_header_page_counts() -> None:
-    packed = framer().pack(KEY, NAMESPACE, BLOCK, HEADER_LIMIT)
+    packed = framer().pack(KEY, NAMESPACE, BLOCK, size=HEADER_LIMIT)
     for at in range(HEADER_LIMIT):
         damaged = bytearray(packed)
         damaged[at] ^= 1 << at % 8

@@ -62,7 +62,7 @@ def test_10_000_flips_of_a_slot_are_misses(tmp_path: Path) -> None:
     file = SlotFile(path, Framer(Raw(GEOMETRY)))
     row = memory(1)[0]
     row[:] = content(key)
-    assert file.write(0, key.tobytes(), namespace(), row) is None
+    assert file.write(0, key.tobytes(), namespace(), row, file.sum(row)) is None
     slot = memory(2).reshape(-1)
     assert os.preadv(file.fd, [slot.data], 0) == SLOT_BYTES
     chooser = np.random.default_rng(2)

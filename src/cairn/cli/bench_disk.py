@@ -1,5 +1,6 @@
 """`cairn bench disk`: the disk tier beside bare O_DIRECT I/O of the same shape, in the same minutes."""
 
+import gc
 import mmap
 import os
 import random
@@ -42,6 +43,8 @@ def run_disk(directory: Path | None = None, *, threads: int = DEFAULT_THREADS, r
     1.1 GiB of `directory` (the system's temporary one unless given) and gives it back. Raises StorageError without that
     room.
     """
+    gc.collect()
+    gc.freeze()  # what the imports left behind is not to be collected while something is timed
     with tempfile.TemporaryDirectory(prefix="cairn-bench-", dir=directory) as place:
         large = _bench(Path(place) / "large", LARGE, threads, rounds)
         small = _bench(Path(place) / "small", SMALL, threads, rounds)

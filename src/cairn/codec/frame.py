@@ -50,8 +50,13 @@ class FrameHeader(msgspec.Struct, frozen=True, array_like=True):
     checksum: bytes
 
     def verifies(self, stored: Octets) -> bool:
-        """Whether these are the bytes that the header was made for. Frees the GIL while it sums."""
-        return len(stored) == self.stored_bytes and xxhash.xxh3_128_digest(stored.data) == self.checksum
+        """Whether these are the bytes that the header was made for."""
+        return len(stored) == self.stored_bytes and checksum_of(stored) == self.checksum
+
+
+def checksum_of(stored: Octets) -> bytes:
+    """The checksum that a frame holds of its stored bytes. Frees the GIL while it sums."""
+    return xxhash.xxh3_128_digest(stored.data)
 
 
 class Framer:
@@ -62,8 +67,10 @@ class Framer:
         self.shard = shard
         self._stored_limit = codec.stored_bytes_limit()
 
-    def pack(self, key: bytes, namespace: bytes, stored: Octets, size: int | None = None) -> bytes:
-        """The header for `stored`, zero-padded to `size` bytes if given."""
+    def pack(
+        self, key: bytes, namespace: bytes, stored: Octets, *, size: int | None = None, checksum: bytes | None = None
+    ) -> bytes:
+        """The header for `stored`, zero-padded to `size` bytes if given; `checksum`: that of `stored`, if known."""
         header = FrameHeader(
             key=key,
             namespace=namespace,
@@ -73,7 +80,7 @@ class Framer:
             parameters=self.codec.parameters,
             raw_bytes=self.codec.geometry.block_bytes,
             stored_bytes=len(stored),
-            checksum=xxhash.xxh3_128_digest(stored.data),
+            checksum=checksum or checksum_of(stored),
         )
         return seal(MAGIC, VERSION, msgspec.msgpack.encode(header), size)
 

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from threading import Event, Lock
 from typing import Final, NamedTuple
@@ -96,6 +97,7 @@ class DiskTier(Tier):
         self._closing = Lock()
         self._sync_failed = False
         self._workers = Workers(threads, "cairn-disk")
+        self._summer = Workers(1, "cairn-disk-checksums")
         self._flights = Flights(self._at_deadline, "cairn-disk-deadlines")
         self._writers = Writers(self._index, self._admission.admit, self._flights)
 
@@ -110,7 +112,7 @@ class DiskTier(Tier):
         if refusal:
             return self._refused(len(rows.ids), refusal)
         batch = ReadBatch(self._machine, keys[first : first + len(rows.ids)], rows, deadline, cancel, self._read_done)
-        self._launch(batch, self._flights.add(batch), urgent=True)
+        self._launch(batch, self._flights.add(batch))
         return batch.future
 
     def write(
@@ -124,7 +126,7 @@ class DiskTier(Tier):
             return self._refused(len(rows.ids), refusal)
         chain = keys[: first + len(rows.ids)]
         batch = WriteBatch(self._machine, chain, first, rows, namespace, deadline, cancel, self._write_done)
-        self._launch(batch, self._writers.enter(batch), urgent=False)
+        self._launch(batch, self._writers.enter(batch))
         return batch.future
 
     def touch(self, keys: Keys) -> None:
@@ -188,6 +190,7 @@ class DiskTier(Tier):
             self._flights.drain(until - time.monotonic())
         synced = self._sync(max(0.0, until - time.monotonic()))
         self._flights.stop()
+        self._summer.stop(max(0.0, until - time.monotonic()))
         if self._workers.stop(max(0.0, until - time.monotonic())):
             self._slots.close()
             self._machine.ledger.close()
@@ -195,11 +198,16 @@ class DiskTier(Tier):
         if not synced:
             log.warning("%s: closed without a sync; a power cut may cost the latest blocks", self._directory.path)
 
-    def _launch(self, batch: ReadBatch | WriteBatch, accepted: bool, *, urgent: bool) -> None:
+    def _launch(self, batch: ReadBatch | WriteBatch, accepted: bool) -> None:
         if batch.empty or (not accepted and batch.expire(Reason.CLOSED)):
             batch.land()
-        elif accepted:
-            self._workers.submit(batch.step, urgent=urgent, times=batch.blocks_to_move)
+        elif not accepted:
+            return
+        elif isinstance(batch, ReadBatch):
+            self._workers.submit(batch.step, urgent=True, times=batch.blocks_to_move)
+        else:
+            ready = partial(self._workers.submit, batch.step, urgent=False)
+            self._summer.submit(partial(batch.sum_up, ready), urgent=False)
 
     def _read_done(self, batch: Batch) -> list[Batch]:
         self._flights.remove(batch)

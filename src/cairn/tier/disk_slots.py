@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from cairn.codec import FrameHeader
 from cairn.codec.base import Octets
-from cairn.codec.frame import Framer
+from cairn.codec.frame import Framer, checksum_of
 from cairn.observe.reasons import Reason
 from cairn.tier.disk_directory import PAGE
 
@@ -65,10 +65,14 @@ class SlotFile:
         sound = header.verifies(block) and self._framer.codec.decode(block, block)
         return None if sound else Reason.CORRUPT
 
-    def write(self, slot: int, key: bytes, namespace: bytes, row: Octets) -> Reason | None:
-        """Puts the block in `row` and its frame into a slot; complete in the page cache or on the device when None."""
+    def sum(self, row: Octets) -> bytes:
+        """The checksum of the block in `row`, for `write`."""
+        return checksum_of(row[: self.block_bytes])
+
+    def write(self, slot: int, key: bytes, namespace: bytes, row: Octets, checksum: bytes) -> Reason | None:
+        """Puts the block in `row` and its frame into a slot; when None, the system has it all."""
         page, body = self._page(), row[: self._row_bytes]
-        page[:] = self._framer.pack(key, namespace, row[: self.block_bytes], PAGE)
+        page[:] = self._framer.pack(key, namespace, row[: self.block_bytes], size=PAGE, checksum=checksum)
         try:
             done = os.pwritev(self.fd, [page, body.data], slot * self.slot_bytes)
         except OSError as error:
