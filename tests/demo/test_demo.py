@@ -11,7 +11,8 @@ from PIL import Image
 from cairn.cli.demo.events import Answer
 from cairn.cli.demo.plot import draw
 from cairn.cli.demo.report import Question, Report, describe_machine
-from cairn.errors import StorageError
+from cairn.cli.demo.run import _judge
+from cairn.errors import CairnError, StorageError
 from tests.demo.tiny import save_tiny_model
 
 
@@ -73,6 +74,17 @@ def test_the_summary_is_of_medians_and_shares() -> None:
     assert summary.identical
     assert not report_of([1, 3]).summary().identical
     assert json.loads(report_of([1, 2]).to_json())["summary"]["identical"] is True
+
+
+def test_a_run_that_shows_nothing_is_no_success() -> None:
+    with pytest.raises(CairnError, match="differs"):
+        _judge(report_of([1, 3]))
+    report = report_of([1, 2])
+    with pytest.raises(CairnError, match="Q1 found nothing"):
+        _judge(report)
+    for question in report.questions:
+        question.dram.dram_tokens = question.disk.disk_tokens = 4080
+    _judge(report)
 
 
 def test_the_plot_is_a_picture_or_an_error(tmp_path: Path) -> None:

@@ -63,9 +63,17 @@ def run(options: Options) -> Report:
     show_report(screen, report, options.output)
     if options.json:
         print(report.to_json())
-    if options.dtype == "float32" and not report.summary().identical:
-        raise CairnError("an answer with Cairn differs from the one without; please report this with the --json output")
+    _judge(report)
     return report
+
+
+def _judge(report: Report) -> None:
+    """Raises CairnError for a run that does not show what the demo is there to show."""
+    if report.dtype == "float32" and not report.summary().identical:
+        raise CairnError("an answer with Cairn differs from the one without; please report this with the --json output")
+    for number, question in enumerate(report.questions, 1):
+        if not question.dram.dram_tokens or not question.disk.disk_tokens:
+            raise CairnError(f"Q{number} found nothing in DRAM or on disk; please report this with the --json output")
 
 
 def _ask_all(options: Options, text: Text, home: Path, storage: events.Storage, screen: Screen) -> Report:
