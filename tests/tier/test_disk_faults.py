@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from cairn.codec import Raw
+from cairn.codec.base import Octets
 from cairn.codec.frame import Framer
 from cairn.observe.reasons import Reason
 from cairn.tier.base import Rows
@@ -62,7 +63,7 @@ def test_10_000_flips_of_a_slot_are_misses(tmp_path: Path) -> None:
     file = SlotFile(path, Framer(Raw(GEOMETRY)))
     row = memory(1)[0]
     row[:] = content(key)
-    assert file.write(0, key.tobytes(), namespace(), row, file.sum(row)) is None
+    assert file.write(0, [key.tobytes()], namespace(), [row], [file.sum(row)]) is None
     slot = memory(2).reshape(-1)
     assert os.preadv(file.fd, [slot.data], 0) == SLOT_BYTES
     chooser = np.random.default_rng(2)
@@ -71,9 +72,9 @@ def test_10_000_flips_of_a_slot_are_misses(tmp_path: Path) -> None:
         slot[at] ^= value
         os.pwritev(file.fd, [slot.data], 0)
         slot[at] ^= value
-        assert file.read(0, key.tobytes(), row) is Reason.CORRUPT, f"byte {at} ^ {value}"
+        assert file.read(0, [key.tobytes()], [row]) == [Reason.CORRUPT], f"byte {at} ^ {value}"
     os.pwritev(file.fd, [slot.data], 0)
-    assert file.read(0, key.tobytes(), row) is None
+    assert file.read(0, [key.tobytes()], [row]) == [None]
     file.close()
 
 
@@ -228,11 +229,28 @@ def test_input_errors_are_misses_open_the_breaker_and_pass(tmp_path: Path) -> No
         assert [tier.match(keys) for keys in prompts] == [0, 0, 1, 1, 1, 1]
 
 
+def test_blocks_that_are_moved_together_fail_one_by_one(tmp_path: Path) -> None:
+    """A run of neighbouring slots is read by one call; what is wrong with one block is not held against another."""
+    keys = prompt(1, 6)
+    with opened(tmp_path) as tier:
+        put(tier, keys)
+        slots = tier.slots_of(keys).tolist()
+        assert slots == list(range(slots[0], slots[0] + 6))
+        flip(tmp_path / "data", slots[1] * SLOT_BYTES + 100, 1)
+        flip(tmp_path / "data", slots[4] * SLOT_BYTES + 5000, 1)
+        assert get(tier, keys) == [None, Reason.CORRUPT, None, None, Reason.CORRUPT, None]
+        put(tier, keys)
+        with replaced(tier._slots.fd, "/proc/self/mem"):
+            assert get(tier, keys) == [Reason.IO_ERROR] * 6
+
+
 def test_output_errors_are_skipped_stores(tmp_path: Path) -> None:
     keys = prompt(1, 3)
     with opened(tmp_path, threads=1) as tier:
         with replaced(tier._slots.fd, "/proc/self/mem"):
-            assert put(tier, keys) == [Reason.IO_ERROR, Reason.NO_PARENT, Reason.NO_PARENT]
+            outcomes = put(tier, keys)
+            assert outcomes[0] is Reason.IO_ERROR
+            assert set(outcomes) <= {Reason.IO_ERROR, Reason.NO_PARENT}
         assert (tier.match(keys), tier.stats()["resident_blocks"]) == (0, 0)
         assert put(tier, keys) == [None] * 3
         assert get(tier, keys) == [None] * 3
@@ -293,12 +311,13 @@ class StuckDevice:
 
     def __init__(self, tier: DiskTier) -> None:
         self.released = Event()
+        tier._slots.run_blocks = 1
         self._read = tier._slots.read
         tier._slots.read = self.read  # type: ignore[method-assign]
 
-    def read(self, slot: int, key: bytes, row: "np.ndarray[tuple[int], np.dtype[np.uint8]]") -> Reason | None:
+    def read(self, slot: int, keys: list[bytes], rows: list[Octets]) -> list[Reason | None]:
         assert self.released.wait(60)
-        return self._read(slot, key, row)
+        return self._read(slot, keys, rows)
 
 
 def test_a_stuck_device_blocks_nobody(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-from cairn.index.slots import SlotIds, Slots
+from cairn.index.slots import Keys, SlotIds, Slots
 
 
 class EvictionPolicy(ABC):
@@ -25,8 +25,10 @@ class EvictionPolicy(ABC):
         """Blocks that have just become resident."""
 
     @abstractmethod
-    def access(self, ids: SlotIds, now: float) -> None:
-        """Resident blocks that a request has just used."""
+    def access(self, keys: Keys, ids: SlotIds, now: float) -> None:
+        """A request has asked for the chain `keys` [n, 2] and has used the leading blocks of it that are resident,
+        `ids`.
+        """
 
     @abstractmethod
     def remove(self, ids: SlotIds) -> None:

@@ -19,6 +19,7 @@ GHOST = np.dtype(
         ("gap", np.float32),  # mean time between its uses
         ("tag", np.uint16),  # fingerprint; 0: empty
         ("uses", np.uint8),
+        ("kind", np.uint8),
     ],
     align=True,
 )
@@ -54,8 +55,8 @@ def find_ghost(ghosts: Ghosts, key0: np.uint64, key1: np.uint64) -> int:
 
 
 @kernel
-def add_ghost(ghosts: Ghosts, key0: np.uint64, key1: np.uint64, time: float, gap: float, uses: int) -> None:
-    """Remembers a key; over its old ghost, in an empty place or over the oldest of its set."""
+def add_ghost(ghosts: Ghosts, key0: np.uint64, key1: np.uint64, time: float, gap: float, uses: int, kind: int) -> int:
+    """Remembers a key and says where: over its old ghost, in an empty place or over the oldest of its set."""
     first = _set_of(ghosts, key0)
     tag = _tag_of(key1)
     place = first
@@ -69,6 +70,8 @@ def add_ghost(ghosts: Ghosts, key0: np.uint64, key1: np.uint64, time: float, gap
     ghosts[place].time = time
     ghosts[place].gap = gap
     ghosts[place].uses = uses
+    ghosts[place].kind = kind
+    return place
 
 
 @kernel

@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cairn.index.base import EvictionPolicy
-from cairn.index.slots import NONE, SlotIds, Slots, evictable, unlink
+from cairn.index.slots import NONE, Keys, SlotIds, Slots, evictable, unlink
 from cairn.jit import kernel
 
 #: The two ends of a list: [oldest, newest].
@@ -118,7 +118,7 @@ class LRU(EvictionPolicy):
     def insert(self, ids: SlotIds, now: float) -> None:
         _use(self.slots, self._ends, ids, True)
 
-    def access(self, ids: SlotIds, now: float) -> None:
+    def access(self, keys: Keys, ids: SlotIds, now: float) -> None:
         _use(self.slots, self._ends, ids, False)
 
     def remove(self, ids: SlotIds) -> None:

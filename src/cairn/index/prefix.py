@@ -21,6 +21,7 @@ from cairn.index.slots import (
     NONE,
     RESERVED,
     RESIDENT,
+    Keys,
     SlotIds,
     Slots,
     link,
@@ -29,9 +30,6 @@ from cairn.index.slots import (
 )
 from cairn.index.table import Table, new_table, table_delete, table_find, table_insert
 from cairn.jit import kernel
-
-#: Keys of a chain, uint64 [n, 2]; see `cairn.kv.keys`.
-Keys = npt.NDArray[np.uint64]
 
 
 @kernel
@@ -214,7 +212,7 @@ class PrefixIndex:
             ids = ids[: _find(self._table, self._slots, keys, ids)]
             self._pinned += _pin(self._slots, ids)
             if use:
-                self.policy.access(ids, _clock(now))
+                self.policy.access(keys, ids, _clock(now))
         return ids
 
     def touch(self, keys: Keys, now: float | None = None) -> int:
@@ -222,7 +220,7 @@ class PrefixIndex:
         ids = np.empty(len(keys), np.int32)
         with self._lock:
             ids = ids[: _find(self._table, self._slots, keys, ids)]
-            self.policy.access(ids, _clock(now))
+            self.policy.access(keys, ids, _clock(now))
         return len(ids)
 
     def unpin(self, ids: SlotIds) -> None:

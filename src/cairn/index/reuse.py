@@ -1,20 +1,20 @@
-"""Learning, online, when blocks of each class are used again: samples, hazards, and what keeping a block is worth.
+"""Learning, online, when blocks of each kind are asked for again, and what keeping one is worth.
 
-*Samples.* Of all uses of all blocks, resident or not, a fixed share is sampled: the block's class at that use and the
-time until its next use. The last `ROOM` samples are kept, so what is learned neither depends on what the cache
-happened to keep nor grows old (spatially sampled reuse times: Waldspurger et al., SHARDS, FAST'15).
+*Samples.* Of every request, or of every n-th in a large cache, one block of each run of equal kinds is sampled, whether
+resident or not: its kind, and the time until it is asked for again. The run's length is its weight, since a request
+comes back as a whole. Only the last `ROOM` samples are kept, so what is learned neither depends on what the cache
+happened to keep nor grows old (sampled reuse times: Waldspurger et al., SHARDS, FAST'15).
 
-*Hazards.* Per class and age: uses per block and unit of time among the samples that reached that age, those still
-waiting for their next use counted as far as they have come (the actuarial form of Kaplan and Meier's estimator). A
-class with few samples borrows from its group, a group with few from all.
+*Hazards.* Per kind and age: uses per block and unit of time among the samples that have reached that age, where those
+still waiting count as far as they have come (the actuarial form of Kaplan and Meier's estimator). A kind with few
+samples borrows from its group, a group with few from all.
 
-*Worth.* Keeping a block of age a until age b at most yields a chance of a hit and costs slot-time. The worth at age a
-is the best ratio of the two over all b: Gittins' index (1979), of which LHD's hit density (Beckmann et al., NSDI'18)
-is the case of one fixed b. Evicting what has the least worth is optimal for many small independent blocks of known
-hazards. It needs no monotony: where a conversation's return is likeliest after a minute, a block of half a minute is
-worth more than a new one.
+*Worth.* Keeping a block from age a to age b yields a chance of a hit and costs slot-time. The worth at age a is the
+best ratio of the two over all b: Gittins' index (1979), of which LHD's hit density (Beckmann et al., NSDI'18) is the
+case of one given b. Evicting what is worth least is optimal for many small independent blocks of known hazards. It asks
+for no monotony: where conversations go on after a minute, a block of half a minute is worth more than a new one.
 
-Times are counted in block uses, not seconds: load and odd clocks then stretch nothing.
+Time is counted in blocks asked for, not in seconds, so neither load nor odd clocks stretch it.
 """
 
 import math
@@ -22,11 +22,11 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from cairn.index.kinds import KINDS, LEVELS, group_of
 from cairn.index.table import Table, table_delete, table_find, table_insert
 from cairn.jit import kernel
 
-ROOM = 16384
-PERIOD = 8
+ROOM = 8192
 AGES, PER_OCTAVE = 72, 4
 
 SAMPLE = np.dtype(
@@ -35,14 +35,18 @@ SAMPLE = np.dtype(
         ("key1", np.uint64),
         ("start", np.float64),
         ("gap", np.float32),  # until the next use; WAITING before it
+        ("weight", np.float32),  # how many blocks it stands for; 0: no sample
         ("kind", np.uint16),
-        ("used", np.uint16),  # whether this place holds a sample
     ],
     align=True,
 )
 WAITING = -1.0
 
+BORROW_GROUP, BORROW_KIND = 5.0, 40.0
+"""How many average samples of the larger group's pattern a group or a kind is given in advance."""
+
 Samples = npt.NDArray[np.void]
+Worth = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.float64]
 
 
@@ -74,40 +78,40 @@ def end_sample(samples: Samples, waiting: Table, key0: np.uint64, key1: np.uint6
 
 @kernel
 def begin_sample(
-    samples: Samples, waiting: Table, at: int, key0: np.uint64, key1: np.uint64, kind: int, clock: float
+    samples: Samples, waiting: Table, at: int, key0: np.uint64, key1: np.uint64, kind: int, weight: float, clock: float
 ) -> None:
     """Samples this use in place `at`, over the oldest sample."""
-    if samples[at].used and samples[at].gap == WAITING:
+    if samples[at].weight > 0 and samples[at].gap == WAITING:
         table_delete(waiting, samples, at)
     samples[at].key0 = key0
     samples[at].key1 = key1
     samples[at].start = clock
     samples[at].gap = WAITING
     samples[at].kind = kind
-    samples[at].used = 1
+    samples[at].weight = weight
     table_insert(waiting, key0, key1, at)
 
 
 @kernel
 def count_samples(samples: Samples, clock: float, unit: float, hits: Rows, exits: Rows) -> None:
-    """Per class and age bucket: how many samples were used again there, and how many were seen no further than
+    """Per kind and age bucket: how many blocks were used again there, and how many were seen no further than
     there."""
     hits[:] = 0
     exits[:] = 0
     for i in range(len(samples)):
-        if samples[i].used:
+        if samples[i].weight > 0:
             gap = samples[i].gap
             if gap == WAITING:
-                exits[samples[i].kind, age_bucket(clock - samples[i].start, unit)] += 1
+                exits[samples[i].kind, age_bucket(clock - samples[i].start, unit)] += samples[i].weight
             else:
                 bucket = age_bucket(gap, unit)
-                hits[samples[i].kind, bucket] += 1
-                exits[samples[i].kind, bucket] += 1
+                hits[samples[i].kind, bucket] += samples[i].weight
+                exits[samples[i].kind, bucket] += samples[i].weight
 
 
 @kernel
 def exposure(exits: Rows, widths: npt.NDArray[np.float64], out: Rows) -> None:
-    """Block-time that each class has spent in each age bucket."""
+    """Block-time that each kind has spent in each age bucket."""
     for kind in range(exits.shape[0]):
         older = 0.0
         for bucket in range(exits.shape[1] - 1, -1, -1):
@@ -124,7 +128,7 @@ def shrink(
     weight: float,
     out: npt.NDArray[np.float64],
 ) -> None:
-    """Hazards of one class: its own hits over its own time, with `weight` blocks of the prior's shape at its own
+    """Hazards of one kind: its own hits over its own time, with `weight` blocks of the prior's shape at its own
     level."""
     own, expected = 0.5 * weight, 0.5 * weight
     for bucket in range(len(widths)):
@@ -140,7 +144,7 @@ def shrink(
 def worth_by_age(
     hazard: npt.NDArray[np.float64], widths: npt.NDArray[np.float64], out: npt.NDArray[np.float64]
 ) -> None:
-    """The worth of a block at the start of each age bucket, from its class's hazards.
+    """The worth of a block at the start of each age bucket, from its kind's hazards.
 
     With H(b) the chance of a hit and C(b) the slot-time up to age b, it is the steepest slope from (C(a), H(a)) to
     any later point: the first edge of the upper hull of what lies ahead, built from the far end in linear time.
@@ -167,3 +171,32 @@ def worth_by_age(
         out[a] = (hit[hull[top]] - hit[a]) / time if time > 0 else 0.0
         top += 1
         hull[top] = a
+
+
+@kernel
+def learn(samples: Samples, widths: npt.NDArray[np.float64], clock: float, unit: float, worth: Worth) -> None:
+    """Turns the samples into the worth [KINDS, AGES] of each kind at each age."""
+    hits = np.zeros((KINDS, AGES))
+    exits = np.zeros((KINDS, AGES))
+    time = np.zeros((KINDS, AGES))
+    count_samples(samples, clock, unit, hits, exits)
+    exposure(exits, widths, time)
+    group_hits = np.zeros((LEVELS, AGES))
+    group_time = np.zeros((LEVELS, AGES))
+    for kind in range(KINDS):
+        group_hits[group_of(kind)] += hits[kind]
+        group_time[group_of(kind)] += time[kind]
+    run = exits.sum() / max(1, np.count_nonzero(samples["weight"]))
+    nothing = np.full(AGES, 1e-9)
+    common = np.empty(AGES)
+    shrink(group_hits.sum(axis=0), group_time.sum(axis=0), widths, nothing, BORROW_GROUP * run, common)
+    group = np.empty((LEVELS, AGES))
+    for level in range(LEVELS):
+        shrink(group_hits[level], group_time[level], widths, common, BORROW_GROUP * run, group[level])
+    hazard = np.empty(AGES)
+    row = np.empty(AGES)
+    for kind in range(KINDS):
+        shrink(hits[kind], time[kind], widths, group[group_of(kind)], BORROW_KIND * run, hazard)
+        worth_by_age(hazard, widths, row)
+        for age in range(AGES):
+            worth[kind, age] = row[age]

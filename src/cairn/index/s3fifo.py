@@ -12,7 +12,7 @@ import numpy.typing as npt
 from cairn.index.base import EvictionPolicy
 from cairn.index.ghosts import Ghosts, add_ghost, drop_ghost, find_ghost, new_ghosts
 from cairn.index.lru import Ends, push_newest, push_oldest, take_out
-from cairn.index.slots import NONE, SlotIds, Slots, evictable, unlink
+from cairn.index.slots import NONE, Keys, SlotIds, Slots, evictable, unlink
 from cairn.jit import kernel
 
 PARKED, SMALL, MAIN = 0, 1, 2
@@ -114,7 +114,7 @@ def _evict(
         else:
             _leave(slots, small, main, counts, slot)
             if from_small:
-                add_ghost(ghosts, slots[slot].key0, slots[slot].key1, counts[1], 0.0, 1)
+                add_ghost(ghosts, slots[slot].key0, slots[slot].key1, counts[1], 0.0, 1, 0)
             counts[1] += 1
             parent = slots[slot].parent
             unlink(slots, slot)
@@ -143,7 +143,7 @@ class S3FIFO(EvictionPolicy):
     def insert(self, ids: SlotIds, now: float) -> None:
         _insert(self.slots, self._small, self._main, self._counts, self._ghosts, ids, self._memory)
 
-    def access(self, ids: SlotIds, now: float) -> None:
+    def access(self, keys: Keys, ids: SlotIds, now: float) -> None:
         # The same request may come again with the same blocks; that is one use.
         if len(ids) and int(ids[-1]) != self._used:
             self._used = int(ids[-1])

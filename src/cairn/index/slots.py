@@ -39,6 +39,8 @@ assert SLOT.itemsize == 64
 
 Slots = npt.NDArray[np.void]
 SlotIds = npt.NDArray[np.int32]
+#: Keys of a chain, uint64 [n, 2]; see `cairn.kv.keys`.
+Keys = npt.NDArray[np.uint64]
 
 
 def new_slots(capacity: int) -> Slots:

@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 _LOST: Final = frozenset({Reason.CORRUPT, Reason.FOREIGN, Reason.IO_ERROR})
 
 
+#: What shows that the device works.
+_ANSWERS: Final = frozenset({None, Reason.CORRUPT, Reason.FOREIGN})
+
 _TRAFFIC: Final = ("read_blocks", "read_bytes", "written_blocks", "written_bytes", "dropped_blocks")
 
 
@@ -67,17 +70,17 @@ class DiskBatch(Batch):
         self.machine = machine
         self._on_done = on_done
 
-    def work(self, i: int) -> Reason | None:
+    def work(self, run: list[int]) -> list[Reason | None]:
         start = time.monotonic()
-        reason = self.move(i)
+        reasons = self.move(run)
         end = time.monotonic()
-        if reason is Reason.IO_ERROR or (end > self.deadline and end - start > self.machine.stuck_seconds):
+        if Reason.IO_ERROR in reasons or (end > self.deadline and end - start > self.machine.stuck_seconds):
             self.machine.breaker.failure()
-        elif reason in (None, Reason.CORRUPT, Reason.FOREIGN):
+        elif not _ANSWERS.isdisjoint(reasons):
             self.machine.breaker.success()
-        return reason
+        return reasons
 
-    def move(self, i: int) -> Reason | None:
+    def move(self, run: list[int]) -> list[Reason | None]:
         raise NotImplementedError
 
     def finish(self) -> None:
@@ -121,9 +124,16 @@ class ReadBatch(DiskBatch):
     def quick(self) -> bool:
         return self._first_lost() is None
 
-    def move(self, i: int) -> Reason | None:
-        row = self._rows.memory[self._rows.ids[i]]
-        return self.machine.slots.read(int(self._slots[i]), self._keys[i].tobytes(), row)
+    def arrange(self) -> None:
+        """Nothing: the slots are known."""
+
+    def joins(self, run: list[int], i: int) -> bool:
+        return len(run) < self.machine.slots.run_blocks and self._slots[i] == self._slots[run[-1]] + 1
+
+    def move(self, run: list[int]) -> list[Reason | None]:
+        keys = [self._keys[i].tobytes() for i in run]
+        rows = [self._rows.memory[self._rows.ids[i]] for i in run]
+        return self.machine.slots.read(int(self._slots[run[0]]), keys, rows)
 
     def finish(self) -> None:
         lost = self._first_lost()

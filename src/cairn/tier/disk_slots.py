@@ -1,8 +1,9 @@
-"""The data file of a cache directory: fixed slots of one header page and one block, read and written in one call each.
+"""The data file of a cache directory: fixed slots of one header page and one block, moved without a copy.
 
-The slot is moved by a single preadv or pwritev over [the worker's header page, the row of the caller's memory], so that
-the payload is never copied by the CPU; O_DIRECT keeps it out of the page cache as well. The checksum is made and
-checked in the same worker: xxhash frees the GIL and sums at several times the speed of an NVMe device.
+A run of slots is moved by a single preadv or pwritev over [the worker's header page, the row of the caller's memory,
+the next page, the next row, ...], so that the payload is never copied by the CPU; O_DIRECT keeps it out of the page
+cache as well. The checksum is made and checked in the same worker: xxhash frees the GIL and sums at several times the
+speed of an NVMe device.
 """
 
 import errno
@@ -24,6 +25,10 @@ from cairn.tier.disk_directory import PAGE
 
 log = logging.getLogger(__name__)
 
+#: Small blocks are moved together up to this size; beyond it larger calls only make others wait.
+_RUN_BYTES: Final = 2 << 20
+_RUN_BLOCKS: Final = 32
+
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -43,21 +48,54 @@ class SlotFile:
         self.block_bytes = framer.codec.geometry.block_bytes
         self._row_bytes = -(-self.block_bytes // PAGE) * PAGE
         self.slot_bytes = PAGE + self._row_bytes
+        #: How many blocks of neighbouring slots are best moved together.
+        self.run_blocks = max(1, min(_RUN_BYTES // self._row_bytes, _RUN_BLOCKS))
         self._local = threading.local()
-        self.fd, self.direct = _open_direct(path, os.O_RDWR if writable else os.O_RDONLY, self._page())
+        self.fd, self.direct = _open_direct(path, os.O_RDWR if writable else os.O_RDONLY, self._pages()[0])
 
-    def read(self, slot: int, key: bytes, row: Octets) -> Reason | None:
-        """Fills row [>= block bytes rounded up to pages] with the block `key`, and proves that it is that block.
+    def read(self, slot: int, keys: list[bytes], rows: list[Octets]) -> list[Reason | None]:
+        """Fills rows, each of the block's bytes rounded up to pages, with the blocks `keys` from neighbouring slots,
+        and proves that they are those blocks.
 
-        Anything else is the reason returned; the row then holds anything.
+        keys: at most `run_blocks`. For what is anything else the reason is returned, and the row holds anything.
         """
-        page, body = self._page(), row[: self._row_bytes]
+        pages = self._pages()
         try:
-            got = os.preadv(self.fd, [page, body.data], slot * self.slot_bytes)
+            got = os.preadv(self.fd, self._buffers(pages, rows), slot * self.slot_bytes)
+        except OSError as error:
+            if len(keys) == 1:
+                return [reason_of(error)]
+            # One bad sector is not to cost the whole run.
+            return [self.read(slot + i, [keys[i]], [rows[i]])[0] for i in range(len(keys))]
+        whole = got // self.slot_bytes
+        return [
+            self._prove(page, key, row) if i < whole else Reason.CORRUPT
+            for i, (page, key, row) in enumerate(zip(pages, keys, rows, strict=False))
+        ]
+
+    def sum(self, row: Octets) -> bytes:
+        """The checksum of the block in `row`, for `write`."""
+        return checksum_of(row[: self.block_bytes])
+
+    def write(
+        self, slot: int, keys: list[bytes], namespace: bytes, rows: list[Octets], checksums: list[bytes]
+    ) -> Reason | None:
+        """Puts the blocks in `rows` and their frames into neighbouring slots; when None, the system has it all.
+
+        keys: at most `run_blocks`. checksums: of `sum`, or empty where it has not been called.
+        """
+        pages = self._pages()
+        for page, key, row, checksum in zip(pages, keys, rows, checksums, strict=False):
+            block = row[: self.block_bytes]
+            page[:] = self._framer.pack(key, namespace, block, size=PAGE, checksum=checksum or checksum_of(block))
+        try:
+            done = os.pwritev(self.fd, self._buffers(pages, rows), slot * self.slot_bytes)
         except OSError as error:
             return reason_of(error)
-        if got != self.slot_bytes:
-            return Reason.CORRUPT
+        # The system cuts a write short only where the next byte would have failed for want of room.
+        return None if done == len(rows) * self.slot_bytes else Reason.NO_SPACE
+
+    def _prove(self, page: memoryview, key: bytes, row: Octets) -> Reason | None:
         header = self._framer.expect(page, key)
         if not isinstance(header, FrameHeader):
             return header
@@ -65,20 +103,8 @@ class SlotFile:
         sound = header.verifies(block) and self._framer.codec.decode(block, block)
         return None if sound else Reason.CORRUPT
 
-    def sum(self, row: Octets) -> bytes:
-        """The checksum of the block in `row`, for `write`."""
-        return checksum_of(row[: self.block_bytes])
-
-    def write(self, slot: int, key: bytes, namespace: bytes, row: Octets, checksum: bytes) -> Reason | None:
-        """Puts the block in `row` and its frame into a slot; when None, the system has it all."""
-        page, body = self._page(), row[: self._row_bytes]
-        page[:] = self._framer.pack(key, namespace, row[: self.block_bytes], size=PAGE, checksum=checksum)
-        try:
-            done = os.pwritev(self.fd, [page, body.data], slot * self.slot_bytes)
-        except OSError as error:
-            return reason_of(error)
-        # The system cuts a write short only where the next byte would have failed for want of room.
-        return None if done == self.slot_bytes else Reason.NO_SPACE
+    def _buffers(self, pages: list[memoryview], rows: list[Octets]) -> list[memoryview]:
+        return [part for page, row in zip(pages, rows, strict=False) for part in (page, row[: self._row_bytes].data)]
 
     def takes(self, memory: npt.NDArray[np.uint8]) -> bool:
         """Whether rows of `memory` [slots, stride] can be moved without a copy: whole pages, page-aligned."""
@@ -95,12 +121,13 @@ class SlotFile:
             os.close(self.fd)
             self.fd = -1
 
-    def _page(self) -> memoryview:
-        """The calling thread's header page, page-aligned."""
-        page: memoryview | None = getattr(self._local, "page", None)
-        if page is None:
-            page = self._local.page = memoryview(mmap.mmap(-1, PAGE))
-        return page
+    def _pages(self) -> list[memoryview]:
+        """The calling thread's header pages, page-aligned, one for each block of a run."""
+        pages: list[memoryview] | None = getattr(self._local, "pages", None)
+        if pages is None:
+            memory = memoryview(mmap.mmap(-1, self.run_blocks * PAGE))
+            pages = self._local.pages = [memory[i * PAGE : (i + 1) * PAGE] for i in range(self.run_blocks)]
+        return pages
 
 
 def _open_direct(path: Path, mode: int, page: memoryview) -> tuple[int, bool]:

@@ -50,6 +50,7 @@ class WriteBatch(DiskBatch):
         self._parent_pin = _NO_SLOTS
         self._reserving = threading.Lock()
         self._sums: list[bytes] = [b""] * (len(keys) - first)
+        self._summed = 0
 
     def place(self, lead: int, after: "WriteBatch | None", admit: Callable[[Keys], int]) -> None:
         """Decides what is new: the first `lead` keys are there or, the last of them by `after`, on their way."""
@@ -71,10 +72,10 @@ class WriteBatch(DiskBatch):
         """The batch before this one is finished; whether this one is to be completed now."""
         if not self._pin_parent():
             self._failed_from = self.start
-        return self.settle(None, None)
+        return super().release()
 
     def sum_up(self, ready: Callable[[], None]) -> None:
-        """Makes the checksums, one after the other, and calls `ready` for each block: once more `step` may be run.
+        """Makes the checksums, one after the other, and calls `ready` for each block: one more `step` may be run.
 
         A thread of its own does this ahead of the I/O: made by the workers between their I/Os, the same sums cost the
         device 5 to 7 % of its write throughput on the two-core machine that this was measured on.
@@ -82,27 +83,44 @@ class WriteBatch(DiskBatch):
         for i in range(self.start - self.first, self.stop - self.first):
             if self._too_late() is None:
                 self._sums[i] = self.machine.slots.sum(self._rows.memory[self._rows.ids[i]])
+            self._summed = i + 1
             ready()
+
+    def arrange(self) -> None:
+        with self._reserving:
+            if self._slots is None:
+                try:
+                    self._slots = self.machine.ledger.reserve(self.stop - self.start)
+                except OSError as error:
+                    self._refused = reason_of(error)
+                    self._slots = _NO_SLOTS
+
+    def joins(self, run: list[int], i: int) -> bool:
+        at = self.first + i - self.start
+        if self._slots is None or at >= len(self._slots) or len(run) >= self.machine.slots.run_blocks:
+            return False
+        return i < self._summed and bool(self._slots[at] == self._slots[at - 1] + 1)
 
     @property
     def quick(self) -> bool:
         return self._written() == 0
 
-    def move(self, i: int) -> Reason | None:
-        if self.first + i >= self._failed_from:
-            return Reason.NO_PARENT
-        at = self.first + i - self.start
-        slots = self._reserve()
+    def move(self, run: list[int]) -> list[Reason | None]:
+        at = self.first + run[0] - self.start
+        slots = _NO_SLOTS if self._slots is None else self._slots
+        reason: Reason | None
+        if self.first + run[0] >= self._failed_from:
+            return [Reason.NO_PARENT] * len(run)
         if at >= len(slots):
-            reason: Reason | None = self._refused
+            reason = self._refused
         else:
-            key = self.keys[self.first + i].tobytes()
-            row = self._rows.memory[self._rows.ids[i]]
-            checksum = self._sums[i] or self.machine.slots.sum(row)
-            reason = self.machine.slots.write(int(slots[at]), key, self._namespace, row, checksum)
+            keys = [self.keys[self.first + i].tobytes() for i in run]
+            rows = [self._rows.memory[self._rows.ids[i]] for i in run]
+            sums = [self._sums[i] for i in run]
+            reason = self.machine.slots.write(int(slots[at]), keys, self._namespace, rows, sums)
         if reason is not None:
-            self._failed_from = min(self._failed_from, self.first + i)
-        return reason
+            self._failed_from = min(self._failed_from, self.first + run[0])
+        return [reason] * len(run)
 
     def finish(self) -> None:
         """Commits, or gives the slots back."""
@@ -132,16 +150,6 @@ class WriteBatch(DiskBatch):
         """How many of the new blocks are in their slots, up to the first that is not."""
         new = self.outcomes[self.start - self.first : self.stop - self.first]
         return next((i for i, reason in enumerate(new) if reason is not None), len(new))
-
-    def _reserve(self) -> SlotIds:
-        with self._reserving:
-            if self._slots is None:
-                try:
-                    self._slots = self.machine.ledger.reserve(self.stop - self.start)
-                except OSError as error:
-                    self._refused = reason_of(error)
-                    self._slots = _NO_SLOTS
-            return self._slots
 
     def _pin_parent(self) -> bool:
         """Keeps the block that the new ones hang below; whether it is there."""

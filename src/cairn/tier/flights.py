@@ -21,7 +21,7 @@ _LONGEST_WAIT_SECONDS: Final = 3600.0
 class Batch(ABC):
     """Blocks moved by one call: each is settled once, with an outcome, and the last to settle completes the batch.
 
-    A block is claimed by taking its number out of a deque, by a worker that moves it or by whoever expires it, so that
+    A block is claimed by taking its number out of a queue, by a worker that moves it or by whoever expires it, so that
     it never is both. `future` cannot be cancelled from outside; it gives `outcomes` when nothing touches the rows any
     more.
     """
@@ -41,8 +41,16 @@ class Batch(ABC):
         self._lock = threading.Lock()
 
     @abstractmethod
-    def work(self, i: int) -> Reason | None:
-        """Moves block i. Runs in a worker."""
+    def arrange(self) -> None:
+        """Called before blocks are claimed, in a worker; may wait for I/O."""
+
+    @abstractmethod
+    def joins(self, run: list[int], i: int) -> bool:
+        """Whether block i, the one after the run, is best moved together with it."""
+
+    @abstractmethod
+    def work(self, run: list[int]) -> "list[Reason | None]":
+        """Moves a run of blocks; what became of each. Runs in a worker."""
 
     @abstractmethod
     def complete(self) -> "list[Batch]":
@@ -64,17 +72,21 @@ class Batch(ABC):
         self.empty = self._pending == 0
 
     def step(self) -> None:
-        """Moves the next block, if one is left: a worker's task."""
-        try:
-            i = self._todo.popleft()
-        except IndexError:
-            return
-        try:
-            reason = self._too_late() or self.work(i)
-        except Exception:
-            log.exception("moving a block failed in a way it should not have; please report this")
-            reason = Reason.IO_ERROR
-        if self.settle(i, reason):
+        """Moves the next blocks, if any are left: a worker's task."""
+        late = self._too_late()
+        if late is not None:
+            last = self.expire(late)
+        else:
+            run: list[int] = []
+            try:
+                self.arrange()
+                run = self._claim()
+                reasons = self.work(run) if run else []
+            except Exception:
+                log.exception("moving blocks failed in a way it should not have; please report this")
+                reasons = [Reason.IO_ERROR] * len(run)
+            last = self.settle(run, reasons)
+        if last:
             self.land()
 
     def land(self) -> None:
@@ -85,21 +97,33 @@ class Batch(ABC):
 
     def expire(self, reason: Reason) -> bool:
         """Settles all blocks that nobody has started; whether the batch is to be completed by the caller now."""
-        last = False
-        while self._todo:
-            try:
-                last = self.settle(self._todo.popleft(), reason)
-            except IndexError:
-                break
-        return last
-
-    def settle(self, i: int | None, reason: Reason | None) -> bool:
-        """Notes what became of block i (None: of something else that was waited for); True for the last one."""
         with self._lock:
-            if i is not None:
-                self.outcomes[i] = reason
+            rest = list(self._todo)
+            self._todo.clear()
+        return self.settle(rest, [reason] * len(rest))
+
+    def release(self) -> bool:
+        """Notes that something else has come that was waited for; as `settle`."""
+        with self._lock:
             self._pending -= 1
             return self._pending == 0
+
+    def settle(self, run: list[int], reasons: "list[Reason | None]") -> bool:
+        """Notes what became of blocks; True if nothing is pending any more, once."""
+        if not run:
+            return False
+        with self._lock:
+            for i, reason in zip(run, reasons, strict=True):
+                self.outcomes[i] = reason
+            self._pending -= len(run)
+            return self._pending == 0
+
+    def _claim(self) -> list[int]:
+        with self._lock:
+            run: list[int] = []
+            while self._todo and (not run or self.joins(run, self._todo[0])):
+                run.append(self._todo.popleft())
+            return run
 
     def _too_late(self) -> Reason | None:
         if self._cancel is not None and self._cancel.is_set():

@@ -121,7 +121,7 @@ def _check_frames(path: Path, superblock: Superblock, held: _Held) -> FrameCheck
     try:
         for at in held.reachable.tolist():
             slot, key = int(held.found.slots[at]), held.found.keys[at].tobytes()
-            if file.read(slot, key, row) is not None:
+            if file.read(slot, [key], [row]) != [None]:
                 wrong[slot] = key
     finally:
         file.close()
