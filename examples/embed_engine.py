@@ -1,6 +1,6 @@
 """A `CacheEngine` inside one's own inference code: load what is known of a prompt, store what is new.
 
-    python examples/embed_engine.py      # twice: the second time the prompt comes from the disk
+python examples/embed_engine.py      # twice: the second time the prompt comes from the disk
 """
 
 import numpy as np

@@ -1,6 +1,6 @@
 """Reuse of a prompt's prefix in Hugging Face Transformers: run it twice, the second time it starts from the disk.
 
-    python examples/transformers_prefix_cache.py MODEL_DIRECTORY
+python examples/transformers_prefix_cache.py MODEL_DIRECTORY
 """
 
 import sys
