@@ -23,7 +23,7 @@ from cairn.tier.disk import DEFAULT_THREADS, DiskTier
 from cairn.tier.disk_directory import PAGE
 from cairn.tier.dram import Arena
 
-#: Llama-3.1-8B: 2 MiB a block of 16 tokens; Qwen2.5-7B at 6 layers a shard would be near the smaller: 384 KiB.
+#: Llama-3.1-8B: 2 MiB a block of 16 tokens; and a small model: 384 KiB.
 LARGE: Final = KVGeometry(layers=32, kv_heads=8, head_dim=128, block_tokens=16)
 SMALL: Final = KVGeometry(layers=24, kv_heads=2, head_dim=128, block_tokens=16)
 
@@ -41,7 +41,7 @@ def run_disk(directory: Path | None = None, *, threads: int = DEFAULT_THREADS, r
 
     In every round the same chains of blocks are moved in a new order by the tier and by as many threads with bare
     preadv/pwritev over a file of the same size at the same offsets; who comes first alternates at random. Takes about
-    1.1 GiB of `directory` (the system's temporary one unless given) and gives it back. Raises StorageError without that
+    2.1 GiB of `directory` (the system's temporary one unless given) and gives it back. Raises StorageError without that
     room.
     """
     gc.collect()
