@@ -152,7 +152,7 @@ def test_index_against_a_dict(policy: type[EvictionPolicy]) -> None:
     from hypothesis.stateful import run_state_machine_as_test
 
     machine = type("Machine", (IndexModel,), {"policy": policy})
-    run_state_machine_as_test(machine, settings=settings(max_examples=80, stateful_step_count=40, deadline=None))
+    run_state_machine_as_test(machine, settings=settings(max_examples=200, stateful_step_count=50, deadline=None))
 
 
 def test_lru_evicts_the_tail_of_what_was_used_longest_ago() -> None:
