@@ -13,7 +13,7 @@ from cairn.tier.disk import DiskTier
 from tests.tier.rig import get, opened, prompt, put
 
 KILLS = 200
-SLOTS = 320
+SLOTS = 240
 BLOCKS = 5  # a prompt
 REPORT = struct.Struct("<II")  # prompt, its leading blocks that are acknowledged
 
@@ -77,7 +77,8 @@ def test_kill_9_at_200_random_moments(tmp_path: Path) -> None:
     chooser = random.Random(1)
     next_prompt, acknowledged, proved = 0, 0, 0
     for kill in range(KILLS):
-        path = tmp_path / str(kill // 50)
+        # Every fourth time a new directory, so that kills also hit its making.
+        path = tmp_path / (f"new-{kill}" if kill % 4 == 0 else "old")
         found = run_and_kill(path, next_prompt, chooser)
         last = max(found, default=next_prompt) + 2
         with opened(path, slots=SLOTS, threads=BLOCKS) as tier:
