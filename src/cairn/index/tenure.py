@@ -80,29 +80,14 @@ def _mean(gap: float, new: float, uses: int) -> float:
 
 
 @kernel
-def _mend_ghosts(ghosts: Ghosts, keys: Keys, resident: int) -> int:
-    """How many leading blocks were seen before; a ghost that was forgotten before the one behind it takes over its
-    state.
-    """
-    seen = resident
-    for i in range(len(keys) - 1, resident - 1, -1):
-        at = find_ghost(ghosts, keys[i, 0], keys[i, 1])
-        if at >= 0:
-            seen = max(seen, i + 1)
-        elif seen > resident:
-            like = find_ghost(ghosts, keys[i + 1, 0], keys[i + 1, 1])
-            time, gap, uses, kind = ghosts[like].time, ghosts[like].gap, ghosts[like].uses, ghosts[like].kind
-            add_ghost(ghosts, keys[i, 0], keys[i, 1], time, gap, uses, kind)
-    return seen
-
-
-@kernel
 def _access(
     slots: Slots, state: State, samples: Samples, waiting: Table, ghosts: Ghosts, keys: Keys, ids: SlotIds
 ) -> None:
     clock, unit = state[0].clock, state[0].unit
     resident, length = len(ids), len(keys)
-    seen = _mend_ghosts(ghosts, keys, resident)
+    seen = length
+    while seen > resident and find_ghost(ghosts, keys[seen - 1, 0], keys[seen - 1, 1]) < 0:
+        seen -= 1
     share = share_of(length - seen, length)
     kinds = np.full(length, UNCOUNTED, np.int16)
     origin = 0
