@@ -22,7 +22,7 @@ def trace_of(chosen: list[list[int]]) -> Trace:
 
 
 def best_possible(trace: Trace, capacity: int) -> int:
-    """The most leading hits of any schedule, by trying them all: after a request, any subset of what was there is kept."""
+    """The most leading hits of any schedule, by trying them all: a request leaves any subset of what was there."""
     chains = [trace.blocks[trace.starts[i] : trace.starts[i + 1]].tolist() for i in range(len(trace))]
 
     @cache
