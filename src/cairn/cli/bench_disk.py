@@ -27,8 +27,7 @@ from cairn.tier.dram import Arena
 LARGE: Final = KVGeometry(layers=32, kv_heads=8, head_dim=128, block_tokens=16)
 SMALL: Final = KVGeometry(layers=24, kv_heads=2, head_dim=128, block_tokens=16)
 
-LARGE_BYTES: Final = 1 << 30
-SMALL_BYTES: Final = 512 << 20
+BYTES: Final = 512 << 20
 ROUNDS: Final = 11
 CHAIN_BLOCKS: Final = 16
 TIMEOUT_S: Final = 120.0
@@ -41,14 +40,14 @@ def run_disk(directory: Path | None = None, *, threads: int = DEFAULT_THREADS, r
 
     In every round the same chains of blocks are moved in a new order by the tier and by as many threads with bare
     preadv/pwritev over a file of the same size at the same offsets; who comes first alternates at random. Takes about
-    2.1 GiB of `directory` (the system's temporary one unless given) and gives it back. Raises StorageError without that
+    1.1 GiB of `directory` (the system's temporary one unless given) and gives it back. Raises StorageError without that
     room.
     """
     gc.collect()
     gc.freeze()  # what the imports left behind is not to be collected while something is timed
     with tempfile.TemporaryDirectory(prefix="cairn-bench-", dir=directory) as place:
-        large = _bench(Path(place) / "large", LARGE, LARGE_BYTES, threads, rounds)
-        small = _bench(Path(place) / "small", SMALL, SMALL_BYTES, threads, rounds)
+        large = _bench(Path(place) / "large", LARGE, threads, rounds)
+        small = _bench(Path(place) / "small", SMALL, threads, rounds)
     return {
         "read_share_of_raw": large["read_share_of_raw"],
         "write_share_of_raw": large["write_share_of_raw"],
@@ -59,8 +58,8 @@ def run_disk(directory: Path | None = None, *, threads: int = DEFAULT_THREADS, r
     }
 
 
-def _bench(place: Path, geometry: KVGeometry, size: int, threads: int, rounds: int) -> dict[str, Any]:
-    bench = _Bench(place, geometry, size, threads)
+def _bench(place: Path, geometry: KVGeometry, threads: int, rounds: int) -> dict[str, Any]:
+    bench = _Bench(place, geometry, threads)
     try:
         bench.round()  # the first touch of every slot on both sides costs more, and is not counted
         bench.forget()
@@ -76,9 +75,9 @@ def _bench(place: Path, geometry: KVGeometry, size: int, threads: int, rounds: i
 class _Bench:
     """A tier and a bare file of the same size, and one arena that both move to and from."""
 
-    def __init__(self, place: Path, geometry: KVGeometry, size: int, threads: int) -> None:
+    def __init__(self, place: Path, geometry: KVGeometry, threads: int) -> None:
         stride = geometry.block_bytes
-        self._chain_count = size // stride // CHAIN_BLOCKS
+        self._chain_count = BYTES // stride // CHAIN_BLOCKS
         blocks = self._chain_count * CHAIN_BLOCKS
         self._bytes = blocks * stride
         self._namespace = Namespace(model="bench", geometry=geometry).digest()
