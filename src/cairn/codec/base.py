@@ -1,4 +1,4 @@
-"""The contract of a codec: the canonical bytes of a KV block <-> the bytes that are stored."""
+"""The contract of a codec: the canonical bytes of KV blocks <-> the bytes that are stored."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar
@@ -6,18 +6,23 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from cairn.errors import InputError
 from cairn.kv import KVGeometry
 
-#: Contiguous bytes in host memory, uint8 [n].
+#: Bytes in host memory, uint8 [n] contiguous, or rows uint8 [blocks, stride] whose last axis is contiguous.
 Octets = npt.NDArray[np.uint8]
 
 
 class Codec(ABC):
     """Turns blocks of one geometry into stored bytes and back.
 
+    Blocks are given as one, uint8 [geometry.block_bytes], or as rows, uint8 [blocks, >= geometry.block_bytes], in the
+    canonical layout [layer, k|v, token, head, dim]; the rows are neighbours in one sequence, the earliest first.
+
     id: what the object frame names it by, unique for ever. lossless: decode gives back every bit. parameters: whatever
-    beside the id changes the stored bytes, as the frame carries it; two codecs read each other's objects exactly when
-    id, parameters and geometry are equal. Thread-safe: encode and decode run in the tiers' workers.
+    beside the id a reader must share to read the stored bytes, as the frame carries it; two codecs read each other's
+    objects exactly when id, parameters and geometry are equal. What only the writer chooses (a level) is not in it: a
+    stream tells it itself. Thread-safe: encode and decode run in the tiers' workers.
     """
 
     id: ClassVar[str]
@@ -31,17 +36,29 @@ class Codec(ABC):
         return b""
 
     @abstractmethod
-    def stored_bytes_limit(self) -> int:
-        """The most bytes `encode` can return; what a reader takes memory for."""
+    def stored_bytes_limit(self, blocks: int = 1) -> int:
+        """The most bytes `encode` can return for so many blocks; what a reader takes memory for."""
 
     @abstractmethod
-    def encode(self, block: Octets) -> Octets:
-        """The stored form of a block, uint8 [geometry.block_bytes]. May be `block` itself, which the caller then keeps
-        untouched for as long as it uses the result."""
+    def encode(self, blocks: Octets) -> Octets:
+        """The stored form of the blocks, uint8 [n]. May be `blocks` itself, which the caller then keeps untouched for
+        as long as it uses the result. Raises InputError for memory of another shape."""
 
     @abstractmethod
     def decode(self, stored: Octets, out: Octets) -> bool:
-        """Fills `out`, uint8 [geometry.block_bytes], which may be the memory of `stored` itself.
+        """Fills `out`, one block or rows, with the blocks that `stored` was made of, as many as `out` has.
 
-        Returns False, `out` undefined, if `stored` is not what `encode` returns. Never raises for what `stored` holds.
+        For one block `out` may be the memory of `stored` itself if the codec is `raw`. Returns False, `out` undefined,
+        if `stored` is not what `encode` returns for so many blocks. Never raises for what `stored` holds, and touches
+        no memory beyond `stored` and `out`.
         """
+
+    def rows(self, blocks: Octets) -> Octets:
+        """`blocks` as rows uint8 [n, block_bytes]: a view. Raises InputError for another shape."""
+        rows = blocks[np.newaxis] if blocks.ndim == 1 else blocks
+        size = self.geometry.block_bytes
+        if rows.ndim != 2 or len(rows) == 0 or rows.shape[1] < size or (blocks.ndim == 1 and len(blocks) != size):
+            raise InputError(f"blocks of shape {blocks.shape}: must be [{size}] or [blocks, {size} or more] bytes")
+        if rows.strides[1] != 1:
+            raise InputError(f"blocks with a stride of {rows.strides[1]} bytes: a block must be contiguous")
+        return rows[:, :size]

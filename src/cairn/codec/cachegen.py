@@ -1,0 +1,136 @@
+"""The `cachegen` codec: a step a head, anchors, exact sinks, entropy coding on 32 lanes; several levels of quality.
+
+After CacheGen (Liu et al., SIGCOMM 2024, arXiv 2310.07240): KV is quantized by layer and then coded by channel. What is
+kept from it: more bits where the model is sensitive, several levels so that a stream can follow the bandwidth. What is
+not: an absmax over all channels, a frequency table a channel in every stream, an anchor token.
+"""
+
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from cairn.codec import sections, tables
+from cairn.codec.base import Codec, Octets
+from cairn.codec.calibration import Calibration
+from cairn.codec.floats import bits_of, kind_of
+from cairn.codec.levels import LEVELS, Level
+from cairn.codec.rotary import Rotary, sines
+from cairn.errors import InputError
+from cairn.kv import KVGeometry
+
+#: Leading tokens that attention sinks on (Xiao et al., arXiv 2309.17453); they are kept exact where a sequence begins.
+SINK_TOKENS: Final = 8
+#: What a sequence of so many tokens in one stream is cut to.
+_MOST_TOKENS: Final = 1 << 16
+
+_HEAD: Final = 4 * sections.HEADER_WORDS
+
+
+class CacheGen(Codec):
+    """Lossy, of variable rate. level: what `encode` promises unless told otherwise. calibration: of the model, which
+    makes everything smaller. A stream carries what it takes to read it; readers need to know neither. Thread-safe.
+    """
+
+    id = "cachegen"
+    lossless = False
+
+    def __init__(
+        self, geometry: KVGeometry, level: Level = LEVELS["high"], calibration: Calibration | None = None
+    ) -> None:
+        super().__init__(geometry)
+        self._kind = kind_of(geometry)
+        self._level = level
+        if calibration:
+            calibration.check(geometry)
+        self._calibration = calibration
+        self._rotary = (calibration and calibration.rotary) or Rotary(())
+        shared = tables.shared_tables()
+        self._decoder = shared.decoder
+        self._encoding = tables.class_edges(), tables.classes(), shared.encoder
+
+    def stored_bytes_limit(self, blocks: int = 1) -> int:
+        """What does not get smaller is stored as it is, behind a header."""
+        return blocks * self.geometry.block_bytes + _HEAD
+
+    def encode(self, blocks: Octets, *, level: Level | None = None, sinks: int = 0) -> Octets:
+        """sinks: leading tokens to keep exact: `SINK_TOKENS` where the first block begins a sequence, else 0."""
+        return self.encode_at((level or self._level).relative_steps(self.geometry, self._calibration), blocks, sinks)
+
+    def encode_at(self, steps: npt.NDArray[np.float32], blocks: Octets, sinks: int = 0) -> Octets:
+        """As `encode`, at steps float32 [layers, planes], in deviations of a head."""
+        g, rows = self.geometry, self.rows(blocks)
+        tokens = len(rows) * g.block_tokens
+        if tokens > _MOST_TOKENS:
+            raise InputError(f"{tokens} tokens in one stream: at most {_MOST_TOKENS}; encode fewer blocks at a time")
+        groups = sections.groups_a_stream(tokens, g.kv_heads * g.head_dim)
+        turns = np.array(self._rotary.turns, np.uint32)
+        out = np.empty((self.stored_bytes_limit(len(rows)) + 3) // 4 * 4, np.uint8)
+        head = out.view(np.uint32)
+        begin = _HEAD + 4 * (g.layers + len(turns))
+        end = -1
+        if begin < len(out):
+            end = sections.encode_planes(
+                bits_of(rows, self._kind),
+                g.block_shape,
+                self._kind,
+                groups,
+                steps,
+                sinks,
+                sines(turns, tokens),
+                self._rotary.first,
+                self._encoding,
+                begin,
+                out,
+                head[sections.HEADER_WORDS : sections.HEADER_WORDS + g.layers],
+            )
+        if end < 0 or end > self.stored_bytes_limit(len(rows)):
+            return self._raw(rows, tokens)
+        head[: sections.HEADER_WORDS] = sections.MAGIC, tokens, groups | self._rotary.first << 8, len(turns), end
+        head[sections.HEADER_WORDS + g.layers :][: len(turns)] = turns
+        return out[:end].copy()
+
+    def decode(self, stored: Octets, out: Octets, layers: range | None = None) -> bool:
+        """layers: of these only; all unless given."""
+        g, rows = self.geometry, self.rows(out)
+        tokens = len(rows) * g.block_tokens
+        if len(stored) < _HEAD or len(stored) > self.stored_bytes_limit(len(rows)):
+            return False
+        if not stored.flags.aligned or stored.ctypes.data % 4 or not stored.flags.c_contiguous:
+            stored = stored.copy()
+        magic, found_tokens, packed, pairs, length = stored[:_HEAD].view(np.uint32).tolist()
+        if magic != sections.MAGIC or found_tokens != tokens or length != len(stored):
+            return False
+        groups, first = packed & 255, packed >> 8
+        if groups == 0:
+            return self._unraw(stored[_HEAD:], rows)
+        begin = _HEAD + 4 * (g.layers + pairs)
+        if len(stored) % 4 or begin > len(stored) or first + 2 * pairs > g.head_dim:
+            return False
+        numbers = stored[_HEAD:begin].view(np.uint32)
+        span = layers if layers is not None else range(g.layers)
+        return bool(
+            sections.decode_planes(
+                stored,
+                numbers[: g.layers],
+                span.start,
+                span.stop,
+                g.block_shape,
+                self._kind,
+                groups,
+                sines(numbers[g.layers :], tokens),
+                first,
+                self._decoder,
+                bits_of(rows, self._kind),
+            )
+        )
+
+    def _raw(self, rows: Octets, tokens: int) -> Octets:
+        head = np.array([sections.MAGIC, tokens, 0, 0, _HEAD + rows.size], np.uint32)
+        return np.concatenate([head.view(np.uint8), np.ascontiguousarray(rows).reshape(-1)])
+
+    def _unraw(self, body: Octets, rows: Octets) -> bool:
+        if len(body) != rows.size:
+            return False
+        rows[:] = body.reshape(rows.shape)
+        return True

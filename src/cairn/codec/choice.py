@@ -1,0 +1,47 @@
+"""A codec by the names that the configuration has for it."""
+
+from typing import Final, Literal, get_args
+
+from cairn.codec.base import Codec
+from cairn.codec.cachegen import CacheGen
+from cairn.codec.calibration import Calibration
+from cairn.codec.fixed import Fp8, Int4, Int8
+from cairn.codec.levels import LEVELS
+from cairn.codec.lossless import Lossless
+from cairn.codec.raw import Raw
+from cairn.errors import InputError
+from cairn.kv import KVGeometry
+
+#: compression.algorithm.
+Algorithm = Literal["none", "lossless", "fp8", "int", "cachegen"]
+#: compression.quality: levels of `cachegen`.
+Quality = Literal["near-lossless", "high", "balanced", "small"]
+
+_BITS: Final[dict[int, type[Int4 | Int8]]] = {4: Int4, 8: Int8}
+
+
+def codec_for(
+    geometry: KVGeometry,
+    algorithm: Algorithm = "none",
+    *,
+    quantization_bits: int = 8,
+    quality: Quality = "high",
+    calibration: Calibration | None = None,
+) -> Codec:
+    """The codec for a geometry. quantization_bits: of `int`; quality and calibration: of `cachegen`.
+
+    Raises InputError for a value that names nothing, GeometryError for a geometry that is quantized already.
+    """
+    if algorithm not in get_args(Algorithm):
+        raise InputError(f"compression.algorithm={algorithm!r}: must be one of {', '.join(get_args(Algorithm))}")
+    if algorithm == "int":
+        if quantization_bits not in _BITS:
+            raise InputError(f"compression.quantization_bits={quantization_bits}: must be 4 or 8")
+        return _BITS[quantization_bits](geometry)
+    if algorithm == "cachegen":
+        if quality not in LEVELS:
+            raise InputError(f"compression.quality={quality!r}: must be one of {', '.join(LEVELS)}")
+        return CacheGen(geometry, LEVELS[quality], calibration)
+    if algorithm == "fp8":
+        return Fp8(geometry)
+    return Lossless(geometry) if algorithm == "lossless" else Raw(geometry)

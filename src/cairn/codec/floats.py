@@ -1,0 +1,71 @@
+"""Numbers of the KV cache as bits, for kernels: the same on every machine, rounded to nearest even.
+
+A kernel sees elements as unsigned integers and a kind: 0 bfloat16, 1 float16 (both uint16), 2 float32 (uint32).
+"""
+
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from cairn.codec.base import Octets
+from cairn.errors import GeometryError
+from cairn.jit import kernel
+from cairn.kv import KVGeometry
+
+KINDS: Final = {"bfloat16": 0, "float16": 1, "float32": 2}
+BFLOAT16, FLOAT16, FLOAT32 = KINDS.values()
+
+#: Bits of elements: uint16 or uint32.
+Bits = npt.NDArray[Any]
+
+
+def kind_of(geometry: KVGeometry) -> int:
+    """The kind of a geometry's elements. Raises GeometryError for those that are quantized already."""
+    if geometry.dtype not in KINDS:
+        raise GeometryError(
+            f"dtype={geometry.dtype}: only {', '.join(KINDS)} can be compressed; set compression.algorithm to none"
+        )
+    return KINDS[geometry.dtype]
+
+
+def bits_of(rows: Octets, kind: int) -> Bits:
+    """Rows of bytes as rows of elements: a view."""
+    return rows.view(np.uint32 if kind == FLOAT32 else np.uint16)
+
+
+@kernel
+def widen(bits: Any, kind: int) -> Any:
+    """The value of an element, float32."""
+    if kind == BFLOAT16:
+        return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+    if kind == FLOAT32:
+        return np.uint32(bits).view(np.float32)
+    sign = np.uint32((bits & 0x8000) << 16)
+    exponent, fraction = (bits >> 10) & 31, bits & 1023
+    if exponent == 31:
+        return np.uint32(sign | np.uint32(0x7F800000 | fraction << 13)).view(np.float32)
+    if exponent == 0:
+        value = np.float32(fraction) * np.float32(2.0**-24)
+        return -value if sign else value
+    return np.uint32(sign | np.uint32((exponent + 112) << 23 | fraction << 13)).view(np.float32)
+
+
+@kernel
+def narrow(value: Any, kind: int) -> Any:
+    """The bits of the element nearest to a float32. NaN stays a NaN."""
+    bits = np.int64(np.float32(value).view(np.uint32))
+    if kind == FLOAT32:
+        return bits
+    magnitude = bits & 0x7FFFFFFF
+    if kind == BFLOAT16:
+        if magnitude > 0x7F800000:
+            return (bits >> 16) | 0x40
+        return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    sign = bits >> 16 & 0x8000
+    if magnitude >= 0x47800000:  # beyond float16, infinite, or NaN
+        return sign | (0x7E00 if magnitude > 0x7F800000 else 0x7C00)
+    if magnitude < 0x38800000:  # subnormal in float16
+        scaled = np.float32(abs(value)) * np.float32(2.0**24)
+        return sign | np.int64(np.rint(scaled))
+    return sign | ((magnitude - 0x38000000 + 0xFFF + (magnitude >> 13 & 1)) >> 13)

@@ -1,0 +1,264 @@
+"""`cachegen`'s streams in Triton, the same bits as the CPU's. Imports triton: import it only where a GPU is used.
+
+A program is one stream: 32 lanes, a lane a thread (`num_warps=1`), as `rans` lays it out. Which of the next words is
+its own a lane learns from how many lanes before it need one (a scan; on the GPU, shuffles within the warp). Values go
+straight into the rows, so nothing is kept between decoding and the cache.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from cairn.codec.rans import LANES, START
+from cairn.codec.rotary import SINE_BITS
+from cairn.codec.tables import HALF, SLOT_BITS, SYMBOLS, WIDTHS
+
+
+# Not tl.sum and tl.cumsum: these are kernels too, which only run interpreted if triton was first imported so.
+@triton.jit
+def _add(a, b):
+    return a + b
+
+
+@triton.jit
+def _predict(anchor, partner, sines, t, pair, turning, is_first, tokens, pairs, SINE_BITS: tl.constexpr):
+    """What is expected of channels at token t, in steps: see `planes.predict`."""
+    cosine = tl.load(sines + t * pairs + pair, mask=turning, other=0).to(tl.int32)
+    sine = tl.load(sines + (tokens + t) * pairs + pair, mask=turning, other=0).to(tl.int32)
+    across = tl.where(is_first, -partner * sine, partner * sine)
+    turned = (anchor * cosine + across + (1 << (SINE_BITS - 1))) >> SINE_BITS
+    return tl.where(turning, turned, anchor)
+
+
+@triton.jit(do_not_specialize=["tokens", "channels", "pairs", "first", "row_stride", "streams"])
+def _decode(
+    words,
+    begins,
+    states,
+    classes,
+    anchors,
+    steps,
+    decoder,
+    sines,
+    rows,
+    offsets,
+    tokens,
+    channels,
+    dim,
+    pairs,
+    first,
+    row_stride,
+    streams,
+    planes,
+    BLOCK_TOKENS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
+    START: tl.constexpr,
+    HALF: tl.constexpr,
+    SLOT_BITS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    SINE_BITS: tl.constexpr,
+    BFLOAT16: tl.constexpr,
+):
+    job = tl.program_id(0)  # [layer * planes + plane, stream]
+    plane, stream = job // streams, job % streams
+    lane = tl.arange(0, LANES)
+    x = tl.load(states + job * LANES + lane)
+    at = tl.load(begins + job)
+    group = 0
+    while group < GROUPS:
+        channel = (stream * GROUPS + group) * LANES + lane
+        real = channel < channels
+        of_plane = plane * channels + channel
+        klass = tl.load(classes + of_plane, mask=real, other=0).to(tl.uint32)
+        low = klass >> 4
+        table = decoder + ((klass & (WIDTHS - 1)) << SLOT_BITS).to(tl.int32)
+        anchor = tl.load(anchors + of_plane, mask=real, other=0).to(tl.int32)
+        step = tl.load(steps + plane * (channels // dim) + channel // dim, mask=real, other=0.0)
+        place = channel % dim - first
+        turning = real & (place >= 0) & (place < 2 * pairs) & (plane % planes == 0)
+        is_first = place < pairs
+        pair = tl.where(is_first, place, place - pairs)
+        beside = tl.where(is_first, of_plane + pairs, of_plane - pairs)
+        partner = tl.load(anchors + beside, mask=turning, other=0).to(tl.int32)
+        base = tl.load(offsets + plane)
+        t = 0
+        while t < tokens:
+            rest = x & ((1 << low) - 1)
+            y = x >> low
+            entry = tl.load(table + (y & ((1 << SLOT_BITS) - 1)).to(tl.int32), mask=real, other=0)
+            y = ((entry >> 11) & 2047) * (y >> SLOT_BITS) + (entry & 2047)
+            residual = (((entry >> 22).to(tl.int32) - HALF) << low.to(tl.int32)) | rest.to(tl.int32)
+            short = real & (y < START)
+            need = short.to(tl.int32)
+            mine = tl.associative_scan(need, 0, _add) - need
+            word = tl.load(words + at + mine, mask=short, other=0).to(tl.uint32)
+            x = tl.where(real, tl.where(short, (y << 16) | word, y), x)
+            at += tl.reduce(need, 0, _add)
+            expected = _predict(anchor, partner, sines, t, pair, turning, is_first, tokens, pairs, SINE_BITS)
+            value = (residual + expected).to(tl.float32) * step
+            target = rows + (t // BLOCK_TOKENS).to(tl.int64) * row_stride + base
+            if BFLOAT16:  # rounded here: the interpreter's cast cuts off, the GPU's rounds
+                bits = value.to(tl.uint32, bitcast=True)
+                element = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
+            else:
+                element = value.to(rows.dtype.element_ty)
+            tl.store(target + (t % BLOCK_TOKENS) * channels + channel, element, mask=real)
+            t += 1
+        group += 1
+
+
+@triton.jit(do_not_specialize=["tokens", "channels", "streams", "room"])
+def _encode(
+    residuals,
+    classes,
+    encoder,
+    words,
+    counts,
+    states,
+    tokens,
+    channels,
+    streams,
+    room,
+    GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
+    START: tl.constexpr,
+    HALF: tl.constexpr,
+    SLOT_BITS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    SYMBOLS: tl.constexpr,
+):
+    job = tl.program_id(0)
+    plane, stream = job // streams, job % streams
+    lane = tl.arange(0, LANES)
+    x = tl.full((LANES,), START, tl.uint32)
+    # Written from the end of the room to its front, so that a decoder reads forwards.
+    at = (job + 1).to(tl.int64) * room
+    group = GROUPS - 1
+    while group >= 0:
+        channel = (stream * GROUPS + group) * LANES + lane
+        real = channel < channels
+        klass = tl.load(classes + plane * channels + channel, mask=real, other=0).to(tl.uint32)
+        low = klass >> 4
+        table = encoder + ((klass & (WIDTHS - 1)) * SYMBOLS).to(tl.int32)
+        t = tokens - 1
+        while t >= 0:
+            place = (plane.to(tl.int64) * tokens + t) * channels + channel
+            residual = tl.load(residuals + place, mask=real, other=0).to(tl.int32)
+            entry = tl.load(table + (residual >> low.to(tl.int32)) + HALF, mask=real, other=1)
+            freq, start = entry & 0xFFFF, entry >> 16
+            # freq << (32 - SLOT_BITS - low) does not fit 32 bits where freq is all of the slots; none is.
+            emit = real & (x >= (freq << (32 - SLOT_BITS - low)))
+            need = emit.to(tl.int32)
+            after = tl.reduce(need, 0, _add) - tl.associative_scan(
+                need, 0, _add
+            )  # words of higher lanes, which a decoder reads later
+            tl.store(words + at - 1 - after, (x & 0xFFFF).to(tl.uint16), mask=emit)
+            at -= tl.reduce(need, 0, _add)
+            y = tl.where(emit, x >> 16, x)
+            y = ((y // freq) << SLOT_BITS) + y % freq + start
+            y = (y << low) | (residual.to(tl.uint32) & ((1 << low) - 1))
+            x = tl.where(real, y, x)
+            t -= 1
+        group -= 1
+    tl.store(states + job * LANES + lane, x)
+    tl.store(counts + job, ((job + 1).to(tl.int64) * room - at).to(tl.int32))
+
+
+def decode(
+    words: Any,
+    begins: Any,
+    states: Any,
+    classes: Any,
+    anchors: Any,
+    steps: Any,
+    decoder: Any,
+    sines: Any,
+    rows: Any,
+    offsets: Any,
+    *,
+    tokens: int,
+    block_tokens: int,
+    heads: int,
+    dim: int,
+    first: int,
+    groups: int,
+    planes: int,
+) -> None:
+    """Enqueues the decoding of whole planes into rows. Torch tensors on the device, contiguous but for rows:
+
+    words: uint16, whole streams, checked by the caller. begins: int64 [planes, streams], each stream's first word in
+    it. states: uint32 [planes, streams, 32]. classes: uint8, anchors: int16 [planes, channels]. steps: float32 [planes,
+    heads]. decoder: uint32, of `tables`. sines: int16 [2, tokens, pairs]. rows: [blocks, row_stride] elements of the
+    cache's dtype. offsets: int64 [planes], where each plane begins in a row. Every plane of layer after layer; keys
+    are those whose number is a multiple of `planes`, the planes of a layer. Exact vectors are patched by the caller.
+    """
+    count, streams = begins.shape
+    bfloat16 = rows.dtype == torch.bfloat16
+    if bfloat16:
+        rows = rows.view(torch.uint16)
+    _decode[(count * streams,)](
+        words,
+        begins,
+        states,
+        classes,
+        anchors,
+        steps,
+        decoder,
+        sines,
+        rows,
+        offsets,
+        tokens,
+        heads * dim,
+        dim,
+        sines.shape[2],
+        first,
+        rows.stride(0),
+        streams,
+        planes,
+        BLOCK_TOKENS=block_tokens,
+        GROUPS=groups,
+        LANES=LANES,
+        START=START,
+        HALF=HALF,
+        SLOT_BITS=SLOT_BITS,
+        WIDTHS=WIDTHS,
+        SINE_BITS=SINE_BITS,
+        BFLOAT16=bfloat16,
+        num_warps=1,
+    )
+
+
+def encode(residuals: Any, classes: Any, encoder: Any, words: Any, counts: Any, states: Any, *, groups: int) -> None:
+    """Enqueues the coding of whole planes. Torch tensors on the device, contiguous:
+
+    residuals: int16 [planes, tokens, channels], within their classes' ranges. classes: uint8 [planes, channels].
+    encoder: uint32, of `tables`. words: uint16 [planes, streams, room], room at least tokens * 32 * groups: a stream is
+    the last `counts` (int32 [planes, streams]) words of its room. states: uint32 [planes, streams, 32].
+    """
+    _, tokens, channels = residuals.shape
+    count, streams, room = words.shape
+    _encode[(count * streams,)](
+        residuals,
+        classes,
+        encoder,
+        words,
+        counts,
+        states,
+        tokens,
+        channels,
+        streams,
+        room,
+        GROUPS=groups,
+        LANES=LANES,
+        START=START,
+        HALF=HALF,
+        SLOT_BITS=SLOT_BITS,
+        WIDTHS=WIDTHS,
+        SYMBOLS=SYMBOLS,
+        num_warps=1,
+    )

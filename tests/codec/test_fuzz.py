@@ -1,0 +1,30 @@
+"""A short run of `tests.codec.fuzz` with numba's bounds checks, which need a process of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+def test_hostile_streams_are_refused_or_harmless(tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{CHECKOUT / 'src'}:{CHECKOUT}",
+        "NUMBA_BOUNDSCHECK": "1",
+        # Machine code with the checks is kept apart from that without.
+        "NUMBA_CACHE_DIR": str(CHECKOUT / ".cache" / "numba-boundscheck"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.codec.fuzz", "1000"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    refused, taken = (int(word) for word in done.stdout.replace(",", "").split() if word.isdigit())
+    assert refused > taken > 0

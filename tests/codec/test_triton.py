@@ -1,0 +1,124 @@
+"""The Triton kernels in Triton's interpreter: what they encode and decode is bit for bit what numba does."""
+
+import importlib
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cairn.codec import rans, tables
+from cairn.codec.planes import STEPS, restore_plane
+from cairn.codec.rotary import Rotary, sines
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+KINDS = {"bfloat16": 0, "float16": 1, "float32": 2}
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")  # read where the kernel is decorated
+        return importlib.import_module("cairn.codec.triton_kernels")
+
+
+def planes_of(seed: int, planes: int, tokens: int, channels: int) -> tuple[Any, Any, Any]:
+    """(residuals, classes, anchors) of so many planes."""
+    rng = np.random.default_rng(seed)
+    classes = rng.choice(tables.classes(), (planes, channels))
+    reach = tables.HALF << (classes >> 4).astype(np.int64)[:, None]
+    residuals = np.clip(np.rint(rng.normal(0, 0.4, (planes, tokens, channels)) * reach), -reach, reach - 1)
+    return residuals.astype(np.int16), classes, rng.integers(-900, 900, (planes, channels)).astype(np.int16)
+
+
+def by_numba(residuals: Any, classes: Any, groups: int) -> tuple[list[Any], Any]:
+    """Every stream's words, and the states [planes, streams, 32]."""
+    planes, tokens, channels = residuals.shape
+    total = -(-channels // 32)
+    streams = -(-total // groups)
+    states = np.empty((planes, streams, 32), np.uint32)
+    words = np.empty(tokens * groups * 32, np.uint16)
+    found = []
+    for p in range(planes):
+        for s in range(streams):
+            some = min(groups, total - s * groups)
+            count = rans.encode_stream(
+                residuals[p], s * groups, some, classes[p], tables.shared_tables().encoder, words, states[p, s]
+            )
+            found.append(words[:count].copy())
+    return found, states
+
+
+@pytest.mark.parametrize(("channels", "groups", "tokens"), [(64, 1, 6), (80, 2, 5), (20, 1, 3)])
+def test_streams_are_the_same(kernels: Any, channels: int, groups: int, tokens: int) -> None:
+    residuals, classes, _ = planes_of(channels, 2, tokens, channels)
+    expected, expected_states = by_numba(residuals, classes, groups)
+    streams = expected_states.shape[1]
+    words = torch.zeros((2, streams, tokens * 32 * groups), dtype=torch.uint16)
+    counts = torch.zeros((2, streams), dtype=torch.int32)
+    states = torch.zeros((2, streams, 32), dtype=torch.uint32)
+    encoder = torch.from_numpy(tables.shared_tables().encoder)
+    kernels.encode(
+        torch.from_numpy(residuals), torch.from_numpy(classes), encoder, words, counts, states, groups=groups
+    )
+    assert (states.numpy() == expected_states).all()
+    rooms, lengths = words.numpy().reshape(2 * streams, -1), counts.numpy().reshape(-1)
+    for room, length, stream in zip(rooms, lengths, expected, strict=True):
+        assert length == len(stream)
+        assert (room[len(room) - length :] == stream).all()
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize(
+    ("heads", "dim", "pairs", "first", "groups"), [(2, 32, 8, 16, 2), (2, 20, 10, 0, 1), (3, 11, 0, 0, 2)]
+)
+def test_values_are_the_same(
+    kernels: Any, dtype: str, heads: int, dim: int, pairs: int, first: int, groups: int
+) -> None:
+    planes, block_tokens, blocks = 4, 3, 2
+    tokens, channels = block_tokens * blocks, heads * dim
+    residuals, classes, anchors = planes_of(dim, planes, tokens, channels)
+    codes = np.random.default_rng(0).integers(100, 180, (planes, heads)).astype(np.uint8)
+    turns = np.array(Rotary.from_theta(100.0, 2 * pairs).turns if pairs else (), np.uint32)
+    table = sines(turns, tokens)
+    stride = planes * block_tokens * channels + 8
+    element = np.uint32 if dtype == "float32" else np.uint16
+    expected = np.zeros((blocks, stride), element)
+    for p in range(planes):
+        turning = table if p % 2 == 0 else table[:, :, :0]
+        restore_plane(
+            residuals[p],
+            codes[p],
+            anchors[p],
+            turning,
+            first,
+            expected,
+            p * block_tokens * channels,
+            block_tokens,
+            KINDS[dtype],
+        )
+    streams, states = by_numba(residuals, classes, groups)
+    begins = np.cumsum([0] + [len(stream) for stream in streams])[:-1].reshape(planes, -1)
+    rows = torch.zeros((blocks, stride), dtype=getattr(torch, dtype))
+    kernels.decode(
+        torch.from_numpy(np.concatenate([*streams, np.zeros(64, np.uint16)])),
+        torch.from_numpy(begins),
+        torch.from_numpy(states),
+        torch.from_numpy(classes),
+        torch.from_numpy(anchors),
+        torch.from_numpy(STEPS[codes]),
+        torch.from_numpy(tables.shared_tables().decoder),
+        torch.from_numpy(table),
+        rows,
+        torch.arange(planes) * block_tokens * channels,
+        tokens=tokens,
+        block_tokens=block_tokens,
+        heads=heads,
+        dim=dim,
+        first=first,
+        groups=groups,
+        planes=2,
+    )
+    found = rows.view(torch.int32 if dtype == "float32" else torch.int16).numpy().view(element)
+    assert (found == expected).all()
