@@ -30,3 +30,15 @@ class LockedError(StorageError):
 
 class ClosedError(CairnError, RuntimeError):
     """The engine, tier or handle was closed before the call."""
+
+
+class ClusterError(CairnError, OSError):
+    """The cluster's registry did not answer within the deadline, or refused."""
+
+
+class UnclearError(ClusterError):
+    """The connection broke during a transaction, which may have been applied: read what it would have changed."""
+
+
+class LeaseLostError(ClusterError):
+    """A lease has expired or was revoked; the keys that hung from it are deleted."""

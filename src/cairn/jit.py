@@ -10,12 +10,23 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import numba
 import numba.extending
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
 
 _PACKAGE = Path(__file__).parent
 _STALE_SECONDS = 86_400.0
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+_kernels: list[Any] = []
+
+
+def compiled() -> dict[str, int]:
+    """How often each kernel was compiled, or taken from the disk, in this process: once for each kind of arguments."""
+    return {f"{one.py_func.__module__}.{one.py_func.__name__}": len(one.signatures) for one in _kernels}
 
 
 def kernel(function: Callable[P, R]) -> Callable[P, R]:
@@ -26,15 +37,87 @@ def kernel(function: Callable[P, R]) -> Callable[P, R]:
     """
     try:
         with _cache_of_these_sources():
-            compiled = numba.njit(function, nogil=True, cache=True, boundscheck=False)
+            made = numba.njit(function, nogil=True, cache=True, boundscheck=False)
     except RuntimeError:  # numba found no place to keep the machine code
-        compiled = numba.njit(function, nogil=True, boundscheck=False)
-    return cast(Callable[P, R], compiled)
+        made = numba.njit(function, nogil=True, boundscheck=False)
+    _kernels.append(made)
+    return cast(Callable[P, R], made)
 
 
 def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function whose body is LLVM IR, callable from kernels only (numba.extending.intrinsic)."""
     return cast(Callable[..., Any], numba.extending.intrinsic(function))
+
+
+def _pointer(builder: ir.IRBuilder, address: Any, bits: int) -> Any:
+    return builder.inttoptr(address, ir.IntType(bits).as_pointer())
+
+
+def _loading(bits: int, *, swapped: bool = False) -> Any:
+    """Codegen for a value of so many bits, which need not be aligned."""
+
+    def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
+        value = builder.load(_pointer(builder, arguments[0], bits), align=1)
+        return builder.bswap(value) if swapped else value
+
+    return generate
+
+
+def _load_byte(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+    return builder.zext(_loading(8)(context, builder, signature, arguments), ir.IntType(64))
+
+
+def _storing(bits: int) -> Any:
+    def generate(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
+        builder.store(arguments[1], _pointer(builder, arguments[0], bits), align=1)
+        return context.get_dummy_value()
+
+    return generate
+
+
+def _fetch(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
+    """Codegen: to be read, into every level of the cache."""
+    word = ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), word, word, word])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    builder.call(function, [_pointer(builder, arguments[0], 8), *(ir.Constant(word, value) for value in (0, 3, 1))])
+    return context.get_dummy_value()
+
+
+@intrinsic
+def load_byte(typingctx: Any, address: Any) -> Any:
+    """The byte at an address, as an int64. Nothing checks addresses; whoever makes one has to."""
+    return types.int64(types.int64), _load_byte
+
+
+@intrinsic
+def load_word(typingctx: Any, address: Any) -> Any:
+    """8 bytes at any address as a uint64, the first byte lowest."""
+    return types.uint64(types.int64), _loading(64)
+
+
+@intrinsic
+def load_big(typingctx: Any, address: Any) -> Any:
+    """8 bytes at any address as a uint64, the first byte highest."""
+    return types.uint64(types.int64), _loading(64, swapped=True)
+
+
+@intrinsic
+def store_half(typingctx: Any, address: Any, value: Any) -> Any:
+    """Writes a uint32."""
+    return types.void(types.int64, types.uint32), _storing(32)
+
+
+@intrinsic
+def store_word(typingctx: Any, address: Any, value: Any) -> Any:
+    """Writes a uint64."""
+    return types.void(types.int64, types.uint64), _storing(64)
+
+
+@intrinsic
+def prefetch(typingctx: Any, address: Any) -> Any:
+    """Has the cache line at an address fetched, and does not wait for it; any address will do."""
+    return types.void(types.int64), _fetch
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from cairn.errors import GeometryError, InputError
 from cairn.kv import KVGeometry
 
 PAGES = 7
-LAYOUTS = ("nhd", "nhd_pair", "hnd", "transformers", "mla", "unpacked")
+LAYOUTS = ("nhd", "nhd_pair", "nhd_paged", "cross_layer", "hnd", "transformers", "mla", "unpacked")
 
 
 def tensors(layout: str, g: KVGeometry, page_tokens: int, rng: np.random.Generator) -> tuple[list[Any], str]:
@@ -28,6 +28,10 @@ def tensors(layout: str, g: KVGeometry, page_tokens: int, rng: np.random.Generat
         return [random(2, *nhd) for _ in range(g.layers)], "nhd"
     if layout == "nhd_pair":
         return [(random(*nhd), random(*nhd)) for _ in range(g.layers)], "nhd"
+    if layout == "nhd_paged":
+        return [random(PAGES, 2, *nhd[1:]) for _ in range(g.layers)], "nhd_paged"
+    if layout == "cross_layer":
+        return [random(PAGES, g.layers, 2, *nhd[1:])], "cross_layer"
     if layout == "hnd":
         return [random(2, *hnd) for _ in range(g.layers)], "hnd"
     if layout == "transformers":
@@ -43,11 +47,14 @@ def vectors(entries: list[Any], layout: str, g: KVGeometry, slot: int, page_toke
     """The oracle: token `slot` as [layer, plane, head, dim]."""
     page, offset = divmod(slot, page_tokens)
     found = np.empty((g.layers, g.planes, g.kv_heads, g.head_dim), np.uint16)
-    for layer, entry in enumerate(entries):
+    for layer in range(g.layers):
+        entry = entries[0][:, layer] if layout == "cross_layer" else entries[layer]
         for plane in range(g.planes):
             whole = entry if layout == "mla" else entry[plane]
             if layout == "transformers":
                 found[layer, plane] = whole[0, :, slot]
+            elif layout in ("nhd_paged", "cross_layer"):
+                found[layer, plane] = entry[page, plane, offset]
             elif layout == "hnd":
                 found[layer, plane] = whole[page, :, offset]
             else:
@@ -121,9 +128,9 @@ def test_opaque_pages_move_whole() -> None:
     memory = np.zeros((2, g.block_bytes), np.uint8)
     rows = np.array([1, 0], np.int32)
     copier = CpuCopier(g)
-    kv = PagedKV.from_tensors(pages, "vllm_cpu", g)
+    kv = PagedKV.from_tensors(pages, "vllm", g)
     copier.gather(kv, np.concatenate([np.arange(48, 64), np.arange(16)]), memory, rows)
-    copier.scatter(PagedKV.from_tensors(other, "vllm_cpu", g), np.arange(16, 48), memory, rows)
+    copier.scatter(PagedKV.from_tensors(other, "vllm", g), np.arange(16, 48), memory, rows)
     assert all((b[1] == a[3]).all() and (b[2] == a[0]).all() for a, b in zip(pages, other, strict=True))
     with pytest.raises(InputError, match="one whole page"):
         copier.gather(kv, np.arange(8, 24), memory, rows[:1])

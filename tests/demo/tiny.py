@@ -22,5 +22,6 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tiny_model(directory: Path) -> None:
-    tiny_model(vocab_size=256).save_pretrained(directory)
+    # Slow to compute beside what its KV takes to load, so that no planner prefers to compute it on a busy machine.
+    tiny_model(vocab_size=256, intermediate_size=16384).save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)

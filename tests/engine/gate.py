@@ -18,7 +18,7 @@ class Gate:
         self._opened = Event()
         self._threads: list[Thread] = []
         store: Any = engine._store
-        self._disk: DiskTier = store._lower
+        self._disk: DiskTier = store._lower[0]
         self._read = self._disk.read
         self._disk.read = self.read  # type: ignore[method-assign]
 

@@ -93,7 +93,7 @@ GEOMETRY = KVGeometry(layers=2, kv_heads=2, head_dim=8)
 OTHERS = {
     "model": Namespace(model="n", geometry=GEOMETRY),
     "revision": Namespace(model="m", revision="2", geometry=GEOMETRY),
-    "layout": Namespace(model="m", layout="vllm_cpu", geometry=GEOMETRY),
+    "layout": Namespace(model="m", layout="vllm", geometry=GEOMETRY),
     "lora": Namespace(model="m", lora="a@1", geometry=GEOMETRY),
     "salt": Namespace(model="m", salt=b"tenant", geometry=GEOMETRY),
     "dtype": Namespace(model="m", geometry=KVGeometry(layers=2, kv_heads=2, head_dim=8, dtype="float16")),

@@ -14,8 +14,9 @@ from cairn.sim.trace import Trace, read_trace
 
 SLICE = Path(__file__).parents[1] / "data" / "conversation_2000.jsonl"
 
-#: Shares of LRU's distance to Belady that Tenure must make up on the slice, in percent; measured: see the test.
-FLOORS = {1_000: 12.0, 3_000: 18.0, 10_000: 0.0}
+#: Shares of LRU's distance to Belady that Tenure must make up on the slice, in percent. There, most of its time goes by
+#: before it has learned anything; over the whole trace it makes up 28, 32 and 17 %.
+FLOORS = {1_000: 15.0, 3_000: 18.0, 10_000: 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_the_clock_does_not_matter(trace: Trace) -> None:
 
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_tenure_is_not_worse_than_lru(workload: str) -> None:
-    """Up to a point of the hit rate, which learning costs where LRU is as good as it gets."""
+    """But for what learning costs where LRU is as good as it gets, and unlearning where the pattern changes."""
     trace = trace_of(workload, 4000)
     for capacity in (200, 600, 2000):
         lru = 100 * replay(trace, capacity, LRU).hit_blocks / trace.block_uses

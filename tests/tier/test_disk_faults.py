@@ -311,7 +311,7 @@ class StuckDevice:
 
     def __init__(self, tier: DiskTier) -> None:
         self.released = Event()
-        tier._slots.run_blocks = 1
+        tier._slots.read_run_blocks = 1
         self._read = tier._slots.read
         tier._slots.read = self.read  # type: ignore[method-assign]
 

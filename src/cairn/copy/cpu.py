@@ -1,6 +1,6 @@
 """The CPU copier: one numba kernel that moves the largest pieces both sides have in one run."""
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
 
 import numpy as np
@@ -149,6 +149,7 @@ class CpuCopier(Copier):
             self._pool.submit(self._share, kv, slots[a * tokens : b * tokens], memory, rows[a:b], layers, into_rows)
             for a, b in pairwise(cuts)
         ]
+        wait(shares)  # also when one fails: the caller takes rows and pages for free then
         for share in shares:
             share.result()
 

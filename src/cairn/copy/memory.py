@@ -27,6 +27,16 @@ def move_bytes(typingctx: Any, target: Any, source: Any, count: Any) -> Any:
 
 
 @intrinsic
+def load_word(typingctx: Any, source: Any) -> Any:
+    """load_word(source): the 8 bytes at an address (int64), aligned or not, the first one lowest; a uint64."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return builder.load(builder.inttoptr(args[0], _WORD.as_pointer()), align=1)
+
+    return types.uint64(types.int64), codegen
+
+
+@intrinsic
 def stream_lines(typingctx: Any, target: Any, source: Any, count: Any) -> Any:
     """stream_lines(target, source, count): as move_bytes, past the caches, for `count` a multiple of 128 and a
     32-aligned target.
@@ -71,3 +81,24 @@ def fence(typingctx: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(), codegen
+
+
+@intrinsic
+def atomic_add(typingctx: Any, address: Any, amount: Any) -> Any:
+    """atomic_add(address, amount): adds to the int64 at an 8-aligned address, sequentially consistent with whatever
+    other processes do to it; returns what it was."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return builder.atomic_rmw("add", builder.inttoptr(args[0], _WORD.as_pointer()), args[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def atomic_or(typingctx: Any, address: Any, bits: Any) -> Any:
+    """atomic_or(address, bits): as atomic_add, setting bits."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+        return builder.atomic_rmw("or", builder.inttoptr(args[0], _WORD.as_pointer()), args[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), codegen

@@ -13,16 +13,26 @@ from cairn.kv import KVGeometry
 #: Slots of tokens in a paged cache, int64 [tokens]: page * page_tokens + offset; negative: leave this token out.
 TokenSlots = npt.NDArray[np.int64]
 
-LAYOUTS = ("nhd", "hnd", "transformers", "mla", "vllm_cpu")
+LAYOUTS = ("nhd", "nhd_paged", "cross_layer", "hnd", "transformers", "mla", "vllm")
 
 
 class _View(NamedTuple):
-    """One tensor: where it starts, its shape, and its strides in bytes."""
+    """One tensor: where it starts, its shape, its strides in bytes, and its device (-1: CPU)."""
 
     address: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     element_bytes: int
+    device: int
+
+    def select(self, axis: int, index: int) -> "_View":
+        """The view at `index` of a dimension, without that dimension."""
+        rest = [i for i in range(len(self.shape)) if i != axis]
+        return self._replace(
+            address=self.address + index * self.strides[axis],
+            shape=tuple(self.shape[i] for i in rest),
+            strides=tuple(self.strides[i] for i in rest),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +42,7 @@ class PagedKV:
     bases: int64 [layers, planes], the address of page 0; a token in slot s stands at
     base + s // page_tokens * page_stride + s % page_tokens * token_stride + head * head_stride, head_dim elements in a
     row. Strides in bytes. slots: how many tokens it has room for. opaque: pages are moved whole, their inside is the
-    engine's.
+    engine's. device: index of the CUDA device that holds it, -1 for the CPU.
 
     `owner` keeps the tensors alive. Reading and writing it is as thread-safe as the tensors are: the engine must not
     use the slots of a transfer before that is over.
@@ -46,27 +56,31 @@ class PagedKV:
     slots: int
     opaque: bool
     owner: Any
+    device: int = -1
 
     @classmethod
     def from_tensors(cls, tensors: Sequence[Any], layout: str, geometry: KVGeometry) -> "PagedKV":
-        """`tensors`: one entry a layer, torch (CPU) or numpy, by `layout`:
+        """`tensors`: one entry a layer, torch (CPU or CUDA) or numpy, by `layout`:
 
         nhd           [2, pages, page_tokens, heads, dim], or a pair (K, V) of [pages, page_tokens, heads, dim]
+        nhd_paged     [pages, 2, page_tokens, heads, dim]
+        cross_layer   one tensor for all layers, [pages, layers, 2, page_tokens, heads, dim]: a page is one run
         hnd           [2, pages, heads, page_tokens, dim], or a pair (K, V) of [pages, heads, page_tokens, dim]
         transformers  a pair (K, V) of [1, heads, tokens, dim]
         mla           [pages, page_tokens, dim], the latent and the RoPE part in one
-        vllm_cpu      [pages, heads, page_tokens, 2 * dim], moved as opaque pages of `geometry.block_tokens`
+        vllm          [pages, heads, page_tokens, 2 * dim] in either order of heads and tokens, moved as opaque pages of
+                      `geometry.block_tokens`
 
         Raises GeometryError if shapes, dtypes or strides do not fit `geometry` or differ between layers.
         """
         if layout not in LAYOUTS:
             raise GeometryError(f"layout={layout!r}: must be one of {', '.join(LAYOUTS)}")
-        if len(tensors) != geometry.layers:
-            raise GeometryError(f"{len(tensors)} layers of KV tensors: the geometry has {geometry.layers}")
-        views = [_planes(entry, layout, geometry) for entry in tensors]
+        views = _layers(tensors, layout, geometry)
         first = views[0][0]
         for layer, planes in enumerate(views):
             for view in planes:
+                if view.device != first.device:
+                    raise GeometryError(f"layer {layer}: on device {view.device}, layer 0 on {first.device}")
                 if view.shape != first.shape or view.strides != first.strides:
                     raise GeometryError(
                         f"layer {layer}: shape {view.shape}, strides {view.strides} differ from layer 0's"
@@ -75,9 +89,17 @@ class PagedKV:
                     raise GeometryError(f"layer {layer}: {view.element_bytes}-byte elements: {geometry.dtype} expected")
         bases = np.array([[view.address for view in planes] for planes in views], np.int64)
         pages, page_tokens, page_stride, token_stride, head_stride = _strides(first, layout, geometry)
-        opaque = layout == "vllm_cpu"
+        opaque = layout == "vllm"
         return cls(
-            bases, page_tokens, page_stride, token_stride, head_stride, pages * page_tokens, opaque, tuple(tensors)
+            bases=bases,
+            page_tokens=page_tokens,
+            page_stride=page_stride,
+            token_stride=token_stride,
+            head_stride=head_stride,
+            slots=pages * page_tokens,
+            opaque=opaque,
+            owner=tuple(tensors),
+            device=first.device,
         )
 
     def check_range(self, slots: TokenSlots) -> None:
@@ -98,31 +120,49 @@ class PagedKV:
 
 def _view(tensor: Any) -> _View:
     if isinstance(tensor, np.ndarray):
-        return _View(tensor.ctypes.data, tensor.shape, tensor.strides, tensor.itemsize)
-    if getattr(tensor, "device", None) is not None and tensor.device.type == "cpu":
+        return _View(tensor.ctypes.data, tensor.shape, tensor.strides, tensor.itemsize, -1)
+    device = getattr(tensor, "device", None)
+    if device is not None and device.type in ("cpu", "cuda"):
         size = tensor.element_size()
-        return _View(tensor.data_ptr(), tuple(tensor.shape), tuple(s * size for s in tensor.stride()), size)
-    raise GeometryError(f"KV tensor {type(tensor).__name__} on {getattr(tensor, 'device', '?')}: must be on the CPU")
+        strides = tuple(step * size for step in tensor.stride())
+        return _View(
+            tensor.data_ptr(), tuple(tensor.shape), strides, size, -1 if device.type == "cpu" else device.index
+        )
+    raise GeometryError(f"KV tensor {type(tensor).__name__} on {device or '?'}: must be on the CPU or a CUDA device")
+
+
+def _layers(tensors: Sequence[Any], layout: str, geometry: KVGeometry) -> list[list[_View]]:
+    """The planes of every layer."""
+    if layout == "cross_layer":
+        if len(tensors) != 1:
+            raise GeometryError(f"{len(tensors)} KV tensors: layout 'cross_layer' is one tensor for all layers")
+        whole = _view(tensors[0])
+        if len(whole.shape) != 6 or whole.shape[1] != geometry.layers:
+            raise GeometryError(f"KV tensor of shape {whole.shape}: [pages, {geometry.layers}, 2, ...] expected")
+        return [_split(whole.select(1, layer), 1, geometry) for layer in range(geometry.layers)]
+    if len(tensors) != geometry.layers:
+        raise GeometryError(f"{len(tensors)} layers of KV tensors: the geometry has {geometry.layers}")
+    return [_planes(entry, layout, geometry) for entry in tensors]
 
 
 def _planes(entry: Any, layout: str, geometry: KVGeometry) -> list[_View]:
     """The one or two planes of a layer, each a view without the plane dimension."""
-    if layout in ("mla", "vllm_cpu"):
+    if layout in ("mla", "vllm"):
         return [_view(entry)]
     if isinstance(entry, (tuple, list)):
         planes = [_view(part) for part in entry]
-    else:
-        whole = _view(entry)
-        starts = range(whole.shape[0])
-        planes = [
-            whole._replace(
-                address=whole.address + i * whole.strides[0], shape=whole.shape[1:], strides=whole.strides[1:]
-            )
-            for i in starts
-        ]
-    if len(planes) != geometry.planes:
-        raise GeometryError(f"{len(planes)} planes in a layer: {geometry.planes} expected")
-    return planes
+        if len(planes) != geometry.planes:
+            raise GeometryError(f"{len(planes)} planes in a layer: {geometry.planes} expected")
+        return planes
+    return _split(_view(entry), 1 if layout == "nhd_paged" else 0, geometry)
+
+
+def _split(whole: _View, axis: int, geometry: KVGeometry) -> list[_View]:
+    """The planes that stand along `axis`."""
+    if len(whole.shape) <= axis or whole.shape[axis] != geometry.planes:
+        planes = whole.shape[axis] if len(whole.shape) > axis else 0
+        raise GeometryError(f"{planes} planes in a layer: {geometry.planes} expected")
+    return [whole.select(axis, plane) for plane in range(geometry.planes)]
 
 
 def _strides(view: _View, layout: str, geometry: KVGeometry) -> tuple[int, int, int, int, int]:
@@ -131,19 +171,20 @@ def _strides(view: _View, layout: str, geometry: KVGeometry) -> tuple[int, int, 
     rank = 3 if layout == "mla" else 4
     if len(view.shape) != rank:
         raise GeometryError(f"KV tensor of shape {view.shape}: layout {layout!r} has {rank} dimensions a plane")
-    if layout == "vllm_cpu":
+    if layout == "vllm":
         pages, page_tokens = view.shape[0], view.shape[2]
         expected: tuple[int, ...] = (heads, geometry.block_tokens, 2 * dim)
         found = view.shape[1:]
         strides = (view.strides[0], geometry.layer_bytes // page_tokens, 0)
-        packed = view.strides[1:] == (page_tokens * 2 * dim * size, 2 * dim * size, size)
+        vector = 2 * dim * size
+        packed = view.strides[1:] in ((page_tokens * vector, vector, size), (vector, heads * vector, size))
     elif layout == "mla":
         pages, page_tokens = view.shape[:2]
         expected, found = (dim,), view.shape[2:]
         strides = (view.strides[0], view.strides[1], dim * size)
         packed = view.strides[2] == size
     else:
-        token_axis, head_axis = (1, 2) if layout == "nhd" else (2, 1)
+        token_axis, head_axis = (2, 1) if layout in ("hnd", "transformers") else (1, 2)
         pages, page_tokens = view.shape[0], view.shape[token_axis]
         expected, found = (heads, dim), (view.shape[head_axis], view.shape[3])
         strides = (view.strides[0], view.strides[token_axis], view.strides[head_axis])

@@ -1,36 +1,46 @@
-"""The contract between the engine and where its blocks live: in this process, or (later) in the host's node."""
+"""The contract between the engine and where its blocks live: in this process, or in the host's node."""
 
 from abc import ABC, abstractmethod
+from concurrent.futures import Future
 from typing import NamedTuple
-
-import numpy as np
-import numpy.typing as npt
 
 from cairn.engine.hold import Hold
 from cairn.engine.writing import Writing
+from cairn.index.journal import Journal
 from cairn.kv import Keys
 
 
 class Held(NamedTuple):
-    """How many leading blocks of a chain are held: `dram` in DRAM, `total` in any tier."""
+    """How many leading blocks of a chain are held: `dram` in DRAM; below: in each lower tier or those above it, by its
+    name, from the fastest on.
+    """
 
     dram: int
-    total: int
+    below: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def total(self) -> int:
+        """In any tier."""
+        return self.below[-1][1] if self.below else self.dram
 
 
 class BlockStore(ABC):
     """Blocks by key, with DRAM rows as the only place where their bytes are touched.
 
-    Two-phase writes: `reserve` rows, fill them, `commit` (or `abort`). Reads go through a `Hold`. Keys are those of a
+    Two-phase writes go through a `Writing`, reads through a `Hold`; both give access to the arena. Keys are those of a
     chain from its first block on, uint64 [n, 2]. Thread-safe; nothing here raises for what happens inside.
     """
 
-    memory: npt.NDArray[np.uint8]
-    """The arena, uint8 [rows, stride]; a row is touched only by who writes or holds it."""
+    asks: bool
+    """Whether `match` may not know all, so that `ask` may have something to find out."""
 
     @abstractmethod
     def match(self, keys: Keys) -> Held:
-        """What is held, without touching anything."""
+        """What is held as far as it is known, without touching anything or waiting."""
+
+    @abstractmethod
+    def ask(self, keys: Keys, *, deadline: float, worth_s: float) -> "Future[None] | None":
+        """Finds out in the background what `match` does not know; None if it knows all. See `Tier.ask`."""
 
     @abstractmethod
     def hold(self, keys: Keys, *, deadline: float) -> Hold:
@@ -39,6 +49,10 @@ class BlockStore(ABC):
     @abstractmethod
     def write(self, keys: Keys, *, namespace: bytes) -> Writing:
         """Rows for the blocks of a chain that DRAM lacks, as many as can be had; counts a use of those it has."""
+
+    @abstractmethod
+    def watch(self) -> dict[str, Journal]:
+        """A journal a tier, by the tier's name; see `cairn.index.journal`. Kept from the first call on."""
 
     @abstractmethod
     def flush(self, timeout: float) -> bool:

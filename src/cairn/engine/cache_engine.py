@@ -43,8 +43,8 @@ class CacheEngine(EngineCore):
     status.
     """
 
-    def __init__(self, namespace: Namespace, config: Config | None = None) -> None:
-        super().__init__(namespace, config)
+    def __init__(self, namespace: Namespace, config: Config | None = None, *, node: str | None = None) -> None:
+        super().__init__(namespace, config, node=node)
         self._leases = Leases()
         self._ids = itertools.count(1)
         self._tasks: dict[int, Task] = {}
@@ -56,10 +56,12 @@ class CacheEngine(EngineCore):
     ) -> tuple[int, npt.NDArray[np.bool_]]:
         """Finds what can be loaded and begins to bring it up; returns the task and bool [n], the tokens it would load.
 
-        cpu_only: only what DRAM holds now.
+        cpu_only: only what DRAM holds now. Of a remote store only what is known of it already, since this does not
+        wait: `prefetch_async` first.
         """
         chain = self._chain(token_ids, namespace)
         start = mask_start(token_mask, chain.tokens)
+        self.ask(chain)
         held = self._store.match(chain.keys)
         stop_block = held.dram if cpu_only else held.total
         stage = self.stage(chain, first_token=start, stop_block=stop_block, timeout=self.config.engine.lease_s)
@@ -97,9 +99,9 @@ class CacheEngine(EngineCore):
     def prefetch_async(self, token_ids: Any, namespace: Namespace | None = None) -> int:
         """Brings a prompt's blocks up to DRAM, so that the request that follows finds them there."""
         chain = self._chain(token_ids, namespace)
-        held = self._store.match(chain.keys).total
-        task = Task(chain, 0, held * self.geometry.block_tokens, self._run_prefetch)
-        task.held = self._store.hold(chain.keys[:held], deadline=self.deadline(None))
+        task = Task(chain, 0, 0, self._run_prefetch)
+        if self.ask(chain) is None:
+            self._hold(task)
         number = self._add(task)
         self._start([task])
         return number
@@ -234,8 +236,19 @@ class CacheEngine(EngineCore):
         return task.outcome(stored.upto)
 
     def _run_prefetch(self, task: Task) -> TaskResult:
+        if task.held is None:
+            self.seek(task.chain)
+            self._hold(task)
         assert isinstance(task.held, Hold)
+        if task.cancelled.is_set():
+            task.held.abandon()
         return task.outcome(task.held.wait(self.deadline(None)) * self.geometry.block_tokens)
+
+    def _hold(self, task: Task) -> None:
+        """Begins to bring up all that is held of a prefetch's prompt."""
+        held = self._store.match(task.chain.keys).total
+        task.stop = held * self.geometry.block_tokens
+        task.held = self._store.hold(task.chain.keys[:held], deadline=self.deadline(None))
 
     def _finish(self, number: int, deadline: float) -> TaskResult:
         task = self._tasks.get(number)

@@ -2,10 +2,11 @@
 one.
 """
 
+import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -17,19 +18,39 @@ from cairn.engine.arguments import like, mask_start, slot_array
 from cairn.engine.base import BlockStore
 from cairn.engine.layers import LayerStore
 from cairn.engine.local import open_local
+from cairn.engine.rehearsal import rehearse
 from cairn.engine.stage import COPY_BYTES, Span, Stage
 from cairn.engine.writing import Writing
 from cairn.errors import ClosedError, GeometryError, InputError
-from cairn.kv import KeyChain, Namespace
+from cairn.index import POLICIES
+from cairn.index.journal import Journal
+from cairn.kv import KeyChain, KVGeometry, Namespace
 from cairn.observe.log import setup_logging
 from cairn.observe.metrics import Figures, Metrics
 from cairn.observe.reasons import Reason
 from cairn.plan import CostModel, Segment, plan_load
+from cairn.tier.arena import Arena
 
 #: A paged cache as a caller has it: a PagedKV, the tensors of the registered layout, or None for the registered cache.
 KVCaches = PagedKV | Sequence[Any] | None
 
 _WORKERS = 4
+#: What a lookup may take beyond its own limit, until its thread has had its turn.
+_SEEK_GRACE_S = 0.1
+
+
+def open_node(address: str, config: Config, geometry: KVGeometry, metrics: Metrics, cost: CostModel) -> BlockStore:
+    """The node's store: see `NodeStore`, whose sockets are loaded only by who has a node."""
+    from cairn.engine.node_store import NodeStore
+
+    return NodeStore(
+        address,
+        geometry,
+        timeout_s=config.node.timeout_s,
+        wait_s=config.engine.timeout_s,
+        metrics=metrics,
+        cost=cost,
+    )
 
 
 class Stored(NamedTuple):
@@ -48,17 +69,33 @@ class EngineCore:
 
     All methods are thread-safe. They raise InputError for arguments that break their contract and ClosedError after
     `close`; whatever goes wrong inside is a counted miss (`get_stats`). The engine owns its tiers; KV tensors stay the
-    caller's, who must leave the slots of a call alone until it returns.
+    caller's, who must leave the slots of a call alone until it returns. `arena`: memory for the DRAM tier that other
+    processes map too (`cairn.tier.arena`), for connectors whose workers copy by themselves. `node`: the address of the
+    host's node (else `node.address`), which then keeps the blocks instead of this process.
     """
 
-    def __init__(self, namespace: Namespace, config: Config | None = None) -> None:
+    def __init__(
+        self,
+        namespace: Namespace,
+        config: Config | None = None,
+        *,
+        arena: Arena | None = None,
+        node: str | None = None,
+    ) -> None:
         self.namespace = namespace
         self.geometry = namespace.geometry
         self.config = config or Config()
         setup_logging(self.config.engine.log_level)
+        for policy in {self.config.storage.cpu.policy, self.config.storage.disk.policy}:
+            rehearse(POLICIES[policy])
         self.metrics = Metrics()
         self.cost = CostModel()
-        self._store: BlockStore = open_local(self.config, self.geometry, self.metrics, self.cost)
+        address = node or self.config.node.address
+        self._store: BlockStore
+        if address:
+            self._store = open_node(address, self.config, self.geometry, self.metrics, self.cost)
+        else:
+            self._store = open_local(self.config, self.geometry, self.metrics, self.cost, arena)
         self._copier = CpuCopier(self.geometry, self.config.engine.copy_threads)
         self._layers = ThreadPoolExecutor(_WORKERS, "cairn-layers")
         self._root = namespace.digest()
@@ -81,9 +118,11 @@ class EngineCore:
         return KeyChain(self._digest(namespace), self.geometry.block_tokens, tokens, extra)
 
     def lookup(self, tokens: Any, *, namespace: Namespace | None = None) -> int:
-        """How many leading tokens (whole blocks) any tier holds. Moves nothing and promises nothing."""
+        """How many leading tokens (whole blocks) any tier holds. Moves nothing and promises nothing; a remote store is
+        asked first, for as long as a lookup may take."""
         chain = self._chain(tokens, namespace)
         self.metrics.lookups.add()
+        self.seek(chain)
         return self._store.match(chain.keys).total * self.geometry.block_tokens
 
     def contains(self, key: bytes) -> int:
@@ -135,13 +174,35 @@ class EngineCore:
         kv = self._paged(kvcaches)
         slots = slot_array(slot_mapping, chain.tokens, offset)
         start = max(mask_start(mask, chain.tokens), offset)
+        self.seek(chain, timeout=timeout)
         with self.stage(chain, first_token=start, timeout=timeout) as stage:
             loaded = stage.copy_to(kv, slots[start - offset :])
         result = np.zeros(chain.tokens, np.bool_)
         result[start:loaded] = True
         return like(tokens, result)
 
-    # --- in steps: stage, layer by layer -------------------------------------------------------------------------
+    # --- in steps: ask, stage, layer by layer -------------------------------------------------------------------------
+
+    def ask(self, chain: KeyChain, *, timeout: float | None = None) -> "Future[None] | None":
+        """Begins to find out what a remote store holds of a prompt; None if that is known, or not worth the time.
+
+        Whoever plans a load (`stage`) when the future is done, or when he will not wait for it any longer, plans with
+        all that is known by then. Waits for nothing.
+        """
+        self._check_open()
+        if not self._store.asks:
+            return None
+        rest = (len(chain) - self._store.match(chain.keys).total) * self.geometry.block_tokens
+        known = self.cost.recompute.knows(rest) and self.config.engine.planner
+        worth_s = self.cost.recompute.seconds(rest, chain.tokens - rest) if known else math.inf
+        return self._store.ask(chain.keys, deadline=self.deadline(timeout), worth_s=worth_s)
+
+    def seek(self, chain: KeyChain, *, timeout: float | None = None) -> None:
+        """As `ask`, and waits until it is known, within the time that a lookup may take."""
+        answer = self.ask(chain, timeout=timeout)
+        if answer is not None:
+            limit = self.config.storage.remote.lookup_timeout_s + _SEEK_GRACE_S
+            wait([answer], min(limit, self.config.engine.timeout_s if timeout is None else timeout))
 
     def stage(
         self,
@@ -151,7 +212,8 @@ class EngineCore:
         stop_block: int | None = None,
         timeout: float | None = None,
     ) -> Stage:
-        """Plans a prompt's load and starts it: pins what DRAM holds, brings up what lower tiers hold. Returns at once.
+        """Plans a prompt's load and starts it: pins what DRAM holds, brings up what lower tiers are known to hold (see
+        `ask`). Returns at once.
 
         first_token: tokens before it the caller has. stop_block: blocks from there on are not wanted. The stage must be
         released (use it as a context manager); `wait` on it for blocks that are on their way.
@@ -162,14 +224,36 @@ class EngineCore:
         held = self._store.match(keys)
         in_dram = max(begin, held.dram * block)
         total = max(in_dram, held.total * block)
-        segments = (Segment("dram", in_dram - begin), Segment("disk", total - in_dram))
+        segments, done = [Segment("dram", in_dram - begin)], in_dram
+        for tier, blocks in held.below:
+            upto = max(done, blocks * block)
+            segments.append(Segment(tier, upto - done))
+            done = upto
         wanted = total - begin
         if self.config.engine.planner:
             wanted = plan_load(segments, chain.tokens, self.geometry.token_bytes, self.cost, start=begin).tokens
         deadline = self.deadline(timeout)
         hold = self._store.hold(keys[: (begin + wanted) // block], deadline=deadline)
         span = Span(begin, len(keys) * block, chain.tokens, total - begin - wanted)
-        return Stage(self._store, hold, self._copier, self._layers, self.metrics, self.cost, span, deadline)
+        return Stage(hold, self._copier, self._layers, self.metrics, self.cost, span, deadline)
+
+    def reserve(self, chain: KeyChain, first_block: int = 0, stop_block: int | None = None) -> Writing | None:
+        """Rows for the blocks of a chain that DRAM lacks, to be filled, committed and ended by the caller.
+
+        None if it lacks none, has no room, or lacks some before `first_block`, which are not at hand.
+        """
+        self._check_open()
+        keys = chain.keys[:stop_block]
+        writing = self._store.write(keys, namespace=chain.namespace)
+        lacking = len(keys) - writing.first
+        if lacking and writing.first < first_block:
+            self._skipped(len(keys) - first_block, Reason.NO_PARENT)
+        else:
+            self._skipped(lacking - len(writing.rows), writing.reason)
+            if len(writing.rows):
+                return writing
+        writing.end()
+        return None
 
     def store_layers(self, chain: KeyChain, first_block: int = 0, stop_block: int | None = None) -> LayerStore | None:
         """Rows for the blocks of a chain that DRAM does not hold, to be put layer by layer; None if there is nothing to
@@ -178,8 +262,8 @@ class EngineCore:
         Blocks before `first_block` are not at hand. The result's `first_block` and `blocks` say which blocks it takes.
         """
         self._check_open()
-        writing = self._write(chain, first_block, stop_block)
-        return LayerStore(writing, self._copier, self._store.memory) if writing else None
+        writing = self.reserve(chain, first_block, stop_block)
+        return LayerStore(writing, self._copier) if writing else None
 
     def observe_prefill(self, tokens: int, context: int, seconds: float) -> None:
         """Tells the planner what computing `tokens` behind `context` others took."""
@@ -190,6 +274,11 @@ class EngineCore:
     def get_stats(self) -> Figures:
         """Everything counted so far, by name; see docs/architecture.md for the reasons of misses."""
         return self.metrics.snapshot()
+
+    def watch(self) -> dict[str, Journal]:
+        """A journal a tier of what becomes findable and what goes, by the tier's name, for one reader."""
+        self._check_open()
+        return self._store.watch()
 
     def flush(self, timeout: float | None = None) -> bool:
         """Waits until what is stored is durable on disk, as far as it was admitted; False if it was not in time."""
@@ -220,20 +309,6 @@ class EngineCore:
 
     # --- parts ---------------------------------------------------------------------------------------------------
 
-    def _write(self, chain: KeyChain, given: int, stop: int | None = None) -> Writing | None:
-        """Rows for the blocks that DRAM lacks; None if it lacks none, has no room, or lacks some before `given`."""
-        keys = chain.keys[:stop]
-        writing = self._store.write(keys, namespace=chain.namespace)
-        lacking = len(keys) - writing.first
-        if lacking and writing.first < given:
-            self._skipped(len(keys) - given, Reason.NO_PARENT)
-        else:
-            self._skipped(lacking - len(writing.rows), Reason.NO_SLOT)
-            if len(writing.rows):
-                return writing
-        writing.end()
-        return None
-
     def _store_from(
         self,
         chain: KeyChain,
@@ -245,25 +320,30 @@ class EngineCore:
     ) -> Stored:
         """Stores the whole blocks from token `start` on that DRAM lacks; slots[i] is the slot of token start + i."""
         block = self.geometry.block_tokens
-        writing = self._write(chain, -(-start // block))
+        writing = self.reserve(chain, -(-start // block))
         if writing is None:
             return Stored(0, self._store.match(chain.keys).dram * block)
         step = max(1, COPY_BYTES // self.geometry.block_bytes)
         first, rows = writing.first, writing.rows
         new = done = 0
+        reason = Reason.TIMEOUT
         try:
             while done < len(rows) and not (done and time.monotonic() > deadline) and not (cancel and cancel.is_set()):
                 piece = rows[done : done + step]
                 begin = (first + done) * block - start
                 started = time.monotonic()
-                self._copier.gather(kv, slots[begin : begin + len(piece) * block], self._store.memory, piece)
+                with writing.access() as memory:
+                    if memory is None:
+                        reason = Reason.NODE_AWAY
+                        break
+                    self._copier.gather(kv, slots[begin : begin + len(piece) * block], memory, piece)
                 size = len(piece) * self.geometry.block_bytes
                 self.metrics.transferred("dram", "store", size, time.monotonic() - started)
                 new += writing.commit(len(piece))
                 done += len(piece)
         finally:
             writing.end()
-        self._skipped(len(rows) - done, Reason.TIMEOUT)
+        self._skipped(len(rows) - done, reason)
         return Stored(new * block, (first + done) * block)
 
     def _skipped(self, blocks: int, reason: Reason) -> None:

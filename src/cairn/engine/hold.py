@@ -1,49 +1,55 @@
-"""A reader's hold on the leading blocks of a prompt: pinned in DRAM, the missing ones on their way up from the disk."""
+"""A reader's hold on the leading blocks of a prompt: pinned in DRAM, the missing ones on their way up from below."""
 
 import threading
 import time
+from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from cairn.index import PrefixIndex
 from cairn.kv import Keys
+from cairn.node.base import Home, Memory
 from cairn.observe.reasons import Reason
 from cairn.tier.base import Outcomes
 
-#: Told once, when all batches are in: (blocks brought up, seconds it took).
-Landed = Callable[[int, float], None]
+#: Told once for each tier, when all batches are in: (tier, blocks brought up, seconds it took).
+Landed = Callable[[str, int, float], None]
 
 
 class _Batch:
-    """Consecutive blocks that one read brings up into reserved rows."""
+    """Consecutive blocks that one read brings up from `tier` into reserved rows."""
 
-    __slots__ = ("first", "future", "ids")
+    __slots__ = ("finished", "first", "future", "ids", "tier")
 
-    def __init__(self, first: int, ids: npt.NDArray[np.int32], future: "Future[Outcomes]") -> None:
+    def __init__(self, tier: str, first: int, ids: npt.NDArray[np.int32], future: "Future[Outcomes]") -> None:
+        self.tier = tier
         self.first = first
         self.ids = ids
         self.future = future
+        self.finished = 0.0
 
     def outcomes(self) -> Outcomes:
         """Of a finished read. A tier's future never fails; one that does all the same has brought nothing."""
         return [Reason.IO_ERROR] * len(self.ids) if self.future.exception() else self.future.result()
 
 
-class Hold:
+class Hold(ABC):
     """Leading blocks of a chain, kept in DRAM for one reader until `release`.
 
     `ids[:ready]` are the rows of the blocks that are there and pinned; `ready` grows as batches land, in order, and
-    stops growing at the first block that could not be brought up (`reason` says why; None: no tier had it). Rows of a
-    batch that is still being read belong to the read: a released hold lets it finish, so that the blocks it brings
-    serve the next request.
+    stops growing at the first block that could not be brought up (`reason` says why; None: no tier had it).
+    `resident`: how many were there from the beginning. `home`: see `Home`.
 
     Thread-safe. Never raises for what happens below.
     """
 
-    def __init__(self, index: PrefixIndex, keys: Keys, resident: npt.NDArray[np.int32], landed: Landed) -> None:
+    def __init__(self, keys: Keys, resident: npt.NDArray[np.int32], home: Home | None = None) -> None:
         self.keys = keys
         self.resident = len(resident)
         self.ids = np.empty(len(keys), np.int32)
@@ -51,34 +57,30 @@ class Hold:
         self.ready = self.resident
         self.reason: Reason | None = None
         self.cancel = threading.Event()
-        self._index = index
-        self._landed = landed
-        self._batches: list[_Batch] = []
-        self._started = 0.0
-        self._next = 0
-        self._brought = 0
-        self._released = False
+        self.home = home
         self._changed = threading.Condition()
 
-    def expect(self, first: int, ids: npt.NDArray[np.int32], future: "Future[Outcomes]") -> None:
-        """Adds the next batch: blocks first.. are being read into the reserved rows `ids`."""
-        self._batches.append(_Batch(first, ids, future))
+    @property
+    @abstractmethod
+    def settled(self) -> bool:
+        """Whether `ready` is final."""
 
-    def start(self) -> None:
-        """Called once all batches are known: from now on they land as they finish."""
-        self._started = time.monotonic()
-        for batch in self._batches:
-            batch.future.add_done_callback(lambda _: self._land())
+    @abstractmethod
+    def blocks_by_tier(self, start: int, stop: int) -> dict[str, int]:
+        """In which tiers blocks start..stop were found, of those that are there now: DRAM, and others that had some."""
+
+    @abstractmethod
+    def access(self) -> AbstractContextManager[Memory | None]:
+        """The arena, in which `ids[:ready]` may be read while the context lasts. None: it is held no more."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Gives the pins back. Idempotent."""
 
     def stop_short(self, reason: Reason) -> None:
         """No more blocks than those expected so far will come, for this reason."""
         if self.reason is None:
             self.reason = reason
-
-    @property
-    def settled(self) -> bool:
-        """Whether `ready` is final."""
-        return self._next == len(self._batches)
 
     def wait_beyond(self, ready: int, deadline: float) -> int:
         """Waits until more than `ready` blocks are there, or no more will come, or the deadline (monotonic) has
@@ -106,8 +108,58 @@ class Hold:
             self.stop_short(Reason.CANCELLED)
         self._end()
 
+    def _end(self) -> None:
+        self.cancel.set()
+        with self._changed:
+            self._changed.notify_all()
+
+
+class LocalHold(Hold):
+    """A hold on blocks of this process's own tiers. Rows of a batch that is still being read belong to the read: a
+    released hold lets it finish, so that the blocks it brings serve the next request.
+
+    progress: called, from whichever thread, when `ready` has grown or the hold has settled.
+    """
+
+    def __init__(
+        self, index: PrefixIndex, keys: Keys, resident: npt.NDArray[np.int32], landed: Landed, memory: Memory
+    ) -> None:
+        super().__init__(keys, resident)
+        self.progress: Callable[[], None] | None = None
+        self._memory = memory
+        self._index = index
+        self._landed = landed
+        self._batches: list[_Batch] = []
+        self._started = 0.0
+        self._next = 0
+        self._brought: Counter[str] = Counter()
+        self._released = False
+
+    def expect(self, tier: str, first: int, ids: npt.NDArray[np.int32], future: "Future[Outcomes]") -> None:
+        """Adds the next batch: blocks first.. are being read from `tier` into the reserved rows `ids`."""
+        self._batches.append(_Batch(tier, first, ids, future))
+
+    def start(self) -> None:
+        """Called once all batches are known: from now on they land as they finish."""
+        self._started = time.monotonic()
+        for batch in self._batches:
+            batch.future.add_done_callback(partial(self._finished, batch))
+
+    def blocks_by_tier(self, start: int, stop: int) -> dict[str, int]:
+        stop = min(stop, self.ready)
+        found = Counter({"dram": max(0, min(stop, self.resident) - start)})
+        for batch in self._batches:
+            found[batch.tier] += max(0, min(stop, batch.first + len(batch.ids)) - max(start, batch.first))
+        return {tier: blocks for tier, blocks in found.items() if blocks or tier == "dram"}
+
+    @property
+    def settled(self) -> bool:
+        return self._next == len(self._batches)
+
+    def access(self) -> AbstractContextManager[Memory | None]:
+        return nullcontext(self._memory)
+
     def release(self) -> None:
-        """Gives the pins back. Idempotent."""
         self._end()
         with self._changed:
             if self._released:
@@ -115,10 +167,9 @@ class Hold:
             self._released = True
             self._index.unpin(self.ids[: self.ready])
 
-    def _end(self) -> None:
-        self.cancel.set()
-        with self._changed:
-            self._changed.notify_all()
+    def _finished(self, batch: _Batch, _: "Future[Outcomes]") -> None:
+        batch.finished = time.monotonic()
+        self._land()
 
     def _land(self) -> None:
         """Publishes every finished batch whose predecessors are published."""
@@ -129,7 +180,11 @@ class Hold:
                 self._next += 1
             self._changed.notify_all()
             if self._next > before and self.settled:
-                self._landed(self._brought, time.monotonic() - self._started)
+                for tier, blocks in self._brought.items():
+                    last = max(batch.finished for batch in self._batches if batch.tier == tier)
+                    self._landed(tier, blocks, last - self._started)
+        if self.progress:
+            self.progress()
 
     def _land_one(self, batch: _Batch) -> None:
         outcomes = batch.outcomes()
@@ -145,4 +200,4 @@ class Hold:
             self.ready += len(pinned)
             if len(pinned) < good:
                 self.stop_short(Reason.EVICTED)
-        self._brought += good
+        self._brought[batch.tier] += good

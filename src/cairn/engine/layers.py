@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
+from contextlib import AbstractContextManager
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,14 @@ import numpy.typing as npt
 from cairn.copy import Copier, PagedKV, TokenSlots
 from cairn.engine.writing import Writing
 from cairn.errors import InputError
+from cairn.node.base import Memory
+
+#: Gives the arena while its rows may be touched, or None: see `Hold.access`.
+Access = Callable[[], AbstractContextManager[Memory | None]]
+
+#: Layers are copied in groups that grow up to this share of them: the first is there soonest, and the thread that
+#: computes is interrupted less often.
+_LARGEST_GROUP = 1 / 8
 
 
 class LayerLoad:
@@ -26,13 +35,13 @@ class LayerLoad:
         copier: Copier,
         kv: PagedKV,
         slots: TokenSlots,
-        memory: npt.NDArray[np.uint8],
+        access: Access,
         rows: npt.NDArray[np.int32],
         finished: Callable[[float], None],
     ) -> None:
         self.layers = copier.geometry.layers
         self._copier = copier
-        self._kv, self._slots, self._memory, self._rows = kv, slots, memory, rows
+        self._kv, self._slots, self._access, self._rows = kv, slots, access, rows
         self._finished = finished
         self._stop = False
         self._done = 0
@@ -45,22 +54,36 @@ class LayerLoad:
             self._changed.wait_for(lambda: self._done > layer or self._stop, timeout)
             return self._done > layer
 
-    def close(self) -> None:
-        """Stops after the layer under way; when it returns nothing touches the paged cache or the rows. Idempotent."""
+    def close(self) -> BaseException | None:
+        """Stops after the layers under way; when it returns nothing touches the paged cache or the rows. Idempotent.
+
+        Returns what the copier raised, if it did: then `wait` is False for the layers that are not there.
+        """
         with self._changed:
             self._stop = True
             self._changed.notify_all()
-        if not self._job.cancel():
-            self._job.result()
+        return None if self._job.cancel() else self._job.exception()
 
     def _run(self) -> None:
         started = time.monotonic()
-        for layer in range(self.layers):
-            if self._stop:
-                return
-            self._copier.scatter(self._kv, self._slots, self._memory, self._rows, range(layer, layer + 1))
+        try:
+            size = 1
+            while self._done < self.layers:
+                if self._stop:
+                    return
+                group = range(self._done, min(self.layers, self._done + size))
+                with self._access() as memory:
+                    if memory is None:
+                        return
+                    self._copier.scatter(self._kv, self._slots, memory, self._rows, group)
+                with self._changed:
+                    self._done = group.stop
+                    self._changed.notify_all()
+                size = max(1, min(2 * size, int(self.layers * _LARGEST_GROUP)))
+        finally:
+            # Nobody waits for what will not come.
             with self._changed:
-                self._done = layer + 1
+                self._stop = True
                 self._changed.notify_all()
         self._finished(time.monotonic() - started)
 
@@ -71,14 +94,14 @@ class LayerStore:
     Owned by one request. After `commit` or `abort` it is over; `abort` after `commit` does nothing.
     """
 
-    def __init__(self, writing: Writing, copier: Copier, memory: npt.NDArray[np.uint8]) -> None:
+    def __init__(self, writing: Writing, copier: Copier) -> None:
         self.first_block = writing.first
         self.blocks = len(writing.rows)
         self._writing = writing
         self._copier = copier
-        self._memory = memory
         self._missing = set(range(copier.geometry.layers))
         self._over = False
+        self._lost = False
 
     def put(self, layer: int, kv: PagedKV, slots: TokenSlots) -> None:
         """Copies one layer; slots: int64 [blocks * block_tokens], where the tokens from first_block on stand in
@@ -86,7 +109,11 @@ class LayerStore:
         """
         if self._over:
             raise InputError(f"layer {layer}: this store was committed or aborted already")
-        self._copier.gather(kv, slots, self._memory, self._writing.rows, range(layer, layer + 1))
+        with self._writing.access() as memory:
+            if memory is None:
+                self._lost = True
+            else:
+                self._copier.gather(kv, slots, memory, self._writing.rows, range(layer, layer + 1))
         self._missing.discard(layer)
 
     def commit(self) -> int:
@@ -95,7 +122,7 @@ class LayerStore:
             return 0
         if self._missing:
             raise InputError(f"layer {min(self._missing)} was not put: every layer must be before commit")
-        new = self._writing.commit(self.blocks)
+        new = 0 if self._lost else self._writing.commit(self.blocks)
         self.abort()
         return new
 

@@ -1,154 +1,212 @@
-"""The embedded store: DRAM and, if asked for, a disk tier, in the inference process itself."""
+"""The embedded store: DRAM and the tiers below it, in the inference process itself."""
 
 import threading
 import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import NamedTuple
 
 from cairn.config import Config
 from cairn.engine.base import BlockStore, Held
-from cairn.engine.hold import Hold
+from cairn.engine.hold import LocalHold
 from cairn.engine.write_behind import WriteBehind
-from cairn.engine.writing import Writing
+from cairn.engine.writing import LocalWriting, Writing
+from cairn.errors import CairnError
 from cairn.index import POLICIES
+from cairn.index.journal import Journal
 from cairn.kv import Keys, KVGeometry
 from cairn.observe.metrics import Metrics
 from cairn.observe.reasons import Reason
 from cairn.plan import CostModel
+from cairn.tier.arena import Arena
 from cairn.tier.base import Rows, Tier
 from cairn.tier.disk import DiskTier
 from cairn.tier.dram import DramTier
+from cairn.tier.remote import open_remote
 
 #: Bytes that one read brings up: large enough for the disk's full speed, small enough that copying starts early.
 PROMOTION_BYTES = 16 << 20
 
 
+class Writes(NamedTuple):
+    """How a lower tier is written. share: of DRAM that may be pinned for it at a time, 0: it is only read. linger_s,
+    lazy: see `WriteBehind`.
+    """
+
+    share: float
+    linger_s: float = 0.0
+    lazy: bool = False
+
+
 class LocalStore(BlockStore):
-    """Owns its tiers and closes them. `lower` may be None: then DRAM is all there is."""
+    """Owns its tiers and closes them. lower: the tiers below DRAM from the fastest on, and how they are written."""
 
     def __init__(
         self,
         geometry: KVGeometry,
         dram: DramTier,
-        lower: Tier | None,
+        lower: Sequence[tuple[Tier, Writes]],
         *,
         metrics: Metrics,
         cost: CostModel,
-        write_behind: float,
         sync_interval_s: float,
     ) -> None:
         self.memory = dram.memory
+        self.asks = any(type(tier).ask is not Tier.ask for tier, _ in lower)
         self._geometry = geometry
         self._dram = dram
-        self._lower = lower
+        self._lower = [tier for tier, _ in lower]
         self._metrics = metrics
         self._cost = cost
-        self._writer: WriteBehind | None = None
         self._closed = threading.Event()
         metrics.watch(dram.name, dram.stats)
+        for tier in self._lower:
+            metrics.watch(tier.name, tier.stats)
+        self._writers = [self._writer(tier, writes) for tier, writes in lower]
+        self._syncer = threading.Thread(target=self._sync_always, args=(sync_interval_s,), daemon=True)
         if lower:
-            metrics.watch(lower.name, lower.stats)
-            limit = max(1, int(write_behind * dram.index.capacity)) if write_behind else 0
-            self._writer = WriteBehind(
-                dram, lower, limit_blocks=limit, block_tokens=geometry.block_tokens, metrics=metrics
-            )
-            self._syncer = threading.Thread(target=self._sync_always, args=(sync_interval_s,), daemon=True)
             self._syncer.start()
 
     def match(self, keys: Keys) -> Held:
-        dram = self._dram.index.match(keys)
-        below = self._lower.match(keys) if self._lower and dram < len(keys) else 0
-        return Held(dram, max(dram, below))
+        dram = upto = self._dram.index.match(keys)
+        below = []
+        for tier in self._lower:
+            if upto < len(keys):
+                upto = max(upto, tier.match(keys))
+            below.append((tier.name, upto))
+        return Held(dram, tuple(below))
 
-    def hold(self, keys: Keys, *, deadline: float) -> Hold:
+    def ask(self, keys: Keys, *, deadline: float, worth_s: float) -> "Future[None] | None":
+        if self.match(keys).total == len(keys):
+            return None
+        answers = (tier.ask(keys, deadline=deadline, worth_s=worth_s) for tier in self._lower)
+        return next((answer for answer in answers if answer is not None), None)
+
+    def hold(self, keys: Keys, *, deadline: float) -> LocalHold:
         resident = self._dram.index.pin(keys)
-        hold = Hold(self._dram.index, keys, resident, self._landed)
-        if self._lower:
-            self._lower.touch(keys)
-            below = self._lower.match(keys) if len(resident) < len(keys) else 0
-            self._promote(hold, below, deadline)
+        hold = LocalHold(self._dram.index, keys, resident, self._landed, self.memory)
+        upto = len(resident)
+        for tier in self._lower:
+            tier.touch(keys)
+            below = tier.match(keys) if upto < len(keys) else 0
+            if below > upto:
+                upto = self._promote(hold, tier, upto, below, deadline)
         hold.start()
         return hold
 
     def write(self, keys: Keys, *, namespace: bytes) -> Writing:
-        writing = Writing(self._dram.index, keys, lambda upto, new: self._committed(keys[:upto], new, namespace))
-        if self._lower:
-            self._lower.touch(keys)
-        if self._writer:
+        index = self._dram.index
+        writing = LocalWriting(index, keys, lambda upto, new: self._committed(keys[:upto], new, namespace), self.memory)
+        for tier, writer in zip(self._lower, self._writers, strict=True):
+            tier.touch(keys)
             # What DRAM had already may have missed its turn to be written when it was stored.
-            self._writer.offer(keys[: writing.first], namespace)
+            writer.offer(keys[: writing.first], namespace)
         return writing
 
+    def watch(self) -> dict[str, Journal]:
+        journals = {self._dram.name: self._dram.index.watch()}
+        for tier in self._lower:
+            journal = tier.watch()
+            if journal is not None:
+                journals[tier.name] = journal
+        return journals
+
     def flush(self, timeout: float) -> bool:
-        if not self._writer or not self._lower:
-            return True
         deadline = time.monotonic() + timeout
-        return self._writer.drain(timeout) and self._lower.sync(max(0.0, deadline - time.monotonic()))
+
+        def left() -> float:
+            return max(0.0, deadline - time.monotonic())
+
+        drained = [writer.drain(left()) for writer in self._writers]
+        return all(drained) and all(tier.sync(left()) for tier in self._lower)
 
     def close(self, timeout: float) -> None:
         if self._closed.is_set():
             return
         self._closed.set()
         deadline = time.monotonic() + timeout
-        if self._writer and self._lower:
-            self._writer.drain(timeout)
-            self._writer.stop()
-            self._lower.close(max(0.0, deadline - time.monotonic()))
+        for tier, writer in zip(self._lower, self._writers, strict=True):
+            writer.drain(max(0.0, deadline - time.monotonic()))
+            writer.stop()
+            tier.close(max(0.0, deadline - time.monotonic()))
+        if self._lower:
             self._syncer.join(timeout)
 
-    def _promote(self, hold: Hold, below: int, deadline: float) -> None:
-        """Asks the lower tier for blocks resident..below, batch by batch, each into rows of its own."""
-        assert self._lower is not None
-        step = max(1, PROMOTION_BYTES // self._geometry.block_bytes)
-        first = hold.resident
+    def _writer(self, tier: Tier, writes: Writes) -> WriteBehind:
+        limit = max(1, int(writes.share * self._dram.index.capacity)) if writes.share else 0
+        return WriteBehind(
+            self._dram,
+            tier,
+            limit_blocks=limit,
+            block_tokens=self._geometry.block_tokens,
+            metrics=self._metrics,
+            linger_s=writes.linger_s,
+            lazy=writes.lazy,
+        )
+
+    def _promote(self, hold: LocalHold, tier: Tier, first: int, below: int, deadline: float) -> int:
+        """Asks a tier for blocks first..below, batch by batch, each into rows of its own; returns up to where."""
+        pack = tier.pack_blocks
+        step = max(1, PROMOTION_BYTES // (pack * self._geometry.block_bytes)) * pack
         while first < below:
-            wanted = min(step, below - first)
+            # Batches end where the tier's groups do, so that no group is read in two parts.
+            wanted = min(first // pack * pack + step, below) - first
             ids = self._dram.index.reserve(wanted)
             if len(ids):
-                future = self._lower.read(
-                    hold.keys, first, Rows(self.memory, ids), deadline=deadline, cancel=hold.cancel
-                )
-                hold.expect(first, ids, future)
+                future = tier.read(hold.keys, first, Rows(self.memory, ids), deadline=deadline, cancel=hold.cancel)
+                hold.expect(tier.name, first, ids, future)
+            first += len(ids)
             if len(ids) < wanted:
                 hold.stop_short(Reason.NO_SLOT)
-                return
-            first += wanted
+                return len(hold.keys)  # nothing beyond it can be had
+        return first
 
     def _committed(self, keys: Keys, new: int, namespace: bytes) -> None:
         if new:
             self._metrics.stored_tokens.add(new * self._geometry.block_tokens, tier=self._dram.name)
-        if self._writer:
-            self._writer.offer(keys, namespace)
+        for writer in self._writers:
+            writer.offer(keys, namespace)
 
-    def _landed(self, blocks: int, seconds: float) -> None:
-        assert self._lower is not None
+    def _landed(self, tier: str, blocks: int, seconds: float) -> None:
         size = blocks * self._geometry.block_bytes
-        self._metrics.transferred(self._lower.name, "load", size, seconds)
-        self._cost.observe_load(self._lower.name, size, seconds)
+        self._metrics.transferred(tier, "load", size, seconds)
+        self._cost.observe_load(tier, size, seconds)
 
     def _sync_always(self, interval: float) -> None:
-        assert self._lower is not None
         while not self._closed.wait(interval):
-            self._lower.sync(interval)
+            for tier, writer in zip(self._lower, self._writers, strict=True):
+                tier.sync(interval)
+                writer.pump()
 
 
-def open_local(config: Config, geometry: KVGeometry, metrics: Metrics, cost: CostModel) -> LocalStore:
-    """The tiers that the configuration asks for. Raises StorageError or ConfigError when they cannot be had."""
-    storage = config.storage
-    lower: Tier | None = None
-    if storage.disk.path is not None:
-        lower = DiskTier(
-            storage.disk.path,
-            geometry=geometry,
-            capacity_bytes=storage.disk.size,
-            policy=POLICIES[storage.disk.policy],
-            threads=storage.disk.threads,
-            write_budget_bytes_per_day=storage.disk.write_budget_per_day,
-        )
-    return LocalStore(
-        geometry,
-        DramTier(geometry.block_bytes, storage.cpu.size, POLICIES[storage.cpu.policy]),
-        lower,
-        metrics=metrics,
-        cost=cost,
-        write_behind=config.engine.write_behind,
-        sync_interval_s=storage.disk.sync_interval_s,
-    )
+def open_local(
+    config: Config, geometry: KVGeometry, metrics: Metrics, cost: CostModel, arena: Arena | None = None
+) -> LocalStore:
+    """The tiers that the configuration asks for, DRAM in `arena` if one is given.
+
+    Raises StorageError or ConfigError when they cannot be had.
+    """
+    storage, share = config.storage, config.engine.write_behind
+    lower: list[tuple[Tier, Writes]] = []
+    try:
+        if storage.disk.path is not None:
+            disk = DiskTier(
+                storage.disk.path,
+                geometry=geometry,
+                capacity_bytes=storage.disk.size,
+                policy=POLICIES[storage.disk.policy],
+                threads=storage.disk.threads,
+                write_budget_bytes_per_day=storage.disk.write_budget_per_day,
+            )
+            lower.append((disk, Writes(share)))
+        if storage.remote.url is not None:
+            remote = open_remote(storage.remote, geometry)
+            may_write = share if storage.remote.write != "off" else 0.0
+            writes = Writes(may_write, linger_s=storage.remote.linger_s, lazy=storage.remote.write == "back")
+            lower.append((remote, writes))
+        dram = DramTier(geometry.block_bytes, storage.cpu.size, POLICIES[storage.cpu.policy], arena)
+    except CairnError:
+        for tier, _ in lower:
+            tier.close(0.0)
+        raise
+    return LocalStore(geometry, dram, lower, metrics=metrics, cost=cost, sync_interval_s=storage.disk.sync_interval_s)

@@ -6,11 +6,12 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from cairn.copy import Copier, PagedKV, TokenSlots
-from cairn.engine.base import BlockStore
 from cairn.engine.hold import Hold
 from cairn.engine.layers import LayerLoad
+from cairn.node.base import Home
 from cairn.observe.metrics import Metrics
 from cairn.observe.reasons import Reason
 from cairn.plan import CostModel
@@ -42,7 +43,6 @@ class Stage:
 
     def __init__(
         self,
-        store: BlockStore,
         hold: Hold,
         copier: Copier,
         executor: Executor,
@@ -53,7 +53,6 @@ class Stage:
     ) -> None:
         self.span = span
         self.deadline = deadline
-        self._store = store
         self._hold = hold
         self._copier = copier
         self._executor = executor
@@ -85,11 +84,21 @@ class Stage:
         """Up to which token copies were made or started."""
         return self._loaded
 
+    def tokens_by_tier(self, start: int, stop: int) -> dict[str, int]:
+        """In which tiers tokens start..stop were found, of those that are there now."""
+        found: dict[str, int] = {}
+        lead, rest = start // self._block, -(-stop // self._block)
+        for tier, blocks in self._hold.blocks_by_tier(lead, rest).items():
+            # Tiers follow one another, so that what the ends have too much is the first's and the last's.
+            first, last = lead * self._block, (lead + blocks) * self._block
+            found[tier] = max(0, min(last, stop) - max(first, start))
+            lead += blocks
+        return found
+
     @property
-    def tokens_by_tier(self) -> dict[str, int]:
-        """Where the tokens that are there now were found."""
-        in_dram = min(self._hold.resident, self._hold.ready) * self._block
-        return {"dram": in_dram, "disk": self.tokens - in_dram}
+    def settled(self) -> bool:
+        """Whether no more blocks will come, because all are there, some never will be, or the deadline passed."""
+        return self._hold.settled or time.monotonic() > self.deadline
 
     def wait(self) -> int:
         """Waits until all planned blocks are there, or no more will come, or the deadline; returns how many tokens
@@ -114,7 +123,11 @@ class Stage:
                 break
             started = time.monotonic()
             part = slots[(done - first) * self._block : (ready - first) * self._block]
-            self._copier.scatter(kv, part, self._store.memory, self._hold.ids[done:ready])
+            with self._hold.access() as memory:
+                if memory is None:
+                    self._hold.stop_short(Reason.NODE_AWAY)
+                    break
+                self._copier.scatter(kv, part, memory, self._hold.ids[done:ready])
             self._copied(ready - done, time.monotonic() - started)
             done = ready
         self._loaded = max(self._loaded, done * self._block)
@@ -130,11 +143,30 @@ class Stage:
             self._copier,
             kv,
             slots[: (stop - first) * self._block],
-            self._store.memory,
+            self._hold.access,
             self._hold.ids[first:stop],
             lambda seconds: self._copied(stop - first, seconds),
         )
         return self._layer_load
+
+    @property
+    def home(self) -> Home | None:
+        """Where `rows` are, see `Home`."""
+        return self._hold.home
+
+    def rows(self, stop_token: int) -> npt.NDArray[np.int32]:
+        """The rows of the blocks that hold tokens span.start..stop_token, for a caller who copies them by itself.
+
+        Counts them as loaded. They stay held until `release`.
+        """
+        first, stop = self.span.start // self._block, min(self.blocks, -(-stop_token // self._block))
+        self._loaded = max(self.span.start, stop * self._block)
+        return self._hold.ids[first:stop]
+
+    def failed(self, reason: Reason) -> None:
+        """What `rows` gave could not be copied: nothing was loaded."""
+        self._loaded = self.span.start
+        self._hold.stop_short(reason)
 
     def abandon(self) -> None:
         """Stops waiting and copying at the next step."""
@@ -146,10 +178,11 @@ class Stage:
         if self._released:
             return
         self._released = True
-        if self._layer_load:
-            self._layer_load.close()
+        error = self._layer_load.close() if self._layer_load else None
         self._hold.release()
         self._count()
+        if error:
+            raise error
 
     def __enter__(self) -> Self:
         return self
@@ -175,19 +208,15 @@ class Stage:
 
     def _count(self) -> None:
         span = self.span
-        from_dram = min(max(span.start, self._hold.resident * self._block), self._loaded)
         missed = max(0, span.blocks_end - self._loaded)
         declined = min(span.declined, missed)
         reason = self._hold.reason or (Reason.CANCELLED if self._abandoned else Reason.ABSENT)
-        self._hit("dram", from_dram - span.start)
-        self._hit("disk", self._loaded - from_dram)
+        for tier, tokens in self.tokens_by_tier(span.start, self._loaded).items():
+            if tokens:
+                self._metrics.hit_tokens.add(tokens, tier=tier)
         self._missed(Reason.CHEAPER_TO_RECOMPUTE, declined)
         self._missed(reason, missed - declined)
         self._missed(Reason.PARTIAL_BLOCK, span.prompt - max(span.start, span.blocks_end))
-
-    def _hit(self, tier: str, tokens: int) -> None:
-        if tokens:
-            self._metrics.hit_tokens.add(tokens, tier=tier)
 
     def _missed(self, reason: Reason, tokens: int) -> None:
         if tokens:

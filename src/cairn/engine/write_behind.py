@@ -17,14 +17,22 @@ from cairn.tier.dram import DramTier
 
 #: How long one background write may take before what has not started is given up.
 WRITE_TIMEOUT_S = 30.0
+#: Write-back begins when this share of DRAM's slots is free.
+_LAZY_SHARE = 0.25
+#: How many blocks longer an offer may be and still take the place of a shorter one.
+_GROWTH = 64
 
 
 class _Waiting(NamedTuple):
-    """A chain of which something is still to be written."""
+    """A chain of which something is still to be written, not before `due` (monotonic). growing: it has grown since it
+    was first offered, so what ends it is likely to be replaced soon.
+    """
 
     keys: Keys
     namespace: bytes
     missing: int
+    due: float
+    growing: bool = False
 
 
 class WriteBehind:
@@ -32,13 +40,30 @@ class WriteBehind:
 
     Only what is being written is pinned, at most `limit_blocks`; what waits is a list of keys, at most as many as DRAM
     has slots. A block that DRAM evicts before its turn is skipped, and so is an offer beyond that bound: both are
-    counted, and offered again when they are next stored. Thread-safe.
+    counted, and offered again when they are next stored.
+
+    linger_s: an offer waits for so long, and a longer one of the same chain takes its place; of a chain that grows
+    meanwhile only whole groups (`Tier.pack_blocks`) are written. lazy (write-back): offers wait until DRAM has few free
+    slots left, or somebody drains. `pump` starts what is due by now. Thread-safe.
     """
 
-    def __init__(self, dram: DramTier, lower: Tier, *, limit_blocks: int, block_tokens: int, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        dram: DramTier,
+        lower: Tier,
+        *,
+        limit_blocks: int,
+        block_tokens: int,
+        metrics: Metrics,
+        linger_s: float = 0.0,
+        lazy: bool = False,
+    ) -> None:
         self._dram = dram
         self._lower = lower
-        self._limit = limit_blocks
+        self._limit = max(limit_blocks, lower.pack_blocks) if limit_blocks else 0
+        self._linger_s = linger_s
+        self._lazy = lazy
+        self._draining = 0
         self._block_tokens = block_tokens
         self._metrics = metrics
         self._waiting: OrderedDict[bytes, _Waiting] = OrderedDict()
@@ -50,25 +75,36 @@ class WriteBehind:
 
     def offer(self, keys: Keys, namespace: bytes) -> None:
         """Writes the blocks of a chain that DRAM holds and the lower tier does not. Returns at once."""
-        missing = len(keys) - self._lower.match(keys)
-        if not missing:
+        missing = len(keys) - self._lower.write_start(keys)
+        if missing <= 0:
             return
         tip = keys[-1].tobytes()
         with self._changed:
             if tip in self._waiting or not self._limit or self._cancel.is_set():
                 return
+            shorter = self._shorter(keys) if self._linger_s else None
+            if shorter is not None:
+                self._waiting_blocks -= shorter.missing
             if self._waiting_blocks + missing > self._dram.index.capacity:
                 self._skip(missing, Reason.BACKPRESSURE)
                 return
             # A copy: the caller's array grows with its request.
-            self._waiting[tip] = _Waiting(keys.copy(), namespace, missing)
+            due = shorter.due if shorter else time.monotonic() + self._linger_s
+            self._waiting[tip] = _Waiting(keys.copy(), namespace, missing, due, growing=shorter is not None)
             self._waiting_blocks += missing
-        self._pump()
+        self.pump()
 
     def drain(self, timeout: float) -> bool:
         """Waits until nothing waits or is being written; False if the timeout came first."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._waiting and not self._writing, timeout)
+            self._draining += 1
+        try:
+            self.pump()
+            with self._changed:
+                return self._changed.wait_for(lambda: not self._waiting and not self._writing, timeout)
+        finally:
+            with self._changed:
+                self._draining -= 1
 
     def stop(self) -> None:
         """What has not started is given up."""
@@ -78,23 +114,25 @@ class WriteBehind:
             self._waiting_blocks = 0
             self._changed.notify_all()
 
-    def _pump(self) -> None:
-        """Starts as many writes as the limit allows; one thread at a time does, the others' work is found by its
-        loop.
+    def pump(self) -> None:
+        """Starts as many writes as are due and the limit allows; one thread at a time does, the others' work is found
+        by its loop.
         """
         with self._changed:
             if self._pumping:
                 return
             self._pumping = True
+        pack = self._lower.pack_blocks
         while True:
             with self._changed:
-                room = self._limit - self._writing
-                if room <= 0 or not self._waiting:
+                room = (self._limit - self._writing) // pack * pack
+                if room <= 0 or not self._due():
                     self._pumping = False
                     return
                 _, chain = self._waiting.popitem(last=False)
                 self._waiting_blocks -= chain.missing
-                first = self._lower.match(chain.keys)
+                chain = self._whole_groups(chain)
+                first = min(self._lower.write_start(chain.keys), len(chain.keys))
                 wanted = min(len(chain.keys) - first, room)
                 ids = self._dram.index.pin(chain.keys[first : first + wanted], use=False)
                 self._writing += len(ids)
@@ -103,6 +141,34 @@ class WriteBehind:
                 self._skip(len(chain.keys) - first - len(ids), Reason.EVICTED)
             if len(ids):
                 self._write(chain, first, ids)
+
+    def _due(self) -> bool:
+        """Whether the chain that has waited longest may be written now."""
+        if not self._waiting:
+            return False
+        if self._draining:
+            return True
+        if self._lazy and self._dram.index.occupancy().free > _LAZY_SHARE * self._dram.index.capacity:
+            return False
+        return next(iter(self._waiting.values())).due <= time.monotonic()
+
+    def _shorter(self, keys: Keys) -> _Waiting | None:
+        """Takes out what waits of the beginning of a chain, if there is such an offer of late."""
+        for end in range(len(keys) - 1, max(0, len(keys) - _GROWTH), -1):
+            found = self._waiting.pop(keys[end - 1].tobytes(), None)
+            if found is not None:
+                return found
+        return None
+
+    def _whole_groups(self, chain: _Waiting) -> _Waiting:
+        """The part of a chain that is to be written now; what ends a growing one waits again."""
+        whole = len(chain.keys) // self._lower.pack_blocks * self._lower.pack_blocks
+        if not chain.growing or self._draining or whole == len(chain.keys):
+            return chain
+        rest = chain._replace(missing=len(chain.keys) - whole, due=time.monotonic() + self._linger_s, growing=False)
+        self._waiting[chain.keys[-1].tobytes()] = rest
+        self._waiting_blocks += rest.missing
+        return chain._replace(keys=chain.keys[:whole])
 
     def _write(self, chain: _Waiting, first: int, ids: npt.NDArray[np.int32]) -> None:
         started = time.monotonic()
@@ -135,7 +201,7 @@ class WriteBehind:
         with self._changed:
             self._writing -= len(ids)
             self._changed.notify_all()
-        self._pump()
+        self.pump()
 
     def _skip(self, blocks: int, reason: Reason) -> None:
         self._metrics.skipped_tokens.add(blocks * self._block_tokens, tier=self._lower.name, reason=reason)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from cairn.errors import InputError
 from cairn.index.base import EvictionPolicy
+from cairn.index.journal import Journal
 from cairn.index.restore import restore_forest
 from cairn.index.slots import (
     DOOMED,
@@ -185,10 +186,17 @@ class PrefixIndex:
         self.evicted = 0
         self.policy = policy(self._slots)
         self._lock = threading.Lock()
+        self._journal: Journal | None = None
 
     def __len__(self) -> int:
         """Resident blocks."""
         return self._resident
+
+    def watch(self) -> Journal:
+        """From now on keeps a journal of what comes and goes, for one reader; what is resident now starts silent."""
+        with self._lock:
+            self._journal = self._journal or Journal(self._table, self._slots, self._lock)
+            return self._journal
 
     def occupancy(self) -> Occupancy:
         with self._lock:
@@ -253,6 +261,8 @@ class PrefixIndex:
             _commit(self._table, self._slots, keys, first, ids, done)
             self._resident += int(np.count_nonzero(done))
             self.policy.insert(ids[done], _clock(now))
+            if self._journal:
+                self._journal.added(ids[done])
             self._push_free(ids[~done])
         return done
 
@@ -272,6 +282,8 @@ class PrefixIndex:
             freed = freed[: _detach(self._table, self._slots, tree, freed)]
             self._resident -= len(tree)
             self._doomed += len(tree) - len(freed)
+            if self._journal:
+                self._journal.dropped(tree)
             self._push_free(freed)
             return len(tree)
 
@@ -321,6 +333,8 @@ class PrefixIndex:
         _forget(self._table, self._slots, victims)
         self._resident -= len(victims)
         self.evicted += len(victims)
+        if self._journal:
+            self._journal.dropped(victims)
         self._push_free(victims)
 
     def _push_free(self, ids: SlotIds) -> None:

@@ -1,9 +1,11 @@
 """Learning, online, when blocks of each kind are asked for again, and what keeping one is worth.
 
 *Samples.* Of every request, or of every n-th in a large cache, one block of each run of equal kinds is sampled, whether
-resident or not: its kind, and the time until it is asked for again. The run's length is its weight, since a request
-comes back as a whole. Only the last `ROOM` samples are kept, so what is learned neither depends on what the cache
-happened to keep nor grows old (sampled reuse times: Waldspurger et al., SHARDS, FAST'15).
+resident or not: its kind, and the time until it is asked for again. A run stands for all its blocks, since a request
+comes back as a whole, yet it is one observation: weighed by length, a few long prompts would drown the rest; unweighed,
+they would count for too little. So it weighs the root of its length. Only the last `ROOM` samples are kept, so what is
+learned neither depends on what the cache happened to keep nor grows old (sampled reuse times: Waldspurger et al.,
+SHARDS, FAST'15).
 
 *Hazards.* Per kind and age: uses per block and unit of time among the samples that have reached that age, where those
 still waiting count as far as they have come (the actuarial form of Kaplan and Meier's estimator). A kind with few
@@ -26,7 +28,7 @@ from cairn.index.kinds import KINDS, LEVELS, group_of
 from cairn.index.table import Table, table_delete, table_find, table_insert
 from cairn.jit import kernel
 
-ROOM = 8192
+ROOM = 12288
 AGES, PER_OCTAVE = 72, 4
 
 SAMPLE = np.dtype(
@@ -35,14 +37,14 @@ SAMPLE = np.dtype(
         ("key1", np.uint64),
         ("start", np.float64),
         ("gap", np.float32),  # until the next use; WAITING before it
-        ("weight", np.float32),  # how many blocks it stands for; 0: no sample
+        ("weight", np.float32),  # the root of how many blocks it stands for; 0: no sample
         ("kind", np.uint16),
     ],
     align=True,
 )
 WAITING = -1.0
 
-BORROW_GROUP, BORROW_KIND = 5.0, 40.0
+BORROW_GROUP, BORROW_KIND = 10.0, 40.0
 """How many average samples of the larger group's pattern a group or a kind is given in advance."""
 
 Samples = npt.NDArray[np.void]
@@ -94,7 +96,7 @@ def begin_sample(
 
 @kernel
 def count_samples(samples: Samples, clock: float, unit: float, hits: Rows, exits: Rows) -> None:
-    """Per kind and age bucket: how many blocks were used again there, and how many were seen no further than
+    """Per kind and age bucket: the weight of what was used again there, and of what was seen no further than
     there."""
     hits[:] = 0
     exits[:] = 0
@@ -111,7 +113,7 @@ def count_samples(samples: Samples, clock: float, unit: float, hits: Rows, exits
 
 @kernel
 def exposure(exits: Rows, widths: npt.NDArray[np.float64], out: Rows) -> None:
-    """Block-time that each kind has spent in each age bucket."""
+    """Weighed time that each kind has spent in each age bucket."""
     for kind in range(exits.shape[0]):
         older = 0.0
         for bucket in range(exits.shape[1] - 1, -1, -1):
@@ -174,8 +176,8 @@ def worth_by_age(
 
 
 @kernel
-def learn(samples: Samples, widths: npt.NDArray[np.float64], clock: float, unit: float, worth: Worth) -> None:
-    """Turns the samples into the worth [KINDS, AGES] of each kind at each age."""
+def learn(samples: Samples, widths: npt.NDArray[np.float64], clock: float, unit: float, worth: Worth) -> float:
+    """Turns the samples into the worth [KINDS, AGES] of each kind at each age; returns how long LRU keeps a block."""
     hits = np.zeros((KINDS, AGES))
     exits = np.zeros((KINDS, AGES))
     time = np.zeros((KINDS, AGES))
@@ -200,3 +202,23 @@ def learn(samples: Samples, widths: npt.NDArray[np.float64], clock: float, unit:
         worth_by_age(hazard, widths, row)
         for age in range(AGES):
             worth[kind, age] = row[age]
+    return lru_reach(common, widths, unit)
+
+
+@kernel
+def lru_reach(hazard: npt.NDArray[np.float64], widths: npt.NDArray[np.float64], capacity: float) -> float:
+    """How long LRU keeps a block: the time in which as many distinct blocks are used as the cache holds.
+
+    The number of distinct blocks used in a time t grows as the share of uses without another one within t (Denning and
+    Schwartz, "Properties of the working-set model", CACM 1972).
+    """
+    alive, distinct, time = 1.0, 0.0, 0.0
+    for bucket in range(len(widths)):
+        chance = -math.expm1(-hazard[bucket] * widths[bucket])
+        seen = alive * (chance / hazard[bucket] if hazard[bucket] > 1e-300 else widths[bucket])
+        if distinct + seen >= capacity:
+            return float(time + widths[bucket] * (capacity - distinct) / seen)
+        distinct += seen
+        time += widths[bucket]
+        alive *= 1.0 - chance
+    return time

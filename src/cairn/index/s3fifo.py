@@ -138,15 +138,16 @@ class S3FIFO(EvictionPolicy):
         self._main: Ends = np.full(2, NONE, np.int32)
         self._counts: Counts = np.zeros(2, np.int64)
         self._ghosts = new_ghosts(len(slots))
-        self._used = NONE
+        self._last = b""
 
     def insert(self, ids: SlotIds, now: float) -> None:
         _insert(self.slots, self._small, self._main, self._counts, self._ghosts, ids, self._memory)
 
     def access(self, keys: Keys, ids: SlotIds, now: float) -> None:
-        # The same request may come again with the same blocks; that is one use.
-        if len(ids) and int(ids[-1]) != self._used:
-            self._used = int(ids[-1])
+        # A request may be touched more than once; with nobody between, that is one use.
+        last = keys[-1:].tobytes()
+        if last != self._last:
+            self._last = last
             _access(self.slots, ids)
 
     def remove(self, ids: SlotIds) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cairn.index.slots import NONE, Slots
-from cairn.jit import kernel
+from cairn.jit import kernel, prefetch
 
 Table = npt.NDArray[np.uint64]
 
@@ -20,6 +20,12 @@ _EMPTY = np.uint64(0)
 def new_table(capacity: int) -> Table:
     """Room for `capacity` keys at a load of at most 2/3."""
     return np.zeros(1 << max(4, (capacity * 3 // 2).bit_length()), np.uint64)
+
+
+@kernel
+def table_expect(table: Table, key0: np.uint64) -> None:
+    """Begins to fetch what `table_find` will look at."""
+    prefetch(np.int64(table.ctypes.data) + 8 * np.int64(key0 & np.uint64(len(table) - 1)))
 
 
 @kernel

@@ -3,12 +3,18 @@
 LRU keeps everything for the same time, which in a small cache is too short for any conversation to come back. Tenure
 keeps some long enough and drops the others at once. It knows the kinds of blocks (`cairn.index.kinds`), learns while it
 runs when each kind is asked for again (`cairn.index.reuse`), and evicts the block whose place is worth least: expected
-hits per unit of the time that it would stay. Until something has been learned, it is LRU.
+hits per unit of the time that it would stay.
+
+It keeps a score against LRU, whose hits can be told from the times between uses alone. Until something has been
+learned it is LRU, and when it falls behind, because the pattern has changed, it forgets everything and is LRU again for
+a while.
 
 History outlives eviction as ghosts, and what a request asked for counts even where it was not stored, so a conversation
 that comes back too late is known when it comes back again. Uses of a block in quick succession count once: an engine
 may touch a request's blocks several times (correlated references: O'Neil et al., LRU-K, SIGMOD'93).
 """
+
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +40,13 @@ from cairn.index.table import Table, new_table
 from cairn.jit import kernel
 
 PATIENCE = 64
-"""Uses closer together than a capacity's 64th part count once."""
+"""Uses of a block count once while others use less than a 64th part of the capacity."""
+
+START = 2
+"""Until so many blocks have been asked for per block of capacity, too little is known of long times: Tenure is LRU."""
+
+MEMORY, DOUBT = 512, 3.0
+"""The score against LRU spans about so many requests; behind by so many standard deviations, Tenure starts over."""
 
 SPAN = 8
 """The samples in memory should reach back over so many block uses per block of capacity."""
@@ -44,8 +56,13 @@ LEAST_GHOSTS = 1 << 16
 
 STATE = np.dtype(
     [
-        ("clock", np.float64),  # blocks asked for so far
+        ("clock", np.float64),  # block uses so far
         ("unit", np.float64),  # capacity in blocks
+        ("lru_reach", np.float64),  # how long LRU would keep a block, on the clock
+        ("lead", np.float64),  # hits more than LRU's, summed over the last requests, ...
+        ("spread", np.float64),  # ... and the sum of their squares
+        ("resume", np.float64),  # until then, on the clock, it is LRU
+        ("trial", np.float64),  # and will be so long after the next failure, in capacities
         ("period", np.int64),  # one run of blocks in so many is sampled
         ("sampled", np.int64),
         ("learned", np.int64),  # how many samples the worths were last learned from
@@ -68,7 +85,7 @@ def _sample_runs(state: State, samples: Samples, waiting: Table, keys: Keys, kin
         if kinds[first] != UNCOUNTED and random_below(state, state[0].period) == 0:
             pick = first + random_below(state, i - first)
             at = state[0].sampled % ROOM
-            weight = float((i - first) * state[0].period)
+            weight = math.sqrt(i - first) * state[0].period
             begin_sample(samples, waiting, at, keys[pick, 0], keys[pick, 1], kinds[first], weight, state[0].clock)
             state[0].sampled += 1
         first = i
@@ -77,6 +94,14 @@ def _sample_runs(state: State, samples: Samples, waiting: Table, keys: Keys, kin
 @kernel
 def _mean(gap: float, new: float, uses: int) -> float:
     return gap + (new - gap) / min(uses - 1, 16)
+
+
+@kernel
+def _keep_score(state: State, lead: int) -> None:
+    """Sums up leads over LRU, the older the less."""
+    if state[0].learned > 0:
+        state[0].lead += lead - state[0].lead / MEMORY
+        state[0].spread += lead * lead - state[0].spread / MEMORY
 
 
 @kernel
@@ -89,14 +114,25 @@ def _access(
     while seen > resident and find_ghost(ghosts, keys[seen - 1, 0], keys[seen - 1, 1]) < 0:
         seen -= 1
     share = share_of(length - seen, length)
+    # The clock has moved on by this very request if it comes again.
+    patience = length + unit / PATIENCE
+    counted = 0
     kinds = np.full(length, UNCOUNTED, np.int16)
     origin = 0
+    lead = 0
+    lru_hits = True
     for i in range(length):
         at = find_ghost(ghosts, keys[i, 0], keys[i, 1]) if resident <= i < seen else -1
+        since = math.inf
+        if i < resident or at >= 0:
+            since = clock - (slots[ids[i]].stamp if i < resident else ghosts[at].time)
+        lru_hits = lru_hits and since < state[0].lru_reach
+        if since > patience:
+            lead += (1 if i < resident else 0) - (1 if lru_hits else 0)
         if i < resident:
             slot = ids[i]
             gap = clock - slots[slot].stamp
-            if gap * PATIENCE >= unit:
+            if gap > patience:
                 uses = min(255, slots[slot].uses + 1)
                 slots[slot].uses = uses
                 slots[slot].born = _mean(slots[slot].born, gap, uses)
@@ -106,7 +142,7 @@ def _access(
             origin = 1 + level_of(slots[slot].uses)
         elif at >= 0:
             gap = clock - ghosts[at].time
-            if gap * PATIENCE >= unit:
+            if gap > patience:
                 uses = min(255, ghosts[at].uses + 1)
                 ghosts[at].uses = uses
                 ghosts[at].gap = _mean(ghosts[at].gap, gap, uses)
@@ -119,8 +155,10 @@ def _access(
             add_ghost(ghosts, keys[i, 0], keys[i, 1], clock, 0.0, 1, kinds[i])
         if kinds[i] != UNCOUNTED:
             end_sample(samples, waiting, keys[i, 0], keys[i, 1], clock)
+            counted += 1
     _sample_runs(state, samples, waiting, keys, kinds)
-    state[0].clock += length
+    _keep_score(state, lead)
+    state[0].clock += counted
 
 
 @kernel
@@ -199,8 +237,9 @@ class Tenure(EvictionPolicy):
         self._samples = new_samples()
         self._waiting: Table = new_table(ROOM)
         self._widths = bucket_widths(float(capacity))
-        # Nothing is known yet: the older, the less worth, which is LRU.
-        self._worth: Worth = np.tile(1 / (1 + np.arange(AGES, dtype=np.float32)), (KINDS, 1))
+        self._worth: Worth = np.empty((KINDS, AGES), np.float32)
+        self._state["trial"] = START
+        self._start_over()
 
     def insert(self, ids: SlotIds, now: float) -> None:
         if len(ids):
@@ -225,14 +264,33 @@ class Tenure(EvictionPolicy):
     def _relearn(self) -> None:
         """Learns again when enough was sampled since; spreads the samples if they do not reach back far enough."""
         state = self._state[0]
-        sampled, clock = int(state["sampled"]), float(state["clock"])
-        if sampled - state["learned"] < max(64, min(ROOM // 16, int(state["learned"]) // 2)):
+        sampled, clock, unit = int(state["sampled"]), float(state["clock"]), float(state["unit"])
+        doubt = DOUBT * float(state["spread"]) ** 0.5
+        if state["lead"] < -doubt:
+            self._start_over()
+            return
+        if state["lead"] > doubt:
+            state["trial"] = START
+        enough = sampled - state["learned"] >= max(64, min(ROOM // 16, int(state["learned"]) // 2))
+        if clock < state["resume"] or not enough:
             return
         state["learned"] = sampled
-        learn(self._samples, self._widths, clock, float(state["unit"]), self._worth)
+        state["lru_reach"] = learn(self._samples, self._widths, clock, unit, self._worth)
         if sampled >= ROOM:
-            reach = (clock - float(self._samples["start"].min())) / float(state["unit"])
+            reach = (clock - float(self._samples["start"].min())) / unit
             if reach < SPAN:
                 state["period"] *= 2
             elif reach > 4 * SPAN and state["period"] > 1:
                 state["period"] //= 2
+
+    def _start_over(self) -> None:
+        """Forgets what was learned and is LRU for a while: the longer, the more often that has happened in a row."""
+        state = self._state[0]
+        state["sampled"] = state["learned"] = 0
+        state["lead"] = state["spread"] = 0.0
+        state["resume"] = state["clock"] + state["trial"] * state["unit"]
+        state["trial"] = min(64 * START, 2 * state["trial"])
+        self._samples["weight"] = 0
+        self._waiting[:] = 0
+        # The older, the less worth, whatever the kind.
+        self._worth[:] = 1 / (1 + np.arange(AGES, dtype=np.float32))

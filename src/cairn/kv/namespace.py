@@ -11,6 +11,14 @@ LAYOUT_VERSION = 1
 
 DIGEST_BYTES = 16
 
+#: How the mark of a salt begins.
+SALT_MARK = "salt:"
+
+
+def salt_mark(salt: str) -> str:
+    """What stands for a salt where others read along: a digest, the same in every process."""
+    return SALT_MARK + hashlib.blake2s(salt.encode(), digest_size=16, person=b"cairn/st").hexdigest()
+
 
 class Namespace(msgspec.Struct, frozen=True, kw_only=True):
     """The identity of a KV cache. Blocks are shared between two requests only when every field is equal.

@@ -61,29 +61,15 @@ class Counter:
         return root
 
 
-class Metrics:
-    """Everything one engine counts. Thread-safe."""
+class Counted:
+    """A set of counters, which a subclass makes before it calls __init__, and what is watched beside them.
+
+    Thread-safe.
+    """
 
     def __init__(self) -> None:
-        self.lookups = Counter("lookups", "Requests looked up.")
-        self.hit_tokens = Counter("hit_tokens", "Tokens served from a tier.", "tier")
-        self.miss_tokens = Counter("miss_tokens", "Tokens asked for and not served, by reason.", "reason")
-        self.stored_tokens = Counter("stored_tokens", "Tokens that became resident in a tier.", "tier")
-        self.skipped_tokens = Counter("skipped_tokens", "Tokens offered to a tier and not stored.", "tier", "reason")
-        self.transfers = Counter("transfers", "Batches moved.", "tier", "direction")
-        self.transfer_bytes = Counter("transfer_bytes", "Bytes moved.", "tier", "direction")
-        self.transfer_seconds = Counter(
-            "transfer_seconds", "Time spent moving, summed over batches.", "tier", "direction"
-        )
-        self.failures = Counter("failures", "Operations of a tier that failed.", "tier", "reason")
         self.counters = tuple(value for value in vars(self).values() if isinstance(value, Counter))
         self._watched: dict[str, Callable[[], Mapping[str, float]]] = {}
-
-    def transferred(self, tier: str, direction: Direction, amount: int, seconds: float) -> None:
-        """Counts one batch of `amount` bytes that took `seconds`."""
-        self.transfers.add(1, tier=tier, direction=direction)
-        self.transfer_bytes.add(amount, tier=tier, direction=direction)
-        self.transfer_seconds.add(seconds, tier=tier, direction=direction)
 
     def watch(self, tier: str, stats: Callable[[], Mapping[str, float]]) -> None:
         """Makes a tier's own figures part of the snapshot: `stats` is called whenever one is taken, from any thread.
@@ -101,3 +87,27 @@ class Metrics:
         figures: Figures = {counter.name: counter.figures() for counter in self.counters}
         figures["tiers"] = {tier: dict(stats) for tier, stats in self.tiers().items()}
         return figures
+
+
+class Metrics(Counted):
+    """Everything one engine counts. Thread-safe."""
+
+    def __init__(self) -> None:
+        self.lookups = Counter("lookups", "Requests looked up.")
+        self.hit_tokens = Counter("hit_tokens", "Tokens served from a tier.", "tier")
+        self.miss_tokens = Counter("miss_tokens", "Tokens asked for and not served, by reason.", "reason")
+        self.stored_tokens = Counter("stored_tokens", "Tokens that became resident in a tier.", "tier")
+        self.skipped_tokens = Counter("skipped_tokens", "Tokens offered to a tier and not stored.", "tier", "reason")
+        self.transfers = Counter("transfers", "Batches moved.", "tier", "direction")
+        self.transfer_bytes = Counter("transfer_bytes", "Bytes moved.", "tier", "direction")
+        self.transfer_seconds = Counter(
+            "transfer_seconds", "Time spent moving, summed over batches.", "tier", "direction"
+        )
+        self.failures = Counter("failures", "Operations of a tier that failed.", "tier", "reason")
+        super().__init__()
+
+    def transferred(self, tier: str, direction: Direction, amount: int, seconds: float) -> None:
+        """Counts one batch of `amount` bytes that took `seconds`."""
+        self.transfers.add(1, tier=tier, direction=direction)
+        self.transfer_bytes.add(amount, tier=tier, direction=direction)
+        self.transfer_seconds.add(seconds, tier=tier, direction=direction)

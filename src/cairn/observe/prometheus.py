@@ -6,19 +6,19 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from cairn.observe.metrics import Metrics
+from cairn.observe.metrics import Counted
 
 PREFIX = "cairn_"
 
 
 class MetricsCollector(Collector):
-    """Reads a `Metrics` at each scrape; to be registered once with a registry.
+    """Reads a `Metrics` (or another `Counted`) at each scrape; to be registered once with a registry.
 
     Counters become `cairn_<name>_total{labels}`; figures of tiers `cairn_tier_<name>{tier=...}`, a counter where the
     name ends in `_total` and a gauge elsewhere.
     """
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Counted) -> None:
         self._metrics = metrics
 
     def describe(self) -> Iterator[CounterMetricFamily]:
@@ -45,7 +45,7 @@ class MetricsCollector(Collector):
         yield from families.values()
 
 
-def exposition(metrics: Metrics) -> bytes:
+def exposition(metrics: Counted) -> bytes:
     """The figures in Prometheus' text format (version 0.0.4)."""
     registry = CollectorRegistry()
     registry.register(MetricsCollector(metrics))

@@ -38,12 +38,17 @@ def plan_load(
     held = sum(segment.tokens for segment in segments)
     if not cost.recompute.knows(prompt_tokens - start):
         return Plan(held, float("nan"))
-    best = Plan(0, cost.recompute.seconds(max(1, prompt_tokens - start), start))
+
+    def computing(split: int) -> float:
+        rest = max(1, prompt_tokens - split)
+        return cost.recompute.seconds(rest, max(0, prompt_tokens - rest))
+
+    best = Plan(0, computing(start))
     split, loading = start, 0.0
     for segment in segments:
         split += segment.tokens
         loading += cost.load_seconds(segment.tier, segment.tokens * token_bytes)
-        seconds = loading + cost.recompute.seconds(max(1, prompt_tokens - split), split)
+        seconds = loading + computing(split)
         if seconds < best.seconds:
             best = Plan(split - start, seconds)
     return best

@@ -1,5 +1,6 @@
 """The contract of a tier below DRAM: a place that keeps KV blocks and moves them to and from rows of host memory."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -9,6 +10,8 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from cairn.errors import InputError
+from cairn.index.journal import Journal
 from cairn.kv import Keys
 from cairn.observe.reasons import Reason
 
@@ -28,6 +31,14 @@ class Rows(NamedTuple):
     ids: npt.NDArray[np.int32]
 
 
+def check_span(keys: Keys, first: int, rows: Rows) -> None:
+    """Raises InputError where blocks from `first` on, a row each, leave the chain, or their rows the memory."""
+    if not 0 <= first <= first + len(rows.ids) <= len(keys):
+        raise InputError(f"blocks {first}..{first + len(rows.ids)} of a chain of {len(keys)}: must lie within it")
+    if len(rows.ids) and not 0 <= rows.ids.min() <= rows.ids.max() < len(rows.memory):
+        raise InputError(f"rows {rows.ids.min()}..{rows.ids.max()} of {len(rows.memory)}: must lie within the memory")
+
+
 class Tier(ABC):
     """Block storage with its own index, capacity and eviction; prefix-closed, as every tier is.
 
@@ -38,10 +49,21 @@ class Tier(ABC):
     """
 
     name: ClassVar[str]
+    #: Blocks are moved in groups of so many, counted from the chain's first block, where that is possible.
+    pack_blocks: int = 1
 
     @abstractmethod
     def match(self, keys: Keys) -> int:
         """How many leading blocks of the chain (uint64 [n, 2]) the tier holds; 0 while its breaker is open."""
+
+    def ask(self, keys: Keys, *, deadline: float, worth_s: float = math.inf) -> "Future[None] | None":
+        """Finds out what `match` cannot know by itself, in the background; None if there is nothing to find out, or if
+        that would take longer than the `worth_s` seconds that knowing could save.
+
+        The future is done, without a result, as soon as `match` says what is to be had; usually by the deadline, but
+        whoever waits for it minds the deadline by himself.
+        """
+        return None
 
     @abstractmethod
     def read(
@@ -59,6 +81,10 @@ class Tier(ABC):
         digest.
         """
 
+    def write_start(self, keys: Keys) -> int:
+        """Where a write of this chain should begin, so that all of it is there after it; its length: nowhere."""
+        return self.match(keys)
+
     @abstractmethod
     def touch(self, keys: Keys) -> None:
         """Counts a use of the leading blocks, so that what is hot above stays here too."""
@@ -70,6 +96,11 @@ class Tier(ABC):
     @abstractmethod
     def sync(self, timeout: float) -> bool:
         """Makes what has been written survive a power cut; False if that was not finished in time."""
+
+    @abstractmethod
+    def watch(self) -> Journal | None:
+        """The journal of what can be found, for one reader; kept from the first call on. None: others come and go there
+        too, so there is none."""
 
     @abstractmethod
     def stats(self) -> Mapping[str, float]:

@@ -13,21 +13,23 @@ from cairn.codec import Raw, Shard
 from cairn.codec.frame import WHOLE, Framer
 from cairn.errors import InputError, StorageError
 from cairn.index import LRU, EvictionPolicy, PrefixIndex
+from cairn.index.journal import Journal
 from cairn.index.slots import SlotIds
 from cairn.kv import Keys, KVGeometry
 from cairn.kv.namespace import DIGEST_BYTES
 from cairn.observe.reasons import Reason
 from cairn.plan.cost import OnlineFit
 from cairn.tier.admission import Admission
-from cairn.tier.base import Outcomes, Rows, Tier
+from cairn.tier.base import Outcomes, Rows, Tier, check_span
 from cairn.tier.breaker import Breaker
-from cairn.tier.disk_batch import Machine, ReadBatch, Tally
+from cairn.tier.disk_batch import Machine, ReadBatch
 from cairn.tier.disk_directory import CacheDirectory, plan_superblock
 from cairn.tier.disk_ledger import Ledger
 from cairn.tier.disk_slots import SlotFile
 from cairn.tier.disk_table import RecordTable, recover
 from cairn.tier.disk_write import WriteBatch, Writers
 from cairn.tier.flights import Batch, Flights
+from cairn.tier.tally import Tally
 from cairn.tier.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -110,7 +112,7 @@ class DiskTier(Tier):
         self._check(keys, first, rows)
         refusal = self._refusal()
         if refusal:
-            return self._refused(len(rows.ids), refusal)
+            return self._tally.refused(len(rows.ids), refusal)
         batch = ReadBatch(self._machine, keys[first : first + len(rows.ids)], rows, deadline, cancel, self._read_done)
         self._launch(batch, self._flights.add(batch))
         return batch.future
@@ -123,7 +125,7 @@ class DiskTier(Tier):
             raise InputError(f"namespace of {len(namespace)} bytes: must be the {DIGEST_BYTES} of the chain's root")
         refusal = self._refusal()
         if refusal:
-            return self._refused(len(rows.ids), refusal)
+            return self._tally.refused(len(rows.ids), refusal)
         chain = keys[: first + len(rows.ids)]
         batch = WriteBatch(self._machine, chain, first, rows, namespace, deadline, cancel, self._write_done)
         self._launch(batch, self._writers.enter(batch))
@@ -156,6 +158,9 @@ class DiskTier(Tier):
         byte, call = self._fit.coefficients().tolist()
         return LoadEstimate(call, byte)
 
+    def watch(self) -> Journal:
+        return self._index.watch()
+
     def stats(self) -> Mapping[str, float]:
         """Counts by reason (`corrupt_total`, ...), `read_blocks`, `read_bytes`, `written_blocks`, `written_bytes`
         (frames included), `restored_blocks`, `damaged_records`, `dropped_blocks`, and the state now."""
@@ -165,7 +170,7 @@ class DiskTier(Tier):
             "resident_blocks": len(self._index),
             "capacity_blocks": self._index.capacity,
             "capacity_bytes": self.capacity_bytes,
-            "evicted_blocks": self._index.evicted,
+            "evicted_blocks_total": self._index.evicted,
             "batches_under_way": len(self._flights),
             "breaker_open": 0 if self._breaker.closed else 1,
             "breaker_opened_total": self._breaker.opened,
@@ -254,19 +259,8 @@ class DiskTier(Tier):
             return Reason.CLOSED
         return None if self._breaker.allow() else Reason.BREAKER_OPEN
 
-    def _refused(self, count: int, reason: Reason) -> "Future[Outcomes]":
-        self._tally.add(**{f"{reason}_total": count})
-        future: Future[Outcomes] = Future()
-        future.set_result([reason] * count)
-        return future
-
     def _check(self, keys: Keys, first: int, rows: Rows) -> None:
-        if not 0 <= first <= first + len(rows.ids) <= len(keys):
-            raise InputError(f"blocks {first}..{first + len(rows.ids)} of a chain of {len(keys)}: must lie within it")
-        if len(rows.ids) and not 0 <= rows.ids.min() <= rows.ids.max() < len(rows.memory):
-            raise InputError(
-                f"rows {rows.ids.min()}..{rows.ids.max()} of {len(rows.memory)}: must lie within the memory"
-            )
+        check_span(keys, first, rows)
         if not self._slots.takes(rows.memory):
             raise InputError(
                 f"rows of {rows.memory.shape[1]} bytes: must be page-aligned, of whole pages, "

@@ -1,7 +1,6 @@
 """What reads and writes of the disk tier have in common, and the read: from the first block to the future."""
 
 import logging
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -16,7 +15,8 @@ from cairn.tier.base import Rows
 from cairn.tier.breaker import Breaker
 from cairn.tier.disk_ledger import Ledger
 from cairn.tier.disk_slots import SlotFile
-from cairn.tier.flights import Batch
+from cairn.tier.flights import Batch, SteppedBatch
+from cairn.tier.tally import Tally
 
 log = logging.getLogger(__name__)
 
@@ -26,24 +26,6 @@ _LOST: Final = frozenset({Reason.CORRUPT, Reason.FOREIGN, Reason.IO_ERROR})
 
 #: What shows that the device works.
 _ANSWERS: Final = frozenset({None, Reason.CORRUPT, Reason.FOREIGN})
-
-_TRAFFIC: Final = ("read_blocks", "read_bytes", "written_blocks", "written_bytes", "dropped_blocks")
-
-
-class Tally:
-    """Counters by name, those of every reason and of every kind of traffic from zero on. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._counts = Counter({f"{reason}_total": 0 for reason in Reason} | dict.fromkeys(_TRAFFIC, 0))
-        self._lock = threading.Lock()
-
-    def add(self, **amounts: int) -> None:
-        with self._lock:
-            self._counts.update(amounts)
-
-    def read(self) -> dict[str, int]:
-        with self._lock:
-            return dict(self._counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +44,7 @@ class Machine:
 OnDone = Callable[[Batch], list[Batch]]
 
 
-class DiskBatch(Batch):
+class DiskBatch(SteppedBatch):
     """What reads and writes have in common: the device is watched, and the outcomes are counted."""
 
     def __init__(self, machine: Machine, count: int, deadline: float, cancel: Event | None, on_done: OnDone) -> None:
@@ -128,7 +110,7 @@ class ReadBatch(DiskBatch):
         """Nothing: the slots are known."""
 
     def joins(self, run: list[int], i: int) -> bool:
-        return len(run) < self.machine.slots.run_blocks and self._slots[i] == self._slots[run[-1]] + 1
+        return len(run) < self.machine.slots.read_run_blocks and self._slots[i] == self._slots[run[-1]] + 1
 
     def move(self, run: list[int]) -> list[Reason | None]:
         keys = [self._keys[i].tobytes() for i in run]

@@ -25,8 +25,10 @@ from cairn.tier.disk_directory import PAGE
 
 log = logging.getLogger(__name__)
 
-#: Small blocks are moved together up to this size; beyond it larger calls only make others wait.
-_RUN_BYTES: Final = 2 << 20
+#: Blocks in neighbouring slots are moved together up to these sizes: a larger read only makes others wait, and a larger
+#: write saves some of the CPU time that a block costs.
+_READ_RUN_BYTES: Final = 2 << 20
+_WRITE_RUN_BYTES: Final = 8 << 20
 _RUN_BLOCKS: Final = 32
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -49,7 +51,8 @@ class SlotFile:
         self._row_bytes = -(-self.block_bytes // PAGE) * PAGE
         self.slot_bytes = PAGE + self._row_bytes
         #: How many blocks of neighbouring slots are best moved together.
-        self.run_blocks = max(1, min(_RUN_BYTES // self._row_bytes, _RUN_BLOCKS))
+        self.read_run_blocks = max(1, min(_READ_RUN_BYTES // self._row_bytes, _RUN_BLOCKS))
+        self.write_run_blocks = max(1, min(_WRITE_RUN_BYTES // self._row_bytes, _RUN_BLOCKS))
         self._local = threading.local()
         self.fd, self.direct = _open_direct(path, os.O_RDWR if writable else os.O_RDONLY, self._pages()[0])
 
@@ -57,7 +60,7 @@ class SlotFile:
         """Fills rows, each of the block's bytes rounded up to pages, with the blocks `keys` from neighbouring slots,
         and proves that they are those blocks.
 
-        keys: at most `run_blocks`. For what is anything else the reason is returned, and the row holds anything.
+        keys: at most `read_run_blocks`. For what is anything else the reason is returned, and the row holds anything.
         """
         pages = self._pages()
         try:
@@ -82,7 +85,7 @@ class SlotFile:
     ) -> Reason | None:
         """Puts the blocks in `rows` and their frames into neighbouring slots; when None, the system has it all.
 
-        keys: at most `run_blocks`. checksums: of `sum`, or empty where it has not been called.
+        keys: at most `write_run_blocks`. checksums: of `sum`, or empty where it has not been called.
         """
         pages = self._pages()
         for page, key, row, checksum in zip(pages, keys, rows, checksums, strict=False):
@@ -125,8 +128,8 @@ class SlotFile:
         """The calling thread's header pages, page-aligned, one for each block of a run."""
         pages: list[memoryview] | None = getattr(self._local, "pages", None)
         if pages is None:
-            memory = memoryview(mmap.mmap(-1, self.run_blocks * PAGE))
-            pages = self._local.pages = [memory[i * PAGE : (i + 1) * PAGE] for i in range(self.run_blocks)]
+            memory = memoryview(mmap.mmap(-1, self.write_run_blocks * PAGE))
+            pages = self._local.pages = [memory[i * PAGE : (i + 1) * PAGE] for i in range(self.write_run_blocks)]
         return pages
 
 

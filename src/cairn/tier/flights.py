@@ -5,7 +5,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from threading import Event
 from typing import Final
@@ -23,13 +23,14 @@ class Batch(ABC):
 
     A block is claimed by taking its number out of a queue, by a worker that moves it or by whoever expires it, so that
     it never is both. `future` cannot be cancelled from outside; it gives `outcomes` when nothing touches the rows any
-    more.
+    more. Workers come to a batch by `SteppedBatch.step`, or claim what they move by `take`.
     """
 
     def __init__(self, count: int, deadline: float, cancel: Event | None) -> None:
         self.future: Future[Outcomes] = Future()
         self.future.set_running_or_notify_cancel()
         self.outcomes: Outcomes = [None] * count
+        self.step_blocks = 1
         self.deadline = deadline
         self.begun = time.monotonic()
         self._cancel = cancel
@@ -39,18 +40,6 @@ class Batch(ABC):
         self.blocks_to_move = 0
         self._pending = 0
         self._lock = threading.Lock()
-
-    @abstractmethod
-    def arrange(self) -> None:
-        """Called before blocks are claimed, in a worker; may wait for I/O."""
-
-    @abstractmethod
-    def joins(self, run: list[int], i: int) -> bool:
-        """Whether block i, the one after the run, is best moved together with it."""
-
-    @abstractmethod
-    def work(self, run: list[int]) -> "list[Reason | None]":
-        """Moves a run of blocks; what became of each. Runs in a worker."""
 
     @abstractmethod
     def complete(self) -> "list[Batch]":
@@ -64,30 +53,12 @@ class Batch(ABC):
     def quick(self) -> bool:
         """Whether `complete` waits for no I/O, once all is settled."""
 
-    def prepare(self, todo: range, others: int = 0) -> None:
+    def prepare(self, todo: Sequence[int], others: int = 0) -> None:
         """Says which blocks are to be moved, and how many more `settle` calls come from elsewhere. Called once."""
         self._todo.extend(todo)
         self.blocks_to_move = len(todo)
         self._pending = len(todo) + others
         self.empty = self._pending == 0
-
-    def step(self) -> None:
-        """Moves the next blocks, if any are left: a worker's task."""
-        late = self._too_late()
-        if late is not None:
-            last = self.expire(late)
-        else:
-            run: list[int] = []
-            try:
-                self.arrange()
-                run = self._claim()
-                reasons = self.work(run) if run else []
-            except Exception:
-                log.exception("moving blocks failed in a way it should not have; please report this")
-                reasons = [Reason.IO_ERROR] * len(run)
-            last = self.settle(run, reasons)
-        if last:
-            self.land()
 
     def land(self) -> None:
         """Completes a settled batch and all that waited for it; in a loop, since such chains grow long."""
@@ -101,6 +72,15 @@ class Batch(ABC):
             rest = list(self._todo)
             self._todo.clear()
         return self.settle(rest, [reason] * len(rest))
+
+    def take(self, run: list[int]) -> bool:
+        """Claims these blocks for the caller, who settles them; False if they were settled by their end."""
+        with self._lock:
+            if run[0] not in self._todo:
+                return False
+            for i in run:
+                self._todo.remove(i)
+            return True
 
     def release(self) -> bool:
         """Notes that something else has come that was waited for; as `settle`."""
@@ -118,17 +98,57 @@ class Batch(ABC):
             self._pending -= len(run)
             return self._pending == 0
 
+    def too_late(self) -> Reason | None:
+        """Why what has not started is to be left out, if it is."""
+        if self._cancel is not None and self._cancel.is_set():
+            return Reason.CANCELLED
+        return Reason.TIMEOUT if time.monotonic() > self.deadline else None
+
+
+class SteppedBatch(Batch):
+    """A batch whose blocks are moved in order, a run at a time, by as many workers as call `step`."""
+
+    @abstractmethod
+    def arrange(self) -> None:
+        """Called before blocks are claimed, in a worker; may wait for I/O."""
+
+    @abstractmethod
+    def joins(self, run: list[int], i: int) -> bool:
+        """Whether block i, the one after the run, is best moved together with it."""
+
+    @abstractmethod
+    def work(self, run: list[int]) -> "list[Reason | None]":
+        """Moves a run of blocks; what became of each. Runs in a worker."""
+
+    def step(self) -> None:
+        """Moves the next `step_blocks` blocks or a few more, if so many are left: a worker's task."""
+        moved, last = 0, False
+        while moved < self.step_blocks and not last:
+            late = self.too_late()
+            if late is not None:
+                last = self.expire(late)
+                break
+            run: list[int] = []
+            try:
+                self.arrange()
+                run = self._claim()
+                reasons = self.work(run) if run else []
+            except Exception:
+                log.exception("moving blocks failed in a way it should not have; please report this")
+                reasons = [Reason.IO_ERROR] * len(run)
+            last = self.settle(run, reasons)
+            if not run:
+                break
+            moved += len(run)
+        if last:
+            self.land()
+
     def _claim(self) -> list[int]:
         with self._lock:
             run: list[int] = []
             while self._todo and (not run or self.joins(run, self._todo[0])):
                 run.append(self._todo.popleft())
             return run
-
-    def _too_late(self) -> Reason | None:
-        if self._cancel is not None and self._cancel.is_set():
-            return Reason.CANCELLED
-        return Reason.TIMEOUT if time.monotonic() > self.deadline else None
 
 
 class Flights:

@@ -1,0 +1,336 @@
+"""The CUDA copier: the copy engines for what is long, a kernel and a staging ring for what is short."""
+
+from collections.abc import Callable, Iterator
+from threading import Lock
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from cairn.copy import driver
+from cairn.copy.base import Copier
+from cairn.copy.paged import PagedKV, TokenSlots
+from cairn.copy.pieces import merge, plan, vector_shape, word_bytes
+from cairn.errors import InputError
+from cairn.kv import KVGeometry
+
+#: From here on a piece is worth a copy of its own: as fast as staging, without a kernel (H200).
+BREAK_EVEN = 256 << 10
+PATHS = ("auto", "pieces", "staged")
+#: The first part of a call is small, so that the bus is busy while the rest is planned (about 0.2 ms a part); each
+#: next one is larger.
+_FIRST_BYTES, _GROWTH = 16 << 20, 2
+#: Two buffers a direction are enough: a kernel is done with one long before the bus is done with the other. Each part
+#: costs the host about 0.1 ms to enqueue, most of it to launch the kernel.
+_STAGING_BYTES, _STAGING_BUFFERS = 48 << 20, 2
+_PROGRAMS = 64
+
+
+class Enqueued(NamedTuple):
+    """A copy that was enqueued: the CUDA events before its first and behind its last byte."""
+
+    begin: Any
+    end: Any
+
+    def synchronize(self) -> None:
+        """Waits, asleep, until it is over."""
+        self.end.synchronize()
+
+    def seconds(self) -> float:
+        """Waits until it is over; how long it took on the device."""
+        self.end.synchronize()
+        return float(self.begin.elapsed_time(self.end)) / 1e3
+
+
+class _Lane:
+    """One direction: a stream for copies, one for kernels, and a ring of staging buffers between them."""
+
+    def __init__(self, torch: Any, device: Any) -> None:
+        self.lock = Lock()
+        self.copies, self.kernels = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self.filled = [torch.cuda.Event() for _ in range(_STAGING_BUFFERS)]
+        self.freed = [torch.cuda.Event() for _ in range(_STAGING_BUFFERS)]
+        self._ring: Any = None
+        self._next = 0
+        self._torch, self._device = torch, device
+
+    def staging(self, size: int) -> int:
+        """How many bytes a staging buffer has: at least `size`."""
+        if self._ring is None or self._ring.shape[1] < size:
+            # A larger ring: what is still under way in the old one must not lose its memory.
+            self.synchronize()
+            wanted = max(size, _STAGING_BYTES)
+            self._ring = self._torch.empty((_STAGING_BUFFERS, wanted), dtype=self._torch.uint8, device=self._device)
+            # The allocator may have had this memory from work of another stream.
+            self._torch.cuda.current_stream(self._device).synchronize()
+        return int(self._ring.shape[1])
+
+    def buffer(self) -> tuple[int, int]:
+        """The next staging buffer's number and address."""
+        self._next = (self._next + 1) % _STAGING_BUFFERS
+        return self._next, self._ring[self._next].data_ptr()
+
+    def mark(self, stream: Any) -> Any:
+        """A new event behind what was enqueued on the stream."""
+        event = self._torch.cuda.Event(enable_timing=True, blocking=True)
+        event.record(stream)
+        return event
+
+    def synchronize(self) -> None:
+        self.copies.synchronize()
+        self.kernels.synchronize()
+
+
+class CudaCopier(Copier):
+    """Copies between a paged cache on a CUDA device and host memory, without waiting for it if asked to.
+
+    Gathers run on streams of their own, as do scatters, so both directions of the bus are busy at once. `register` the
+    rows' memory first: pinned memory is several times faster, and without it the enqueueing calls may block.
+    path: how bytes move; "auto" chooses by the length of the pieces. "pieces": one copy a piece, many in one call;
+    "staged": whole rows to and from staging memory on the device, and a kernel between it and the paged cache.
+
+    Thread-safe for disjoint rows. Holds staging memory on the device (96 MiB a direction) from `prepare` or the first
+    staged copy on. Raises ImportError without torch and triton, StorageError when the driver refuses.
+    """
+
+    def __init__(self, geometry: KVGeometry, device: int = 0, path: str = "auto") -> None:
+        super().__init__(geometry)
+        if path not in PATHS:
+            raise InputError(f"path={path!r}: must be one of {', '.join(PATHS)}")
+        import torch
+
+        self._torch: Any = torch
+        self._device = torch.device("cuda", device)
+        torch.cuda.synchronize(self._device)
+        with torch.cuda.device(self._device):
+            self._context = driver.current_context()
+        self._path = path
+        self._store, self._load = _Lane(torch, self._device), _Lane(torch, self._device)
+        self._pinned: dict[int, tuple[int, bool]] = {}
+
+    def register(self, memory: npt.NDArray[np.uint8]) -> None:
+        """Pins memory (uint8 [rows, stride], contiguous, at a page's start) until `close`; up to 0.5 s a GiB."""
+        address, size = memory.ctypes.data, memory.nbytes
+        if address not in self._pinned:
+            with self._torch.cuda.device(self._device):
+                driver.use(self._context)
+                self._pinned[address] = (size, driver.pin(address, size))
+
+    def prepare(self, kv: PagedKV) -> None:
+        """Takes the staging memory and compiles for `kv`, so that no request pays for either."""
+        none, span = np.empty(0, np.int64), range(self.geometry.layers)
+        with self._torch.cuda.device(self._device):
+            for lane, into_rows in ((self._store, True), (self._load, False)):
+                lane.staging(self.geometry.block_bytes)
+                with self._torch.cuda.stream(lane.kernels):
+                    self._kernel(kv, none, span, into_rows)(0, 0, lane.buffer()[1])
+
+    def close(self) -> None:
+        """Waits for what is under way and unpins what `register` has pinned. Idempotent."""
+        for lane in (self._store, self._load):
+            lane.synchronize()
+        with self._torch.cuda.device(self._device):
+            driver.use(self._context)
+            for address, (_, ours) in self._pinned.items():
+                if ours:
+                    driver.unpin(address)
+        self._pinned.clear()
+
+    def gather(
+        self,
+        kv: PagedKV,
+        slots: TokenSlots,
+        memory: npt.NDArray[np.uint8],
+        rows: npt.NDArray[np.int32],
+        layers: range | None = None,
+    ) -> None:
+        after = self._torch.cuda.current_stream(self._device).record_event()
+        self.gather_async(kv, slots, memory, rows, layers, after).synchronize()
+
+    def scatter(
+        self,
+        kv: PagedKV,
+        slots: TokenSlots,
+        memory: npt.NDArray[np.uint8],
+        rows: npt.NDArray[np.int32],
+        layers: range | None = None,
+    ) -> None:
+        after = self._torch.cuda.current_stream(self._device).record_event()
+        self.scatter_async(kv, slots, memory, rows, layers, after).synchronize()
+
+    def gather_async(
+        self,
+        kv: PagedKV,
+        slots: TokenSlots,
+        memory: npt.NDArray[np.uint8],
+        rows: npt.NDArray[np.int32],
+        layers: range | None = None,
+        after: Any = None,
+    ) -> Enqueued:
+        """As `gather`, enqueued behind the CUDA event `after`.
+
+        Until it is over `kv` and `memory` must live, and neither may be written by others. Raises InputError, and
+        StorageError when the driver refuses a part; then nothing is under way any more.
+        """
+        return self._enqueue(self._store, kv, slots, memory, rows, layers, after, into_rows=True)
+
+    def scatter_async(
+        self,
+        kv: PagedKV,
+        slots: TokenSlots,
+        memory: npt.NDArray[np.uint8],
+        rows: npt.NDArray[np.int32],
+        layers: range | None = None,
+        after: Any = None,
+    ) -> Enqueued:
+        """As `scatter`, enqueued; see `gather_async`."""
+        return self._enqueue(self._load, kv, slots, memory, rows, layers, after, into_rows=False)
+
+    def _enqueue(
+        self,
+        lane: _Lane,
+        kv: PagedKV,
+        slots: TokenSlots,
+        memory: npt.NDArray[np.uint8],
+        rows: npt.NDArray[np.int32],
+        layers: range | None,
+        after: Any,
+        *,
+        into_rows: bool,
+    ) -> Enqueued:
+        tokens = self.geometry.block_tokens
+        if kv.device != self._device.index:
+            raise InputError(f"KV cache on device {kv.device}: this copier serves CUDA device {self._device.index}")
+        if len(slots) != len(rows) * tokens:
+            raise InputError(f"{len(slots)} slots for {len(rows)} blocks: each block needs {tokens}")
+        kv.check_slots(slots, tokens)
+        slots = np.ascontiguousarray(slots, np.int64)
+        span = layers if layers is not None else range(self.geometry.layers)
+        starts = memory.ctypes.data + rows.astype(np.int64) * memory.strides[0]
+        pinned = self._is_pinned(memory)
+        with self._torch.cuda.device(self._device), lane.lock:
+            driver.use(self._context)
+            if after is not None:
+                lane.copies.wait_event(after)
+                lane.kernels.wait_event(after)
+            begin = lane.mark(lane.copies)
+            try:
+                if self._in_pieces(kv, slots, span):
+                    self._pieces(lane, kv, slots, starts, span, pinned, into_rows)
+                    return Enqueued(begin, lane.mark(lane.copies))
+                self._staged(lane, kv, slots, starts, span, pinned, into_rows)
+                # What comes last in every part has waited for all else of it.
+                return Enqueued(begin, lane.mark(lane.copies if into_rows else lane.kernels))
+            except BaseException:
+                # What was enqueued before goes on, while the caller takes rows and pages for free.
+                lane.synchronize()
+                raise
+
+    def _is_pinned(self, memory: npt.NDArray[np.uint8]) -> bool:
+        first = memory.ctypes.data
+        return any(at <= first and first + memory.nbytes <= at + size for at, (size, _) in self._pinned.items())
+
+    def _in_pieces(self, kv: PagedKV, slots: TokenSlots, span: range) -> bool:
+        if self._path != "auto":
+            return self._path == "pieces"
+        sample = slots[: 4 * self.geometry.block_tokens]  # requests are alike all along; planning all costs more
+        blocks = len(sample) // self.geometry.block_tokens
+        # Rows that do not touch: what merges in one call may not merge in the next.
+        starts = np.arange(blocks, dtype=np.int64) * (2 * self.geometry.block_bytes)
+        return plan(kv, sample, starts, span, self.geometry).mean_bytes >= BREAK_EVEN
+
+    def _pieces(
+        self,
+        lane: _Lane,
+        kv: PagedKV,
+        slots: TokenSlots,
+        starts: npt.NDArray[np.int64],
+        span: range,
+        pinned: bool,
+        into_rows: bool,
+    ) -> None:
+        """One copy a piece."""
+        tokens = self.geometry.block_tokens
+        for first, stop in _parts(len(starts), len(span) * self.geometry.layer_bytes):
+            pieces = plan(kv, slots[first * tokens : stop * tokens], starts[first:stop], span, self.geometry)
+            driver.copy_batch(pieces, lane.copies.cuda_stream, into_rows=into_rows, pinned=pinned)
+
+    def _staged(
+        self,
+        lane: _Lane,
+        kv: PagedKV,
+        slots: TokenSlots,
+        starts: npt.NDArray[np.int64],
+        span: range,
+        pinned: bool,
+        into_rows: bool,
+    ) -> None:
+        """Rows move whole between host and staging, while a kernel works on the parts before and behind."""
+        tokens, width = self.geometry.block_tokens, len(span) * self.geometry.layer_bytes
+        holes = (slots.reshape(-1, tokens) < 0).any(axis=1)
+        if into_rows and holes.any():
+            # A staged row arrives whole: it would overwrite the bytes of tokens that are to be left as they are.
+            self._pieces(
+                lane, kv, slots.reshape(-1, tokens)[holes].reshape(-1), starts[holes], span, pinned, into_rows=True
+            )
+            slots, starts = slots.reshape(-1, tokens)[~holes].reshape(-1), starts[~holes]
+        most = lane.staging(width)
+        first_stream, last_stream = (lane.kernels, lane.copies) if into_rows else (lane.copies, lane.kernels)
+        with self._torch.cuda.stream(lane.kernels):
+            kernel = self._kernel(kv, slots, span, into_rows)
+            for first, stop in _parts(len(starts), width, most):
+                number, staging = lane.buffer()
+                outside = starts[first:stop] + span.start * self.geometry.layer_bytes
+                inside = staging + np.arange(stop - first, dtype=np.int64) * width
+                copies = merge(inside, outside, np.full(stop - first, width, np.int64))
+                first_stream.wait_event(lane.freed[number])
+                if into_rows:
+                    kernel(first, stop, staging)
+                else:
+                    driver.copy_batch(copies, lane.copies.cuda_stream, into_rows=False, pinned=pinned)
+                lane.filled[number].record(first_stream)
+                last_stream.wait_event(lane.filled[number])
+                if into_rows:
+                    driver.copy_batch(copies, lane.copies.cuda_stream, into_rows=True, pinned=pinned)
+                else:
+                    kernel(first, stop, staging)
+                lane.freed[number].record(last_stream)
+
+    def _kernel(self, kv: PagedKV, slots: TokenSlots, span: range, into_rows: bool) -> Callable[[int, int, int], None]:
+        """The kernel for blocks first..stop of `slots` and the address of their staged rows; on the current stream."""
+        from cairn.copy import triton_kernel
+
+        heads, head_bytes = vector_shape(kv, self.geometry)
+        tokens, width = self.geometry.block_tokens, len(span) * self.geometry.layer_bytes
+        bases = np.ascontiguousarray(kv.bases[span.start : span.stop].reshape(-1))
+        # Torch reuses the pinned upload buffer only after the event of its copy: the ring is its allocator's.
+        upload = self._torch.from_numpy(np.concatenate([bases, slots])).pin_memory()
+        table = upload.to(self._device, non_blocking=True)
+        word = word_bytes(kv, np.array([width], np.int64), self.geometry)
+
+        def run(first: int, stop: int, staging: int) -> None:
+            triton_kernel.move(
+                table[: len(bases)],
+                table[len(bases) + first * tokens :],
+                staging,
+                blocks=stop - first,
+                strides=(kv.page_stride, kv.token_stride, kv.head_stride, width),
+                page_tokens=kv.page_tokens,
+                block_tokens=tokens,
+                heads=heads,
+                head_bytes=head_bytes,
+                word=word,
+                programs=_PROGRAMS,
+                into_rows=into_rows,
+            )
+
+        return run
+
+
+def _parts(blocks: int, width: int, most: int | None = None) -> Iterator[tuple[int, int]]:
+    """Cuts `blocks` blocks of `width` bytes into parts that grow, up to `most` bytes: (first, stop) of each."""
+    first, size = 0, _FIRST_BYTES
+    while first < blocks:
+        stop = min(blocks, first + max(1, (size if most is None else min(size, most)) // width))
+        yield first, stop
+        first, size = stop, size * _GROWTH

@@ -1,0 +1,94 @@
+"""Which runs of bytes a copy consists of: pure numpy, so that the planning can be tested without a GPU."""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from cairn.copy.paged import PagedKV, TokenSlots
+from cairn.kv import KVGeometry
+
+Addresses = npt.NDArray[np.int64]
+
+
+class Pieces(NamedTuple):
+    """Runs of bytes, one entry each: int64 [n] addresses in the paged cache and in the rows, and bytes."""
+
+    outside: Addresses
+    inside: Addresses
+    sizes: Addresses
+
+    @property
+    def mean_bytes(self) -> float:
+        """Bytes of a piece on average; 0 when there are none."""
+        return float(self.sizes.mean()) if len(self.sizes) else 0.0
+
+
+def merge(outside: Addresses, inside: Addresses, sizes: Addresses) -> Pieces:
+    """Joins neighbours of the list that stand one behind the other on both sides. Arrays: int64 [n]."""
+    if not len(sizes):
+        return Pieces(outside, inside, sizes)
+    apart = (outside[1:] != outside[:-1] + sizes[:-1]) | (inside[1:] != inside[:-1] + sizes[:-1])
+    starts = np.concatenate([[0], np.flatnonzero(apart) + 1])
+    return Pieces(outside[starts], inside[starts], np.add.reduceat(sizes, starts))
+
+
+def vector_shape(kv: PagedKV, geometry: KVGeometry) -> tuple[int, int]:
+    """(heads, bytes a head) of a token in one plane. Opaque pages: as if one head held all of a layer's bytes."""
+    if kv.opaque:
+        return 1, geometry.layer_bytes // geometry.block_tokens
+    return geometry.kv_heads, geometry.head_dim * geometry.element_bytes
+
+
+def token_runs(kv: PagedKV, slots: TokenSlots, row_starts: Addresses, geometry: KVGeometry) -> Pieces:
+    """Runs of one plane: `outside` relative to the plane's base, `inside` at `row_starts` (int64 [n]) + place in it.
+
+    slots: int64 [n * block_tokens]; negative ones are left out.
+    """
+    heads, head_bytes = vector_shape(kv, geometry)
+    vector = heads * head_bytes
+    packed = kv.token_stride == vector and (heads == 1 or kv.head_stride == head_bytes)
+    if packed and (starts := _whole_runs(kv, slots, geometry.block_tokens)) is not None:
+        outside = starts // kv.page_tokens * kv.page_stride + starts % kv.page_tokens * kv.token_stride
+        return merge(outside, row_starts, np.full(len(starts), geometry.block_tokens * vector, np.int64))
+    tokens = np.arange(geometry.block_tokens, dtype=np.int64) * vector
+    inside = (row_starts[:, None] + tokens).reshape(-1)
+    kept = slots >= 0
+    slots, inside = slots[kept], inside[kept]
+    outside = slots // kv.page_tokens * kv.page_stride + slots % kv.page_tokens * kv.token_stride
+    if heads > 1 and kv.head_stride != head_bytes:
+        head = np.arange(heads, dtype=np.int64)
+        outside = (outside[:, None] + head * kv.head_stride).reshape(-1)
+        inside = (inside[:, None] + head * head_bytes).reshape(-1)
+        vector = head_bytes
+    return merge(outside, inside, np.full(len(outside), vector, np.int64))
+
+
+def _whole_runs(kv: PagedKV, slots: TokenSlots, block_tokens: int) -> TokenSlots | None:
+    """The first slot of each block, if every block lies in one run inside a page: spares arrays a token long."""
+    blocks = slots.reshape(-1, block_tokens)
+    starts = blocks[:, 0]
+    inside = (starts >= 0) & (starts % kv.page_tokens <= kv.page_tokens - block_tokens)
+    in_order = (blocks[:, 1:] == blocks[:, :-1] + 1).all()
+    return starts if in_order and inside.all() else None
+
+
+def plan(kv: PagedKV, slots: TokenSlots, row_starts: Addresses, layers: range, geometry: KVGeometry) -> Pieces:
+    """All pieces of a copy, neighbours joined. row_starts: int64 [n], the addresses of the rows."""
+    runs = token_runs(kv, slots, row_starts, geometry)
+    bases = kv.bases[layers.start : layers.stop]
+    heads, head_bytes = vector_shape(kv, geometry)
+    plane_bytes = geometry.block_tokens * heads * head_bytes
+    planes = np.arange(bases.size, dtype=np.int64) + layers.start * bases.shape[1]
+    shape = (len(runs.sizes), bases.size)
+    outside = (runs.outside[:, None] + bases.reshape(-1)).reshape(-1)
+    inside = (runs.inside[:, None] + planes * plane_bytes).reshape(-1)
+    return merge(outside, inside, np.broadcast_to(runs.sizes[:, None], shape).reshape(-1))
+
+
+def word_bytes(kv: PagedKV, row_starts: Addresses, geometry: KVGeometry) -> int:
+    """The widest word, 8 bytes at most, that every address and every piece of a copy is a multiple of."""
+    _, head_bytes = vector_shape(kv, geometry)
+    numbers = [head_bytes, kv.page_stride, kv.token_stride, kv.head_stride, *kv.bases.reshape(-1).tolist()]
+    bits = int(np.bitwise_or.reduce(np.array(numbers, np.int64))) | int(np.bitwise_or.reduce(row_starts, initial=0))
+    return min(8, bits & -bits or 8)

@@ -1,0 +1,47 @@
+"""What reads and writes of the remote tier work with."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cairn.observe.reasons import Reason
+from cairn.tier.breaker import Breaker
+from cairn.tier.flights import Batch
+from cairn.tier.remote.base import ObjectStore
+from cairn.tier.remote.known import Known
+from cairn.tier.remote.packing import Packing
+from cairn.tier.remote.scout import FAIR_S, Scout
+from cairn.tier.remote.share import Share
+from cairn.tier.tally import Tally
+
+#: Called when a batch is done.
+OnDone = Callable[[Batch], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """timeout_s: what one operation on the store may take. write_breaker: opens while the store takes nothing more."""
+
+    store: ObjectStore
+    packing: Packing
+    known: Known
+    scout: Scout
+    breaker: Breaker
+    write_breaker: Breaker
+    share: Share
+    tally: Tally
+    timeout_s: float
+
+    def deadline(self, limit: float) -> float:
+        """The moment by which an operation that begins now must end, `limit` at the latest."""
+        return min(limit, time.monotonic() + self.timeout_s)
+
+    def judge(self, answer: "int | Reason | None", deadline: float, begun: float) -> None:
+        """Tells the breaker how the store did."""
+        if answer is Reason.TIMEOUT:
+            if deadline - begun > FAIR_S:
+                self.breaker.failure()
+        elif answer is Reason.IO_ERROR:
+            self.breaker.failure()
+        else:
+            self.breaker.success()

@@ -1,0 +1,250 @@
+"""Objects in a Mooncake Store: the pooled DRAM of a cluster's hosts, over RDMA or TCP.
+
+The client hangs when its master or a peer does, has no deadlines, and cannot be interrupted. So every call runs in a
+lane: a thread with registered memory of its own. Whoever waits for it leaves at his deadline; the lane stays with the
+call until that returns, and so does the memory that it may still touch. Objects that were lost, a dead peer and objects
+that never were give the same answers; what comes is proved by its frames.
+"""
+
+import http.client
+import logging
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+from urllib.parse import urlsplit
+
+from cairn.observe.log import log_once
+from cairn.observe.reasons import Reason
+from cairn.tier.remote.base import Get, ObjectStore, Put
+from cairn.tier.remote.lanes import Call, Client, Lane, close_client
+from cairn.tier.remote.scatter import scatter
+
+log = logging.getLogger(__name__)
+
+#: Calls at a time, and so the threads and buffers that a hanging cluster can keep.
+_LANES: Final = 12
+_CLOSE_S: Final = 2.0
+_PROBE_S: Final = 0.2
+
+#: The client's codes (mooncake-store/include/types.h): not found, and being written; no space; the master is gone.
+_ABSENT: Final = (-704, -703)
+_FULL: Final = -200
+_NO_MASTER: Final = -900
+
+
+class Cluster(NamedTuple):
+    """Where a cluster is. master: host:port; metadata: URL of its metadata service; host: our own address and port.
+
+    segment_bytes: memory that this process gives to the cluster; 0: it is a client only.
+    """
+
+    master: str
+    metadata: str
+    host: str
+    protocol: str = "tcp"
+    device: str = ""
+    segment_bytes: int = 0
+
+
+class MooncakeStore(ObjectStore):
+    """A client of the cluster; `make` gives a new `MooncakeDistributedStore`. Connects when it is first used, and again
+    once the master was gone.
+    """
+
+    object_bytes = 16 << 20
+    probe_names = 4096
+
+    def __init__(self, cluster: Cluster, make: Callable[[], Any]) -> None:
+        self._cluster = cluster
+        self._make = make
+        self._client: Client | None = None
+        self._connecting = threading.Lock()
+        self._free: queue.LifoQueue[Lane] = queue.LifoQueue()  # warm memory first
+        self._closed = False
+        self._abandoned = 0
+        for number in range(_LANES):
+            self._free.put(Lane(number, self._free))
+
+    def exists(self, names: Sequence[bytes], *, deadline: float) -> list[bool] | Reason:
+        def ask(client: Any, *_: Any) -> list[bool] | Reason:
+            codes = client.batch_is_exist([name.decode() for name in names])
+            failed = next((code for code in codes if code < 0 and code not in _ABSENT), None)
+            return [code == 1 for code in codes] if failed is None else self.reason(failed, client)
+
+        answer: list[bool] | Reason = self._do(ask, deadline)
+        return answer
+
+    def put(self, puts: Sequence[Put], *, deadline: float) -> list[Reason | None]:
+        return [self._do(_Store(self, put), deadline) for put in puts]
+
+    def get_into(self, gets: Sequence[Get], *, deadline: float) -> list[int | Reason]:
+        return [self._do(_Load(self, get), deadline) for get in gets]
+
+    def delete(self, names: Sequence[bytes], *, deadline: float) -> Reason | None:
+        def remove(client: Any, *_: Any) -> Reason | None:
+            # By force: without it an object that was used of late stays.
+            codes = client.batch_remove([name.decode() for name in names], True)
+            failed = next((code for code in codes if code < 0 and code not in _ABSENT), None)
+            return None if failed is None else self.reason(failed, client)
+
+        answer: Reason | None = self._do(remove, deadline)
+        return answer
+
+    def health(self, *, deadline: float) -> Reason | None:
+        answer = self.exists([b"cairn/health"], deadline=deadline)  # `health_check` calls a dead master healthy
+        return answer if isinstance(answer, Reason) else None
+
+    def stats(self) -> Mapping[str, float]:
+        return {"abandoned_calls_total": self._abandoned, "free_lanes": self._free.qsize()}
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        for _ in range(self._free.qsize()):
+            self._free.get().start(None)
+        client, self._client = self._client, None
+        closed = client.retire() if client is not None else None
+        if client is not None and not (closed and closed.wait(_CLOSE_S)):
+            log.warning("mooncake at %s: the client does not close, and is left alone", self._cluster.master)
+
+    # --- parts ---------------------------------------------------------------------------------------------------
+
+    def _do(self, work: "Callable[[Any, Lane, Call], Any]", deadline: float) -> Any:
+        try:
+            lane = self._free.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            return Reason.TIMEOUT
+        if time.monotonic() > deadline:
+            self._free.put(lane)
+            return Reason.TIMEOUT
+
+        def run(call: Call) -> Any:
+            client = self._connected()
+            if client is None or not client.enter():
+                return Reason.IO_ERROR
+            try:
+                return work(client.inner, lane, call)
+            finally:
+                client.leave()
+
+        call = Call(run)
+        lane.start(call)
+        answer = call.wait(deadline)
+        if answer is Reason.TIMEOUT:
+            self._abandoned += 1
+        return answer
+
+    def _connected(self) -> Client | None:
+        """The client; None if the cluster cannot be had."""
+        with self._connecting:
+            if self._client is None and not self._closed:
+                where = self._cluster
+                if not _answers(where):
+                    log_once(log, f"down {where.master}", f"mooncake at {where.master} does not answer")
+                    return None
+                client = self._make()
+                code = client.setup(
+                    where.host,
+                    where.metadata,
+                    where.segment_bytes,
+                    _LANES << 20,
+                    where.protocol,
+                    where.device,
+                    where.master,
+                )
+                if code != 0:
+                    log_once(log, f"setup {code}", f"mooncake at {where.master} cannot be reached ({code})")
+                    close_client(client)
+                    return None
+                self._client = Client(client)
+            return self._client
+
+    def reason(self, code: int, client: Any) -> Reason:
+        """What a code of the client means, and what follows from it."""
+        if code in _ABSENT:
+            return Reason.ABSENT
+        log_once(log, f"mooncake {code}", f"mooncake at {self._cluster.master} answers {code}")
+        current = self._client
+        if code == _NO_MASTER and current is not None and current.inner is client:
+            # It never finds its way back to a master that was restarted: the next call makes another one.
+            self._client = None
+            current.retire()
+        return Reason.NO_SPACE if code == _FULL else Reason.IO_ERROR
+
+
+class _Store:
+    """A put, in a lane."""
+
+    def __init__(self, store: MooncakeStore, put: Put) -> None:
+        self._store = store
+        self._put = put
+
+    def __call__(self, client: Any, lane: Lane, call: Call) -> Reason | None:
+        size = self._put.size
+        memory = lane.memory(client, size)
+
+        def gather() -> None:
+            at = 0
+            for part in self._put.parts:
+                memory[at : at + len(part)] = part
+                at += len(part)
+
+        if not call.with_caller(gather):
+            return Reason.TIMEOUT
+        code = client.put_from(self._put.name.decode(), lane.address, size)
+        return None if code == 0 else self._store.reason(code, client)
+
+
+class _Load:
+    """A get, in a lane. There are no reads of less than an object here, and an object's size may be another one."""
+
+    def __init__(self, store: MooncakeStore, get: Get) -> None:
+        self._store = store
+        self._get = get
+
+    def __call__(self, client: Any, lane: Lane, call: Call) -> int | Reason:
+        name, get = self._get.name.decode(), self._get
+        size: int = client.get_size(name)
+        if size < 0:
+            return self._store.reason(size, client)
+        if size > _SIZE_LIMIT:
+            return size - get.offset  # nobody has asked for an object as large as that
+        memory = lane.memory(client, size)
+        code = client.get_into(name, lane.address, size)
+        if code < 0:
+            return self._store.reason(code, client)
+        found = memory[get.offset : code]
+
+        # Of a range no more counts than was asked for.
+        came = len(found) if get.whole else min(len(found), get.size)
+        return came if call.with_caller(lambda: scatter(found, get.parts)) else Reason.TIMEOUT
+
+
+#: Sizes are the store's word: memory is taken up to this one.
+_SIZE_LIMIT: Final = 1 << 30
+
+
+def _answers(cluster: Cluster) -> bool:
+    """Whether the master is there. Asked before `setup`, which else waits four seconds for it and holds the GIL.
+
+    The metadata service is usually the master's own, and then says whether the process works; a connection is also made
+    to one that is frozen.
+    """
+    host, _, port = cluster.master.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), _PROBE_S).close()
+        if cluster.metadata.startswith("http://"):
+            parts = urlsplit(cluster.metadata)
+            connection = http.client.HTTPConnection(parts.netloc, timeout=_PROBE_S)
+            try:
+                connection.request("GET", f"{parts.path}?key=cairn")
+                connection.getresponse()  # any answer will do
+            finally:
+                connection.close()
+    except (OSError, http.client.HTTPException):
+        return False
+    return True

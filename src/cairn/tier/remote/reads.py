@@ -1,0 +1,208 @@
+"""Reads of the remote tier: an object asked for by several requests at a time is fetched once."""
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from threading import Event
+from typing import Final, NamedTuple
+
+from cairn.kv import Keys
+from cairn.observe.reasons import Reason
+from cairn.tier.base import Rows
+from cairn.tier.flights import Batch
+from cairn.tier.remote.base import Get
+from cairn.tier.remote.machine import Machine, OnDone
+from cairn.tier.remote.packing import Span
+
+log = logging.getLogger(__name__)
+
+#: What shows that an object is of no use to anybody.
+_BROKEN: Final = frozenset({Reason.CORRUPT, Reason.FOREIGN})
+
+
+class ReadBatch(Batch):
+    """Reads keys[first + i] into row i, object by object. What no object is known to hold is EVICTED."""
+
+    def __init__(
+        self, machine: Machine, keys: Keys, first: int, rows: Rows, deadline: float, cancel: Event | None, done: OnDone
+    ) -> None:
+        super().__init__(len(rows.ids), deadline, cancel)
+        self.keys = keys
+        self.first = first
+        self.rows = rows
+        self.pieces: list[Piece] = []
+        self._machine = machine
+        self._done = done
+        self._plan()
+
+    def _plan(self) -> None:
+        found: list[int] = []
+        stop = self.first + len(self.rows.ids)
+        for wanted in self._machine.packing.spans(self.first, stop):
+            whole = self._machine.scout.covering(self.keys, wanted.start)
+            end = min(wanted.stop, whole.stop) if whole else wanted.start
+            if whole and end > wanted.start:
+                self.pieces.append(Piece(self, whole, Span(wanted.start, end)))
+                found += range(wanted.start - self.first, end - self.first)
+            for at in range(end, wanted.stop):
+                self.outcomes[at - self.first] = Reason.EVICTED
+        self.prepare(found)
+
+    @property
+    def quick(self) -> bool:
+        return True
+
+    def complete(self) -> list[Batch]:
+        self._machine.tally.add(**Counter(f"{reason}_total" for reason in self.outcomes if reason is not None))
+        done = self.outcomes.count(None)
+        self._machine.tally.add(read_blocks=done, read_bytes=done * self._machine.packing.block_bytes)
+        self._done(self)
+        self.future.set_result(self.outcomes)
+        return []
+
+
+class Piece(NamedTuple):
+    """The blocks `wanted` of a batch's chain, out of the object of the blocks `whole`."""
+
+    batch: ReadBatch
+    whole: Span
+    wanted: Span
+
+    @property
+    def place(self) -> tuple[bytes, Span]:
+        """What is to be fetched: pieces of the same place are fetched together."""
+        return self.batch.keys[self.whole.stop - 1].tobytes(), self.wanted
+
+    @property
+    def run(self) -> list[int]:
+        """The blocks, as the batch counts them."""
+        return list(range(self.wanted.start - self.batch.first, self.wanted.stop - self.batch.first))
+
+    def claim(self) -> bool:
+        """Takes the blocks to move them now; False if the batch has given them up, or does so."""
+        late = self.batch.too_late()
+        if late is not None and self.batch.expire(late):
+            self.batch.land()
+        return late is None and self.batch.take(self.run)
+
+    def settle(self, reasons: list[Reason | None]) -> None:
+        if self.batch.settle(self.run, reasons):
+            self.batch.land()
+
+
+class Fetches:
+    """The fetches that wait or are under way. Thread-safe; `submit` runs a task in a worker."""
+
+    def __init__(self, machine: Machine, submit: Callable[[Callable[[], None]], None]) -> None:
+        self._machine = machine
+        self._submit = submit
+        self._waiting: dict[tuple[bytes, Span], list[Piece]] = {}
+        self._lock = threading.Lock()
+        self.shared = 0
+
+    def add(self, pieces: list[Piece]) -> None:
+        for piece in pieces:
+            with self._lock:
+                others = self._waiting.get(piece.place)
+                if others is not None:
+                    others.append(piece)
+                    self.shared += 1
+                    continue
+                self._waiting[piece.place] = [piece]
+            self._submit(lambda place=piece.place: self._run(place))  # type: ignore[misc]
+
+    def _run(self, place: tuple[bytes, Span]) -> None:
+        lead = self._lead(place)
+        if lead is None:
+            return
+        try:
+            reasons = self._fetch(lead)
+        except Exception:
+            log.exception("reading an object failed in a way it should not have; please report this")
+            reasons = [Reason.IO_ERROR] * len(lead.run)
+        with self._lock:
+            followers = self._waiting.pop(place)
+        for follower in followers:
+            if follower.claim():
+                self._copy(lead, follower, reasons)
+                follower.settle(list(reasons))
+        lead.settle(reasons)  # last: until then its rows are what is copied from
+
+    def _lead(self, place: tuple[bytes, Span]) -> Piece | None:
+        """The first piece that is still wanted; the others stay."""
+        while True:
+            with self._lock:
+                if not self._waiting[place]:
+                    del self._waiting[place]
+                    return None
+                piece = self._waiting[place].pop(0)
+            if piece.claim():
+                return piece
+
+    def _copy(self, lead: Piece, follower: Piece, reasons: list[Reason | None]) -> None:
+        size = self._machine.packing.block_bytes
+        for source, target, reason in zip(lead.run, follower.run, reasons, strict=True):
+            if reason is None:
+                row = lead.batch.rows.memory[lead.batch.rows.ids[source]]
+                follower.batch.rows.memory[follower.batch.rows.ids[target], :size] = row[:size]
+
+    def _fetch(self, piece: Piece) -> list[Reason | None]:
+        """Reads the blocks of a piece into their rows and proves them."""
+        machine = self._machine
+        if not machine.breaker.allow():
+            return [Reason.BREAKER_OPEN] * len(piece.run)
+        head, gets = self._gets(piece)
+        begun = time.monotonic()
+        deadline = machine.deadline(piece.batch.deadline)
+        machine.share.begin_load()
+        try:
+            answers = machine.store.get_into(gets, deadline=deadline)
+        finally:
+            machine.share.end_load(sum(get.size for get in gets))
+        refusal = next((answer for answer in answers if isinstance(answer, Reason)), None)
+        machine.judge(refusal, deadline, begun)
+        if refusal is not None:
+            if refusal is Reason.ABSENT:
+                machine.known.note([piece.place[0]], False)
+            return [refusal] * len(piece.run)
+        short = any(answer != get.size for answer, get in zip(answers, gets, strict=True))
+        reasons: list[Reason | None] = self._prove(piece, head) if not short else [Reason.CORRUPT] * len(piece.run)
+        if not _BROKEN.isdisjoint(reasons):
+            self._drop(piece, deadline)
+        return reasons
+
+    def _gets(self, piece: Piece) -> tuple[memoryview, list[Get]]:
+        """The head's memory, and what to read: head and blocks at once where the blocks follow the head."""
+        packing, (whole, wanted) = self._machine.packing, (piece.whole, piece.wanted)
+        count = whole.stop - whole.start
+        name = packing.name(piece.place[0])
+        head = memoryview(bytearray(packing.head_bytes(count)))
+        rows = piece.batch.rows
+        parts = [rows.memory[rows.ids[i], : packing.block_bytes].data for i in piece.run]
+        if wanted.start == whole.start:
+            return head, [Get(name, 0, [head, *parts], whole=wanted == whole)]
+        offset = packing.offset(count, wanted.start - whole.start)
+        return head, [Get(name, 0, [head]), Get(name, offset, parts)]
+
+    def _prove(self, piece: Piece, head: memoryview) -> list[Reason | None]:
+        packing, rows = self._machine.packing, piece.batch.rows
+        refusal = packing.prove_head(head, piece.whole.stop - piece.whole.start)
+        if refusal is not None:
+            return [refusal] * len(piece.run)
+        return [
+            packing.prove(
+                head,
+                piece.batch.first + i - piece.whole.start,
+                piece.batch.keys[piece.batch.first + i].tobytes(),
+                rows.memory[rows.ids[i]],
+            )
+            for i in piece.run
+        ]
+
+    def _drop(self, piece: Piece, deadline: float) -> None:
+        """Takes a broken object away, so that it is written anew and nobody reads it again."""
+        self._machine.known.note([piece.place[0]], False)
+        self._machine.tally.add(dropped_blocks=piece.whole.stop - piece.whole.start)
+        self._machine.store.delete([self._machine.packing.name(piece.place[0])], deadline=deadline)

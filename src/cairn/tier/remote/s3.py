@@ -1,0 +1,152 @@
+"""Objects in S3, Google Cloud Storage or Azure, and in whatever speaks S3: through obstore.
+
+Objects are created only where there are none (a conditional put), so that an object stays as its first writer made it.
+Deadlines are kept by an event loop of our own, which gives up a request when its time is over. Unused objects go by the
+bucket's lifecycle rules.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Any, Final, TypeVar
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError
+
+from cairn.observe.log import log_once
+from cairn.observe.reasons import Reason
+from cairn.tier.remote.base import Get, ObjectStore, Put
+from cairn.tier.remote.scatter import scatter
+
+log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+
+#: Beyond this size a put goes in parts; S3 does not make those conditional.
+_MULTIPART_BYTES: Final = 64 << 20
+_FULL: Final = ("InsufficientStorage", "QuotaExceeded", "StorageFull", "No space left")
+_PAST_THE_END: Final = ("InvalidRange", "416")
+
+
+class ObstoreStore(ObjectStore):
+    """store: an obstore store, whose prefix is where the objects are; name: how it is called in logs."""
+
+    object_bytes = 16 << 20
+    probe_names = 64
+
+    def __init__(self, store: Any, name: str) -> None:
+        self._store = store
+        self._name = name
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="cairn-s3", daemon=True)
+        self._thread.start()
+
+    def exists(self, names: Sequence[bytes], *, deadline: float) -> list[bool] | Reason:
+        async def one(name: bytes) -> bool:
+            try:
+                await obstore.head_async(self._store, name.decode())
+            except FileNotFoundError:
+                return False
+            return True
+
+        async def every() -> list[bool]:
+            return await asyncio.gather(*(one(name) for name in names))
+
+        return self._wait(every(), deadline)
+
+    def put(self, puts: Sequence[Put], *, deadline: float) -> list[Reason | None]:
+        return [self._put(put, deadline) for put in puts]
+
+    def get_into(self, gets: Sequence[Get], *, deadline: float) -> list[int | Reason]:
+        async def every() -> list[memoryview | Reason]:
+            return await asyncio.gather(*(self._get(get) for get in gets))
+
+        answers = self._wait(every(), deadline)
+        if isinstance(answers, Reason):
+            return [answers] * len(gets)
+        found: list[int | Reason] = []
+        for get, data in zip(gets, answers, strict=True):
+            # Here and not in the loop, which serves the others meanwhile.
+            if not isinstance(data, Reason):
+                scatter(data, get.parts)
+            found.append(data if isinstance(data, Reason) else len(data))
+        return found
+
+    def delete(self, names: Sequence[bytes], *, deadline: float) -> Reason | None:
+        async def every() -> None:
+            # One by one: not every store that speaks S3 deletes in bulk, and there are few.
+            for name in names:
+                try:
+                    await obstore.delete_async(self._store, name.decode())
+                except FileNotFoundError:
+                    continue
+
+        return self._wait(every(), deadline)
+
+    def health(self, *, deadline: float) -> Reason | None:
+        answer = self.exists([b"cairn/health"], deadline=deadline)
+        return answer if isinstance(answer, Reason) else None
+
+    def close(self) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    def _put(self, put: Put, deadline: float) -> Reason | None:
+        # Joined, because the request may outlive this call, and with it the use of the memory.
+        data = b"".join(put.parts)
+        large = len(data) > _MULTIPART_BYTES
+
+        async def one() -> None:
+            try:
+                await obstore.put_async(
+                    self._store,
+                    put.name.decode(),
+                    data,
+                    mode="overwrite" if large else "create",
+                    use_multipart=large,
+                )
+            except AlreadyExistsError:
+                return
+
+        return self._wait(one(), deadline)
+
+    async def _get(self, get: Get) -> memoryview | Reason:
+        try:
+            if get.whole:
+                found = await obstore.get_async(self._store, get.name.decode())
+                data = await found.bytes_async()
+            else:
+                data = await obstore.get_range_async(self._store, get.name.decode(), start=get.offset, length=get.size)
+        except FileNotFoundError:
+            return Reason.ABSENT
+        except BaseError as error:
+            if any(word in str(error) for word in _PAST_THE_END):
+                return memoryview(b"")
+            raise
+        return memoryview(data)
+
+    def _wait(self, work: Coroutine[Any, Any, Answer], deadline: float) -> Answer | Reason:
+        """Runs `work` in the loop, until the deadline."""
+        left = deadline - time.monotonic()
+        if left <= 0:
+            work.close()
+            return Reason.TIMEOUT
+        future = asyncio.run_coroutine_threadsafe(_within(work, left), self._loop)
+        try:
+            return future.result()
+        except (TimeoutError, FutureTimeoutError):
+            return Reason.TIMEOUT
+        except (BaseError, OSError) as error:
+            text = str(error)
+            log_once(log, f"{self._name} {type(error).__name__}", f"{self._name}: {text[:300]}")
+            return Reason.NO_SPACE if any(word in text for word in _FULL) else Reason.IO_ERROR
+
+
+async def _within(work: Coroutine[Any, Any, Answer], seconds: float) -> Answer:
+    async with asyncio.timeout(seconds):
+        return await work

@@ -1,0 +1,125 @@
+"""Writes of the remote tier: whole objects, and one of fewer blocks at the end of what was stored."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from threading import Event
+
+from cairn.kv import Keys
+from cairn.observe.reasons import Reason
+from cairn.tier.base import Rows
+from cairn.tier.flights import Batch, SteppedBatch
+from cairn.tier.remote.base import Put
+from cairn.tier.remote.machine import Machine, OnDone
+from cairn.tier.remote.packing import Span
+
+#: How many leading blocks of these may be stored now.
+Admit = Callable[[Keys], int]
+
+
+class WriteBatch(SteppedBatch):
+    """Packs blocks first.. of a chain and stores what the store lacks.
+
+    Blocks before the first place where an object begins cannot be packed: NO_PARENT. `admit` is asked once the store
+    has said what it has. After an object that could not be stored, those behind it are left out: nobody could find
+    them.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        keys: Keys,
+        first: int,
+        rows: Rows,
+        namespace: bytes,
+        deadline: float,
+        cancel: Event | None,
+        done: OnDone,
+        admit: Admit,
+    ) -> None:
+        super().__init__(len(keys) - first, deadline, cancel)
+        self.keys = keys
+        self.first = first
+        self.rows = rows
+        self._namespace = namespace
+        self._machine = machine
+        self._done = done
+        self._admit = admit
+        self._failed_from = self._admitted = len(keys)
+        self._arranging = threading.Lock()
+        self._arranged = False
+        step = machine.packing.blocks
+        start = min(len(keys), -(-first // step) * step)
+        self.outcomes[: start - first] = [Reason.NO_PARENT] * (start - first)
+        self.prepare(range(start - first, len(keys) - first))
+        self._start = start
+
+    @property
+    def quick(self) -> bool:
+        return True
+
+    @property
+    def objects(self) -> int:
+        return len(list(self._machine.packing.spans(self._start, len(self.keys))))
+
+    def joins(self, run: list[int], i: int) -> bool:
+        return (self.first + i) % self._machine.packing.blocks != 0
+
+    def arrange(self) -> None:
+        """Asks once which of the objects are there."""
+        with self._arranging:
+            if self._arranged:
+                return
+            self._arranged = True
+            machine, known = self._machine, self._machine.known
+            spans = list(machine.packing.spans(self._start, len(self.keys)))
+            ends = [self.keys[span.stop - 1].tobytes() for span in spans]
+            unknown = [end for end in ends if known.get(end) is None]
+            if unknown:
+                machine.scout.exists(unknown[: machine.store.probe_names], machine.deadline(self.deadline))
+            lacking = next((span.start for span, end in zip(spans, ends, strict=True) if not known.get(end)), None)
+            if lacking is not None:
+                self._admitted = lacking + self._admit(self.keys[lacking:])
+
+    def work(self, run: list[int]) -> list[Reason | None]:
+        span = Span(self.first + run[0], self.first + run[-1] + 1)
+        reason = self._reason_against(span)
+        if reason is None and not self._machine.known.get(self.keys[span.stop - 1].tobytes()):
+            reason = self._store(span, run)
+        if reason is not None:
+            self._failed_from = min(self._failed_from, span.start)
+        return [reason] * len(run)
+
+    def complete(self) -> list[Batch]:
+        self._machine.tally.add(**Counter(f"{reason}_total" for reason in self.outcomes if reason is not None))
+        self._done(self)
+        self.future.set_result(self.outcomes)
+        return []
+
+    def _reason_against(self, span: Span) -> Reason | None:
+        # An object is stored whole or not: a part of it would have another name.
+        if span.stop > self._admitted:
+            return Reason.NOT_ADMITTED
+        return Reason.NO_PARENT if span.start >= self._failed_from else None
+
+    def _store(self, span: Span, run: list[int]) -> Reason | None:
+        machine = self._machine
+        if not machine.write_breaker.allow() or not machine.breaker.allow():
+            return Reason.BREAKER_OPEN
+        packing, rows = machine.packing, [self.rows.memory[self.rows.ids[i]] for i in run]
+        keys = self.keys[span.start : span.stop]
+        parts = [packing.head(keys, self._namespace, rows), *(row[: packing.block_bytes].data for row in rows)]
+        put = Put(packing.name(keys[-1].tobytes()), parts)
+        machine.share.before_store(put.size, self.deadline)
+        begun = time.monotonic()
+        deadline = machine.deadline(self.deadline)
+        (reason,) = machine.store.put([put], deadline=deadline)
+        machine.judge(reason, deadline, begun)
+        if reason is None:
+            machine.write_breaker.success()
+            machine.known.note([keys[-1].tobytes()], True)
+            machine.tally.add(written_blocks=len(run), written_bytes=put.size)
+        elif reason is Reason.NO_SPACE:
+            machine.write_breaker.failure()
+        return reason

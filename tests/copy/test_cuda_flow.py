@@ -1,0 +1,141 @@
+"""The CUDA copier's bookkeeping without a GPU: streams that run in any order, the kernel in Triton's interpreter."""
+
+import dataclasses
+import importlib
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cairn.copy import CpuCopier, PagedKV
+from cairn.errors import InputError, StorageError
+from cairn.kv import KVGeometry
+from tests.copy.fake_cuda import FakeCuda, install
+
+pytest.importorskip("torch")
+pytest.importorskip("triton")
+cuda = importlib.import_module("cairn.copy.cuda")
+
+G = KVGeometry(layers=3, kv_heads=2, head_dim=8, block_tokens=4)
+PAGES, BLOCKS = 12, 9
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> FakeCuda:
+    monkeypatch.setattr(cuda, "_STAGING_BYTES", 2 * G.block_bytes)  # several parts: the ring goes round
+    monkeypatch.setattr(cuda, "_FIRST_BYTES", G.block_bytes)
+    return install(monkeypatch, getattr(request, "param", 0))
+
+
+def case(seed: int) -> tuple[list[Any], Any, Any, Any]:
+    """(tensors, slots, memory, rows), all random."""
+    rng = np.random.default_rng(seed)
+    tensors = [rng.integers(0, 1 << 16, (2, PAGES, 4, 2, 8), dtype=np.uint16) for _ in range(3)]
+    memory = rng.integers(0, 256, (BLOCKS + 1, G.block_bytes + 64), dtype=np.uint8)
+    rows = rng.permutation(BLOCKS + 1)[:BLOCKS].astype(np.int32)
+    return tensors, rng.permutation(PAGES * 4)[: BLOCKS * 4], memory, rows
+
+
+def on_device(tensors: list[Any]) -> PagedKV:
+    return dataclasses.replace(PagedKV.from_tensors(tensors, "nhd", G), device=0)
+
+
+@pytest.mark.parametrize("device", [1, 2, 3], indirect=True)
+@pytest.mark.parametrize("path", cuda.PATHS)
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("layers", [None, range(1, 2)])
+@pytest.mark.parametrize("into_rows", [True, False])
+def test_every_path_copies_what_the_cpu_copier_copies(
+    device: FakeCuda, path: str, holes: bool, pinned: bool, layers: range | None, into_rows: bool
+) -> None:
+    tensors, slots, memory, rows = case(1)
+    before = [array.copy() for array in [*tensors, memory]]
+    if holes:
+        slots[[0, 7]] = -1
+    name = "gather" if into_rows else "scatter"
+    getattr(CpuCopier(G), name)(PagedKV.from_tensors(tensors, "nhd", G), slots, memory, rows, layers)
+    expected = [array.copy() for array in [*tensors, memory]]
+    for array, old in zip([*tensors, memory], before, strict=True):
+        array[...] = old
+    copier = cuda.CudaCopier(G, path=path)
+    copier.prepare(on_device(tensors))
+    if pinned:
+        copier.register(memory)
+    getattr(copier, name)(on_device(tensors), slots, memory, rows, layers)
+    assert all((a == b).all() for a, b in zip([*tensors, memory], expected, strict=True))
+    assert bool(device.batches) == pinned
+    copier.close()
+    assert not device.pinned
+
+
+@pytest.mark.parametrize("device", range(6), indirect=True)
+@pytest.mark.parametrize("path", ["pieces", "staged"])
+def test_copies_wait_for_the_model(device: FakeCuda, path: str) -> None:
+    """Both directions at once, several calls: each sees what the model had done when it was given to do."""
+    tensors, slots, memory, rows = case(2)
+    spare = memory.copy()
+    kv = on_device(tensors)
+    copier = cuda.CudaCopier(G, path=path)
+    copier.register(memory)
+    copier.register(spare)
+    new = [np.full_like(tensor, 7) for tensor in tensors]
+
+    def model_writes() -> None:
+        for tensor, value in zip(tensors, new, strict=True):
+            tensor[...] = value
+
+    device.enqueue(model_writes)
+    after = device.default.record_event()
+    stores = [copier.gather_async(kv, slots, memory, rows, None, after) for _ in range(2)]
+    stores[-1].synchronize()
+    assert (memory[rows, : G.block_bytes].view(np.uint16) == 7).all()
+    device.enqueue(model_writes)
+    after = device.default.record_event()
+    loads = [copier.scatter_async(kv, slots, spare, rows, range(i, i + 1), after) for i in range(3)]
+    for layer, load in enumerate(loads):
+        load.synchronize()
+        expected = [np.full_like(tensor, 7) for tensor in tensors]
+        CpuCopier(G).scatter(PagedKV.from_tensors(expected, "nhd", G), slots, spare, rows, range(layer + 1))
+        assert all((tensors[i] == expected[i]).all() for i in range(layer + 1))
+
+
+@pytest.mark.parametrize("path", ["pieces", "staged"])
+@pytest.mark.parametrize("name", ["gather_async", "scatter_async"])
+def test_a_call_that_fails_half_way_leaves_nothing_under_way(
+    device: FakeCuda, monkeypatch: pytest.MonkeyPatch, path: str, name: str
+) -> None:
+    tensors, slots, memory, rows = case(3)
+    copier = cuda.CudaCopier(G, path=path)
+    copier.register(memory)
+    real, calls = FakeCuda.cuMemcpyBatchAsync_v2, []
+
+    def third_fails(fake: FakeCuda, *arguments: Any) -> int:
+        calls.append(arguments)
+        return 1 if len(calls) == 3 else real(fake, *arguments)
+
+    monkeypatch.setattr(FakeCuda, "cuMemcpyBatchAsync_v2", third_fails)
+    with pytest.raises(StorageError, match="CUDA error 1"):
+        getattr(copier, name)(on_device(tensors), slots, memory, rows)
+    assert not any(stream.queue for stream in device.streams)
+
+
+def test_parts_grow_and_cover_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_FIRST_BYTES", 4 << 20)
+    parts = list(cuda._parts(100, 1 << 20, 16 << 20))
+    assert [stop - first for first, stop in parts] == [4, 8, 16, 16, 16, 16, 16, 8]
+    assert [first for first, _ in parts[1:]] == [stop for _, stop in parts[:-1]]
+    assert list(cuda._parts(2, 1 << 30, 1 << 20)) == [(0, 1), (1, 2)]
+    assert list(cuda._parts(0, 1)) == []
+
+
+def test_what_does_not_fit_is_refused(device: FakeCuda) -> None:
+    tensors, *_ = case(0)
+    kv = PagedKV.from_tensors(tensors, "nhd", G)
+    memory, rows = np.zeros((1, G.block_bytes), np.uint8), np.zeros(1, np.int32)
+    with pytest.raises(InputError, match="path='sideways'"):
+        cuda.CudaCopier(G, path="sideways")
+    with pytest.raises(InputError, match="device -1"):
+        cuda.CudaCopier(G).gather(kv, np.arange(4), memory, rows)
+    with pytest.raises(InputError, match="3 slots"):
+        cuda.CudaCopier(G).gather(dataclasses.replace(kv, device=0), np.arange(3), memory, rows)

@@ -1,0 +1,274 @@
+"""Stores that die, freeze, forget, crawl and fill up: no wrong bytes, no call past its deadline, and a way back."""
+
+import contextlib
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from cairn.observe.reasons import Reason
+from cairn.tier.breaker import Breaker
+from cairn.tier.remote import RemoteTier
+from cairn.tier.remote.tier import Limits
+from tests.tier.remote import servers
+from tests.tier.remote.proxy import Proxy
+from tests.tier.remote.rig import PACK, Place, ask, loaded, opened, read, write
+from tests.tier.remote.test_conformance import fresh
+
+#: What an operation may take here, and how much longer a call may take to say so on a busy machine.
+LIMITS = Limits(timeout_s=0.4, lookup_timeout_s=0.4, threads=2)
+GRACE_S = 2.0
+REST_S = 0.3
+
+
+class Victim(NamedTuple):
+    """Servers, and the store on them. through: the same store by another port, of a proxy."""
+
+    server: servers.Group
+    place: Place
+    through: Callable[[int], Place] | None = None
+
+    def opened(self, limits: Limits = LIMITS) -> "contextlib.AbstractContextManager[RemoteTier]":
+        breaker = Breaker(cooldown_seconds=REST_S, longest_seconds=2 * REST_S)
+        return opened(self.place, limits, breaker=breaker)
+
+
+def victim_of(kind: str, request: pytest.FixtureRequest) -> Victim:
+    if kind == "mooncake":
+        cluster: servers.Mooncake = request.getfixturevalue("mooncake_cluster")
+        return Victim(cluster.group, Place(cluster.url, "mooncake", has_ttl=False))
+    server: servers.Group = request.getfixturevalue(f"{kind}_server")
+
+    def place(port: int) -> Place:
+        return Place(f"valkey://127.0.0.1:{port}" if kind == "valkey" else servers.s3_url(port), kind)
+
+    return Victim(server, place(server.ports[0]), place)
+
+
+@pytest.fixture(params=["valkey", "s3", "mooncake"])
+def victim(request: pytest.FixtureRequest) -> Iterator[Victim]:
+    """As the last test should have left it: running, and neither frozen nor slow."""
+    victim = victim_of(request.param, request)
+    yield victim
+    victim.server.thaw()
+
+
+def in_time(tier: RemoteTier, keys: np.ndarray, timeout: float = 0.5) -> list[Reason | None]:
+    """One load; it ends by its deadline, whatever the store does."""
+    begun = time.monotonic()
+    outcomes = read(tier, keys, timeout=timeout)
+    assert time.monotonic() - begun < timeout + GRACE_S
+    return outcomes
+
+
+def opens_within_three(tier: RemoteTier, keys: np.ndarray) -> None:
+    """Single loads fail until the breaker opens, which takes three at most; then nobody waits any more."""
+    for _ in range(3):
+        assert set(in_time(tier, keys)) <= {Reason.TIMEOUT, Reason.IO_ERROR}
+    assert tier.stats()["breaker_open"] == 1
+    assert tier.match(keys) == 0
+    begun = time.monotonic()
+    assert tier.ask(keys, deadline=time.monotonic() + 5) is None
+    assert in_time(tier, keys) == [Reason.BREAKER_OPEN] * len(keys)
+    assert time.monotonic() - begun < REST_S
+
+
+def resumes(tier: RemoteTier, work: Callable[[], bool]) -> None:
+    """The work succeeds again, with nobody's help, once the breaker has rested."""
+    servers.until(work, "traffic resumes", 15)
+    assert tier.stats()["breaker_open"] == 0
+
+
+def stored(tier: RemoteTier, keys: np.ndarray) -> bool:
+    return set(write(tier, keys, timeout=2)) == {None}
+
+
+def test_killed_and_restarted_empty(victim: Victim) -> None:
+    keys = fresh(PACK)
+    with victim.opened() as tier:
+        resumes(tier, lambda: stored(tier, keys))  # the first call also connects
+        assert loaded(tier, keys) == PACK
+        victim.server.kill()
+        opens_within_three(tier, keys)
+        victim.server.start()
+        resumes(tier, lambda: set(in_time(tier, keys)) == {Reason.ABSENT})
+        assert tier.match(keys) == 0, "what proved absent must not be promised"
+        resumes(tier, lambda: stored(tier, keys))  # SeaweedFS answers before it has room
+        assert loaded(tier, keys) == PACK
+
+
+def test_frozen_and_thawed(victim: Victim) -> None:
+    keys, others = fresh(PACK), fresh(PACK)
+    with victim.opened() as tier:
+        resumes(tier, lambda: stored(tier, keys))  # the first call also connects
+        victim.server.freeze()
+        begun = time.monotonic()
+        assert set(write(tier, others, timeout=0.5)) <= {Reason.TIMEOUT, Reason.IO_ERROR, Reason.BREAKER_OPEN}
+        assert time.monotonic() - begun < 0.5 + 2 * LIMITS.timeout_s + GRACE_S
+        for _ in range(3):
+            in_time(tier, keys)
+        assert tier.stats()["breaker_open"] == 1
+        victim.server.thaw()
+        resumes(tier, lambda: set(in_time(tier, keys)) == {None})
+        assert stored(tier, others)
+
+
+@pytest.mark.parametrize("victim", ["valkey", "mooncake"], indirect=True)
+def test_lookups_of_a_frozen_store_end_in_time(victim: Victim) -> None:
+    with victim.opened() as tier:
+        assert ask(tier, fresh(PACK)) == 0
+        victim.server.freeze()
+        for _ in range(3):
+            begun = time.monotonic()
+            assert ask(tier, fresh(PACK), timeout=5) == 0
+            assert time.monotonic() - begun < LIMITS.lookup_timeout_s + GRACE_S
+        assert tier.stats()["breaker_open"] == 1
+        assert tier.ask(fresh(PACK), deadline=time.monotonic() + 5) is None
+        victim.server.thaw()
+        resumes(tier, lambda: stored(tier, fresh(PACK)))
+
+
+@pytest.mark.parametrize("victim", ["valkey", "mooncake"], indirect=True)
+def test_many_requests_of_a_dead_store_end_in_time(victim: Victim) -> None:
+    """More waits than the tier has threads: those that never get their turn end by their deadline as well."""
+    keys = fresh(20 * PACK)
+    with victim.opened(LIMITS._replace(timeout_s=5.0)) as tier:
+        resumes(tier, lambda: stored(tier, keys))  # the first call also connects
+        victim.server.freeze()
+        begun = time.monotonic()
+        rows = [in_time(tier, keys, 1.0)]
+        assert set(rows[0]) <= {Reason.TIMEOUT, Reason.IO_ERROR, Reason.BREAKER_OPEN}
+        assert time.monotonic() - begun < 1.0 + GRACE_S
+        victim.server.thaw()
+
+
+@pytest.mark.parametrize("victim", ["valkey", "mooncake"], indirect=True)  # SeaweedFS takes long to come back
+def test_down_when_opened(victim: Victim) -> None:
+    victim.server.kill()
+    keys = fresh(PACK)
+    with victim.opened() as tier:
+        assert ask(tier, keys) == 0
+        assert set(write(tier, keys, timeout=1)) <= {Reason.IO_ERROR, Reason.BREAKER_OPEN, Reason.TIMEOUT}
+        victim.server.start()
+        resumes(tier, lambda: stored(tier, keys))
+        assert loaded(tier, keys) == PACK
+
+
+def test_slow_and_fast_again(victim: Victim) -> None:
+    keys = fresh(8 * PACK)
+    if victim.through is None:
+        pytest.skip("a proxy cannot stand between its peers")
+    with Proxy(victim.server.ports[0]) as proxy:
+        slow = victim._replace(place=victim.through(proxy.port))
+        with slow.opened() as tier:
+            resumes(tier, lambda: stored(tier, keys))  # the first call also connects
+            assert loaded(tier, keys) == len(keys)
+            proxy.bytes_per_s = 20_000  # an object takes a second, and may take 0.4
+            for _ in range(3):
+                assert None not in in_time(tier, keys[:PACK])
+            assert tier.stats()["breaker_open"] == 1
+            proxy.bytes_per_s = None
+            resumes(tier, lambda: set(in_time(tier, keys, 5)) == {None})
+
+
+def test_cut_in_the_middle(victim: Victim) -> None:
+    keys = fresh(PACK)
+    if victim.through is None:
+        pytest.skip("a proxy cannot stand between its peers")
+    with Proxy(victim.server.ports[0]) as proxy:
+        cut = victim._replace(place=victim.through(proxy.port))
+        with cut.opened() as tier:
+            resumes(tier, lambda: stored(tier, keys))  # the first call also connects
+            proxy.cut_after = 10_000
+            outcomes = [in_time(tier, keys) for _ in range(3)]
+            assert None not in {outcome for each in outcomes for outcome in each}
+            proxy.cut_after = None
+            resumes(tier, lambda: set(in_time(tier, keys)) == {None})
+
+
+def test_full_stores_nothing_more_and_still_serves(tmp_path: Path) -> None:
+    server = servers.valkey(tmp_path, "--maxmemory", "4mb", "--maxmemory-policy", "noeviction")
+    with servers.running(server), opened(Place(f"valkey://127.0.0.1:{server.ports[0]}", "valkey"), LIMITS) as tier:
+        first = fresh(PACK)
+        assert stored(tier, first)
+        serves_when_full(tier, first, lambda: fresh(200 * PACK))
+
+
+def test_a_full_disk_stores_nothing_more_and_still_serves(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with opened(Place(f"file://{tmp_path}/shared", "files"), LIMITS) as tier:
+        first = fresh(PACK)
+        assert stored(tier, first)
+        try:
+            # The system then refuses what goes beyond it, as it does when a disk is full.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (6000, before[1]))
+            serves_when_full(tier, first, lambda: fresh(4 * PACK))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        servers.until(lambda: stored(tier, fresh(PACK)), "stores are tried again")
+    assert not list((tmp_path / "shared").glob(".cairn-tmp-*"))
+
+
+def serves_when_full(tier: RemoteTier, first: np.ndarray, more: Callable[[], np.ndarray]) -> None:
+    for _ in range(20):  # here and there an object finds room, and then the failures are not in a row
+        outcomes = write(tier, more(), timeout=10)
+        assert Reason.NO_SPACE in outcomes or Reason.BREAKER_OPEN in outcomes
+        if tier.stats()["write_breaker_open"]:
+            break
+    assert tier.stats()["write_breaker_open"] == 1
+    assert tier.stats()["breaker_open"] == 0
+    tier._machine.known.clear()
+    assert loaded(tier, first) == len(first)
+
+
+def test_a_path_that_goes_away_and_comes_back(tmp_path: Path) -> None:
+    root, aside = tmp_path / "shared", tmp_path / "aside"
+    breaker = Breaker(cooldown_seconds=REST_S, longest_seconds=2 * REST_S)
+    with opened(Place(f"file://{root}", "files"), LIMITS, breaker=breaker) as tier:
+        keys = fresh(PACK)
+        assert stored(tier, keys)
+        root.rename(aside)
+        root.write_bytes(b"a file where a directory should be")
+        opens_within_three(tier, keys)
+        root.unlink()
+        aside.rename(root)
+        resumes(tier, lambda: set(in_time(tier, keys)) == {None})
+
+
+def test_unfinished_files_of_the_dead_are_swept(tmp_path: Path) -> None:
+    from cairn.tier.remote.files import FileStore
+    from cairn.tier.remote.sweep import DEAD_S, TEMPORARY
+
+    store = FileStore(tmp_path / "shared")
+    try:
+        dead, alive = (tmp_path / "shared" / f"{TEMPORARY}{name}" for name in ("dead", "alive"))
+        for path in (dead, alive):
+            path.write_bytes(b"half")
+        past = time.time() - DEAD_S - 60
+        os.utime(dead, (past, past))
+        assert store.sweep()
+        assert (dead.exists(), alive.exists()) == (False, True)
+    finally:
+        store.close()
+
+
+def test_the_longest_unused_files_go_first(tmp_path: Path) -> None:
+    place = Place(f"file://{tmp_path}/shared", "files")
+    prompts = [fresh(PACK) for _ in range(10)]
+    with opened(place) as tier:
+        for age, keys in enumerate(prompts):
+            assert stored(tier, keys)
+            for path in (tmp_path / "shared").rglob(f"{keys[-1].tobytes().hex()}"):
+                past = time.time() - 1000 + age
+                os.utime(path, (past, past))
+    with opened(place, capacity_bytes=5 * 21_000) as tier:
+        assert tier._store.sweep()  # type: ignore[attr-defined]
+        tier._machine.known.clear()
+        kept = [ask(tier, keys) == PACK for keys in prompts]
+        assert kept == [False] * 6 + [True] * 4
+        assert tier.stats()["resident_bytes"] <= 5 * 21_000
