@@ -189,6 +189,7 @@ class CairnCache(Cache):  # type: ignore[misc]
     # --- loading -------------------------------------------------------------------------------------------------
 
     def _begin_load(self, prompt: torch.Tensor) -> None:
+        self._engine.seek(self._chain)
         stage = self._stage = self._engine.stage(self._chain)
         held = min(stage.wait(), len(self._chain) * self._geometry.block_tokens)
         if not held:
@@ -199,8 +200,7 @@ class CairnCache(Cache):  # type: ignore[misc]
         for layer, buffers in zip(self.layers, self._buffers, strict=True):
             layer.adopt(buffers, reused)
         self._history = History(prompt, reused)
-        in_dram = min(stage.tokens_by_tier["dram"], reused)
-        self.reused_by_tier = {"dram": in_dram, "disk": reused - in_dram}
+        self.reused_by_tier = stage.tokens_by_tier(0, reused)
         self.reused_tokens = reused
 
     def _await_layer(self, load: LayerLoad, layer: int) -> None:

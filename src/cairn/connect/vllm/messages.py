@@ -1,0 +1,65 @@
+"""What scheduler and workers tell each other, once a step: plain values that vLLM carries for its connectors."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
+
+
+@dataclass(slots=True)
+class Copy:
+    """Blocks to copy between arena and paged cache: row rows[i] of the arena <-> page pages[i].
+
+    number: of this copy, to report it by. request: whose blocks they are. home: in which arena the rows are, see
+    `cairn.node.base.Home`; None: in the engine's own.
+    """
+
+    number: int
+    request: str
+    rows: list[int]
+    pages: list[int]
+    home: tuple[str, int, int, str] | None = None
+
+
+@dataclass(slots=True)
+class Orders(KVConnectorMetadata):  # type: ignore[misc]
+    """What the workers shall do in this step.
+
+    layered: loads that this step's forward pass needs, layer by layer. loads: loads whose requests wait outside of the
+    step. stores: made after the forward pass. released: requests that are over and whose blocks vLLM may free.
+    prefill: (tokens, context) of the step if it is nothing but one request's prefill, for the planner. settle_stores:
+    blocks are about to be taken from requests, so stores under way must end first. forgiven: failed copies that the
+    scheduler has heard of, so that no request goes on with what they left.
+    """
+
+    layered: list[Copy] = field(default_factory=list)
+    loads: list[Copy] = field(default_factory=list)
+    stores: list[Copy] = field(default_factory=list)
+    released: set[str] = field(default_factory=set)
+    prefill: tuple[int, int] | None = None
+    settle_stores: bool = False
+    forgiven: set[int] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class Done(KVConnectorWorkerMetadata):  # type: ignore[misc]
+    """What workers have done since the last report.
+
+    copies: by number, how many ranks have made the copy. failed: numbers of copies that at least one rank could not
+    make. seconds: a copy's time on the slowest rank. prefill: (tokens, context, seconds) of a pure prefill step.
+    """
+
+    copies: dict[int, int] = field(default_factory=dict)
+    failed: set[int] = field(default_factory=set)
+    seconds: dict[int, float] = field(default_factory=dict)
+    prefill: tuple[int, int, float] | None = None
+
+    def aggregate(self, other: Any) -> "Done":
+        """Both reports in one (vLLM folds the ranks' reports of a step this way)."""
+        copies = dict(self.copies)
+        for number, ranks in other.copies.items():
+            copies[number] = copies.get(number, 0) + ranks
+        seconds = dict(self.seconds)
+        for number, taken in other.seconds.items():
+            seconds[number] = max(taken, seconds.get(number, 0.0))
+        return Done(copies, self.failed | other.failed, seconds, self.prefill or other.prefill)

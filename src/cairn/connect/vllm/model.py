@@ -1,0 +1,206 @@
+"""What a vLLM model is to Cairn: which ones it can serve, the shape of their blocks, and what tells their KV apart."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from msgspec.structs import replace
+
+from cairn.config import Config
+from cairn.errors import GeometryError
+from cairn.kv import KVGeometry, Namespace
+from cairn.kv.geometry import refuse_stateful
+from cairn.tier.arena import Arena
+from cairn.tier.dram import arena_shape
+
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model as one vLLM engine runs it.
+
+    shards: the geometry of each rank's blocks, by global rank: pipeline stages one behind the other, and within a stage
+    the tensor-parallel ranks. They differ only in their layers. stages: how many pipeline stages there are. name: of
+    the arena that the engine's processes share. namespace: of requests without LoRA and salt; its geometry is that of
+    all ranks together.
+    """
+
+    shards: tuple[KVGeometry, ...]
+    stages: int
+    name: str
+    namespace: Namespace
+
+    @property
+    def ranks(self) -> int:
+        return len(self.shards)
+
+    @property
+    def block_tokens(self) -> int:
+        return self.namespace.geometry.block_tokens
+
+    def part(self, rank: int) -> slice:
+        """Where a rank's shard lies in a row of the arena, in bytes: shards stand one behind the other."""
+        begin = sum(shard.block_bytes for shard in self.shards[:rank])
+        return slice(begin, begin + self.shards[rank].block_bytes)
+
+
+def served_model(vllm_config: Any, kv_cache_config: Any) -> Served:
+    """Reads vLLM's configuration. Raises GeometryError, with the reason, for a model that Cairn would get wrong."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    _refuse(vllm_config, kv_cache_config)
+    group = kv_cache_config.kv_cache_groups[0]
+    spec = group.kv_cache_spec
+    own = KVGeometry(
+        layers=len(group.layer_names),
+        kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_size,
+        dtype=_dtype(vllm_config, spec),
+        block_tokens=spec.block_size,
+        planes=1 if type(spec).__name__ == "MLAAttentionSpec" else 2,
+    )
+    layers = stage_layers(model, parallel, own.layers)
+    ranks = parallel.tensor_parallel_size
+    namespace = Namespace(
+        model=model.served_model_name if isinstance(model.served_model_name, str) else model.model,
+        geometry=replace(own, layers=sum(layers), kv_heads=own.kv_heads * ranks),
+        revision=_revision(vllm_config),
+        layout=f"vllm:{_platform()}:{_layout(kv_cache_config)}:tp{ranks}:pp{'+'.join(map(str, layers))}",
+    )
+    name = hashlib.blake2s(str(vllm_config.kv_transfer_config.engine_id).encode(), digest_size=12).hexdigest()
+    shards = tuple(replace(own, layers=count) for count in layers for _ in range(ranks))
+    return Served(shards, len(layers), name, namespace)
+
+
+def own_arena(served: Served, config: Config) -> Arena:
+    """The arena that an engine's processes share where no node keeps the blocks. Raises StorageError."""
+    slots, stride = arena_shape(served.namespace.geometry.block_bytes, config.storage.cpu.size)
+    return Arena.shared(served.name, slots, stride)
+
+
+def stage_layers(model: Any, parallel: Any, own: int) -> list[int]:
+    """How many layers with KV each pipeline stage has. own: how many vLLM has given this process.
+
+    vLLM tells a process of its own stage only (the scheduler of the first), so the others follow from the rule by which
+    vLLM cuts models. Raises GeometryError where the rule does not give what vLLM did.
+    """
+    from vllm.distributed.utils import get_pp_indices
+
+    stages = parallel.pipeline_parallel_size
+    if stages == 1:
+        return [own]
+    total = model.get_total_num_hidden_layers()
+    cuts = [get_pp_indices(total, stage, stages) for stage in range(stages)]
+    layers = [stop - start for start, stop in cuts]
+    stage = parallel.rank // parallel.tensor_parallel_size % stages
+    if layers[stage] != own:
+        raise GeometryError(
+            f"{model.model}: pipeline stage {stage} has {own} layers with KV, {layers[stage]} expected: "
+            "its stages cannot be told apart; serve this model with pipeline_parallel_size=1 or without CairnConnector"
+        )
+    return layers
+
+
+def _layout(kv_cache_config: Any) -> str:
+    """The order of dimensions inside a page, as far as vLLM names it: since 0.32 in the config, once by a function."""
+    from vllm.v1.attention.backends import utils
+
+    named = getattr(kv_cache_config, "kv_cache_layout", None)
+    ask = getattr(utils, "get_kv_cache_layout", None)
+    return str(named or (ask() if ask else "default"))
+
+
+def _platform() -> str:
+    from vllm.platforms import current_platform
+
+    return str(current_platform.device_type)
+
+
+def _refuse(vllm_config: Any, kv_cache_config: Any) -> None:
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    name = model.model
+    groups = kv_cache_config.kv_cache_groups
+    kinds = sorted({type(group.kv_cache_spec).__name__ for group in groups})
+    reasons = {
+        f"its KV cache has groups of {', '.join(kinds)}, which forget or fold tokens": (
+            len(groups) != 1 or kinds[0] not in ("FullAttentionSpec", "MLAAttentionSpec")
+        ),
+        "it has an encoder": model.is_encoder_decoder,
+        f"pipeline_parallel_size={parallel.pipeline_parallel_size} is built, but its tests do not pass yet": (
+            parallel.pipeline_parallel_size > 1
+        ),
+        "its ranks are on several hosts, which needs a remote tier": getattr(parallel, "nnodes", 1) > 1,
+        "decode context parallelism splits blocks between ranks": (
+            getattr(parallel, "decode_context_parallel_size", 1) > 1
+        ),
+        "prefill context parallelism splits prompts between ranks": (
+            getattr(parallel, "prefill_context_parallel_size", 1) > 1
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise GeometryError(f"{name}: {reason}; serve this model without CairnConnector")
+    spec = groups[0].kv_cache_spec
+    for attribute in ("sliding_window", "attention_chunk_size"):
+        if getattr(spec, attribute, None):
+            raise GeometryError(
+                f"{name}: {attribute}={getattr(spec, attribute)}: its layers drop tokens; "
+                "serve this model without CairnConnector"
+            )
+    refuse_stateful(model.hf_text_config)
+
+
+def _dtype(vllm_config: Any, spec: Any) -> str:
+    name = str(spec.dtype).removeprefix("torch.")
+    cache = vllm_config.cache_config.cache_dtype
+    if name == "uint8" or cache.startswith("fp8"):
+        return "float8_e5m2" if "e5m2" in cache else "float8_e4m3"
+    return {"float8_e4m3fn": "float8_e4m3"}.get(name, name)
+
+
+def _revision(vllm_config: Any) -> str:
+    """A digest of all that the model's KV depends on: weights, their quantization, the config as vLLM resolved it."""
+    model = vllm_config.model_config
+    settings = json.dumps(model.hf_config.to_dict(), sort_keys=True, default=str)
+    parts = [
+        settings,
+        str(model.dtype),
+        str(model.quantization),
+        vllm_config.cache_config.cache_dtype,
+        _draft(vllm_config),
+        _weights(vllm_config),
+    ]
+    return f"xxh3:{xxhash.xxh3_128(chr(0).join(parts).encode()).hexdigest()}"
+
+
+def _draft(vllm_config: Any) -> str:
+    """What guesses: a draft model may have layers of its own among the model's."""
+    speculative = getattr(vllm_config, "speculative_config", None)
+    return f"{speculative.method}:{speculative.model}" if speculative else ""
+
+
+def _weights(vllm_config: Any) -> str:
+    """What tells these weights from others: the hub's commit, or the files' names, sizes, times and a sample of them.
+
+    Files are not read whole: 64 samples each find any training, and the time of change any edit in place.
+    """
+    model, load_format = vllm_config.model_config, str(vllm_config.load_config.load_format)
+    if "dummy" in load_format:
+        return f"dummy:{model.seed}"
+    commit = getattr(model.hf_config, "_commit_hash", None)
+    home = Path(model.model)
+    if not home.is_dir():
+        return f"{model.model}@{commit or model.revision}"
+    digest = xxhash.xxh3_128()
+    for file in sorted(path for pattern in _WEIGHTS for path in home.glob(pattern)):
+        status = file.stat()
+        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        with file.open("rb") as weights:
+            for at in range(0, status.st_size, max(_SAMPLE_BYTES, status.st_size // _SAMPLES)):
+                weights.seek(at)
+                digest.update(weights.read(_SAMPLE_BYTES))
+    return digest.hexdigest()

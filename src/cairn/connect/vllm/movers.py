@@ -1,0 +1,179 @@
+"""How a worker copies, behind one contract; here on the CPU, in `cuda_mover` on a GPU's own streams."""
+
+import time
+from abc import ABC, abstractmethod
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cairn.copy import CpuCopier, PagedKV, TokenSlots
+from cairn.engine.layers import LayerLoad
+from cairn.engine.rehearsal import rehearse_copies
+from cairn.kv import KVGeometry
+
+Rows = npt.NDArray[np.int32]
+
+_THREADS = 2
+
+
+class Layers(ABC):
+    """A load that a running forward pass follows. Owned by the model runner's thread."""
+
+    @abstractmethod
+    def wait(self, layer: int, timeout: float) -> None:
+        """Returns when the model's next operation may read the layer, or when it never will be there."""
+
+    @abstractmethod
+    def end(self) -> "Future[float]":
+        """After the pass: the seconds it took, once it is over; already failed if a layer is missing.
+
+        Whatever the model is given to do from now on comes after the load's last write.
+        """
+
+
+class Timer(ABC):
+    """Measures what the model does between its making and `stop`."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Marks the end of it."""
+
+    @abstractmethod
+    def seconds(self) -> float | None:
+        """How long it took; None while it is not over."""
+
+
+class Mover(ABC):
+    """Copies between rows of the arena and the paged cache, without making the model wait.
+
+    `load` and `store` begin behind what the model has been given to do so far; their futures give the seconds that
+    they took. Called by the model runner's thread alone.
+    """
+
+    def __init__(self, kv: PagedKV, memory: npt.NDArray[np.uint8]) -> None:
+        self.kv, self.memory = kv, memory
+
+    @abstractmethod
+    def load(self, slots: TokenSlots, rows: Rows) -> "Future[float]":
+        """Rows -> paged cache."""
+
+    @abstractmethod
+    def store(self, slots: TokenSlots, rows: Rows) -> "Future[float]":
+        """Paged cache -> rows."""
+
+    @abstractmethod
+    def load_layers(self, slots: TokenSlots, rows: Rows) -> Layers:
+        """Rows -> paged cache, layer after layer."""
+
+    @abstractmethod
+    def settle_stores(self) -> None:
+        """What the model is given to do from now on comes after the stores under way: it may overwrite their pages."""
+
+    @abstractmethod
+    def timer(self) -> Timer:
+        """Starts to measure what the model is given to do from now on."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Finishes what is under way."""
+
+
+class _CpuLayers(Layers):
+    def __init__(self, load: LayerLoad) -> None:
+        self._load = load
+        self._started = time.monotonic()
+
+    def wait(self, layer: int, timeout: float) -> None:
+        self._load.wait(layer, timeout)
+
+    def end(self) -> "Future[float]":
+        complete = self._load.wait(self._load.layers - 1, 0.0)
+        error = self._load.close()
+        over: Future[float] = Future()
+        if complete:
+            over.set_result(time.monotonic() - self._started)
+        else:
+            over.set_exception(error or TimeoutError("its deadline passed"))
+        return over
+
+
+class _CpuTimer(Timer):
+    """The model runs in the caller's thread."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._seconds: float | None = None
+
+    def stop(self) -> None:
+        self._seconds = time.monotonic() - self._started
+
+    def seconds(self) -> float | None:
+        return self._seconds
+
+
+class CpuMover(Mover):
+    """For a paged cache in host memory."""
+
+    def __init__(self, geometry: KVGeometry, kv: PagedKV, memory: npt.NDArray[np.uint8], threads: int) -> None:
+        super().__init__(kv, memory)
+        rehearse_copies()
+        self._copier = CpuCopier(geometry, threads)
+        self._pool = ThreadPoolExecutor(_THREADS, "cairn-copy")
+        self._stores: list[Future[float]] = []
+
+    def load(self, slots: TokenSlots, rows: Rows) -> "Future[float]":
+        return self._pool.submit(self._timed, self._copier.scatter, slots, rows)
+
+    def store(self, slots: TokenSlots, rows: Rows) -> "Future[float]":
+        store = self._pool.submit(self._timed, self._copier.gather, slots, rows)
+        self._stores = [other for other in self._stores if not other.done()] + [store]
+        return store
+
+    def load_layers(self, slots: TokenSlots, rows: Rows) -> Layers:
+        return _CpuLayers(LayerLoad(self._pool, self._copier, self.kv, slots, self._access, rows, lambda _: None))
+
+    def _access(self) -> AbstractContextManager[npt.NDArray[np.uint8]]:
+        return nullcontext(self.memory)
+
+    def settle_stores(self) -> None:
+        for store in self._stores:
+            store.exception()
+
+    def timer(self) -> Timer:
+        return _CpuTimer()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._copier.close()
+
+    def _timed(self, copy: Any, slots: TokenSlots, rows: Rows) -> float:
+        started = time.monotonic()
+        copy(self.kv, slots, self.memory, rows)
+        return time.monotonic() - started
+
+
+def mover_for(
+    kv_caches: list[Any],
+    geometry: KVGeometry,
+    memory: npt.NDArray[np.uint8],
+    arena: npt.NDArray[np.uint8],
+    *,
+    threads: int,
+    overlapping: bool,
+) -> Mover:
+    """The mover for vLLM's tensors, one a layer. memory: this rank's part of the arena's rows. overlapping: see
+    `mode.steps_overlap`.
+
+    Raises GeometryError for tensors whose order of dimensions is not known.
+    """
+    first = kv_caches[0]
+    layout = {3: "mla", 4: "vllm"}.get(first.dim(), "nhd" if first.shape[0] == 2 else "nhd_paged")
+    kv = PagedKV.from_tensors(kv_caches, layout, geometry)
+    if first.device.type == "cpu":
+        return CpuMover(geometry, kv, memory, threads)
+    from cairn.connect.vllm.cuda_mover import CudaMover
+
+    return CudaMover(geometry, kv, memory, arena, overlapping=overlapping)

@@ -1,0 +1,394 @@
+"""The scheduler's side: looks up, plans and holds what requests will load, and reserves and commits what they store."""
+
+import os
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cairn.config import Config
+from cairn.connect.vllm.adapters import Adapters
+from cairn.connect.vllm.events import TierEvents
+from cairn.connect.vllm.identity import extra_keys, namespace_of, reusable
+from cairn.connect.vllm.messages import Copy, Done, Orders
+from cairn.connect.vllm.mode import Mode
+from cairn.connect.vllm.model import Served, own_arena
+from cairn.engine.core import EngineCore
+from cairn.engine.stage import Stage
+from cairn.engine.writing import Writing
+from cairn.kv import KeyChain
+from cairn.node.base import Home
+from cairn.observe.reasons import Reason
+from cairn.tier.arena import Arena
+
+#: A load expected to take longer than this, and than the computing that follows it and overlaps with it layer by layer,
+#: is not waited for by a step that others take part in: its request waits alone.
+_STEP_PATIENCE_S = 0.002
+
+
+@dataclass(slots=True)
+class _Tracked:
+    """One request that vLLM has asked about.
+
+    pages: its blocks in the paged cache. stage: what it will load or is loading. layered: whether a
+    step waits for it. writing: what it is storing. offered: blocks offered for storing so far.
+    computed: tokens that have KV once the step is over. finished: it is over. held: and vLLM keeps its blocks for us.
+    loads: false once a load of it has failed: it is not tried again. asked, answer, ask_until: whether a remote store
+    was asked about it, how it goes, and until when that is waited for.
+    """
+
+    request: Any
+    chain: KeyChain
+    pages: list[int] = field(default_factory=list)
+    stage: Stage | None = None
+    layered: bool = False
+    writing: Writing | None = None
+    offered: int = 0
+    computed: int = 0
+    finished: bool = False
+    held: bool = False
+    loads: bool = True
+    asked: bool = False
+    answer: "Future[None] | None" = None
+    ask_until: float = 0.0
+
+
+class SchedulerSide:
+    """Lives in vLLM's scheduler and owns the engine. Called by vLLM's scheduler loop alone.
+
+    mode: what it is to do. blocks: vLLM's pool of blocks, once it is known.
+    """
+
+    def __init__(self, served: Served, config: Config, mode: Mode) -> None:
+        self._served = served
+        self._block = served.block_tokens
+        arena = None if config.node.address else own_arena(served, config)
+        Arena.unlink(served.name)  # all workers have it mapped by now
+        self.engine = EngineCore(served.namespace, config, arena=arena)
+        self.events = TierEvents(self.engine.watch(), self._block) if mode.events else None
+        self._mode = mode
+        self._adapters = Adapters()
+        self.blocks: Any = None
+        self._tracked: dict[str, _Tracked] = {}
+        self._loading: dict[int, str] = {}
+        self._storing: dict[int, str] = {}
+        self._reports: dict[int, int] = {}
+        self._failed: set[int] = set()
+        self._unforgiven: set[int] = set()
+        self._number = 0
+        self._epoch = b""
+        self._busy = False
+        self._orders = Orders()
+
+    # --- a request arrives ---------------------------------------------------------------------------------------
+
+    def matched(self, request: Any, computed: int) -> tuple[int | None, bool]:
+        """How many tokens behind the first `computed` can be loaded, and whether the request waits for them outside of
+        a step; (None, False): ask again, they are on their way up from a lower tier.
+        """
+        if not self._mode.reads or getattr(request, "skip_reading_prefix_cache", False):
+            return 0, False
+        tracked = self._track(request)
+        if tracked is None or not tracked.loads:
+            return 0, False
+        if tracked.stage and tracked.stage.span.start != computed:
+            self._drop_stage(tracked)
+        if tracked.stage is None:
+            if not self._answered(tracked):
+                return None, False
+            tracked.stage = self.engine.stage(tracked.chain, first_token=computed)
+            self.engine.metrics.lookups.add()
+        if not tracked.stage.settled:
+            return None, False
+        tokens = max(0, tracked.stage.wait() - computed)  # waits no more, but notes a deadline that has passed
+        if tokens == 0:
+            self._drop_stage(tracked)
+            return 0, False
+        tracked.layered = self._in_step(tokens, computed + tokens, request.num_tokens)
+        if tracked.layered:
+            # After a full hit the last token is computed again, so that there are logits. (vLLM sees to it by itself
+            # for requests that wait outside of a step.)
+            tokens = min(tokens, request.num_tokens - 1 - computed)
+        return tokens, tokens > 0 and not tracked.layered
+
+    def allocated(self, request: Any, pages: list[int], tokens: int) -> None:
+        """vLLM gave the request its blocks: orders the load of `tokens`, if any."""
+        tracked = self._track(request)
+        if tracked is None:
+            return
+        tracked.pages = list(pages)
+        stage = tracked.stage
+        if stage is None or request.request_id in self._loading.values():
+            return
+        if tokens == 0:
+            self._drop_stage(tracked)
+            return
+        first = stage.span.start // self._block
+        rows = stage.rows(stage.span.start + tokens)
+        copy = self._copy(tracked, rows, tracked.pages[first : first + len(rows)], stage.home)
+        self._loading[copy.number] = request.request_id
+        (self._orders.layered if tracked.layered else self._orders.loads).append(copy)
+
+    def sources(self, request: Any, tokens: int) -> dict[str, int]:
+        """From which tiers the `tokens` of a request's load come."""
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None or tracked.stage is None:
+            return {}
+        start = tracked.stage.span.start
+        return tracked.stage.tokens_by_tier(start, start + tokens)
+
+    # --- a step --------------------------------------------------------------------------------------------------
+
+    def orders(self, output: Any) -> Orders:
+        """What the workers shall do in the step that vLLM has just put together."""
+        self._note_pages(output)
+        scheduled = output.num_scheduled_tokens
+        self._busy = len(scheduled) > 0
+        for request_id in scheduled:
+            tracked = self._running(request_id)
+            if tracked:
+                self._store(tracked)
+        for tracked in [tracked for tracked in self._tracked.values() if tracked.held]:
+            self._finish(tracked)
+        orders, self._orders = self._orders, Orders()
+        orders.settle_stores = bool(output.preempted_req_ids)
+        orders.forgiven, self._unforgiven = self._unforgiven, set()
+        if not orders.layered:
+            orders.prefill = self._pure_prefill(scheduled)
+        return orders
+
+    def reported(self, done: Done) -> None:
+        """Takes in what the workers have done."""
+        for number, ranks in done.copies.items():
+            self._reports[number] = self._reports.get(number, 0) + ranks
+            if number in done.failed:
+                self._failed.add(number)  # until every rank has reported: one failure spoils the copy for all
+                self._unforgiven.add(number)
+            if self._reports[number] >= self._served.ranks:
+                del self._reports[number]
+                self._copied(number, number in self._failed, done.seconds.get(number, 0.0))
+                self._failed.discard(number)
+        if done.prefill:
+            self.engine.observe_prefill(*done.prefill)
+
+    def finished(self, request: Any) -> bool:
+        """A request is over; True if its blocks are needed until they are stored."""
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None or tracked.request is not request:
+            return False
+        tracked.finished = True
+        tracked.computed = min(tracked.computed, request.num_computed_tokens)
+        loading = request.request_id in self._loading.values()
+        if loading and not tracked.layered:
+            return False  # vLLM keeps the blocks until the load is reported, and there is nothing new in them
+        if not loading:
+            self._drop_stage(tracked)
+        # A load that a step under way follows: vLLM would not wait for it, nor for the stores of that step.
+        tracked.held = loading or tracked.writing is not None or self._whole_blocks(tracked) > tracked.offered
+        if not tracked.held:
+            del self._tracked[request.request_id]
+        return tracked.held
+
+    def frees_blocks(self) -> bool:
+        """Whether blocks of requests that are over become free by themselves, once they are stored."""
+        return bool(self._orders.released) or any(tracked.held for tracked in self._tracked.values())
+
+    # --- the connector itself ------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forgets everything that was stored: from now on all keys are others.
+
+        Requests that are at work keep their old keys, so they neither store nor load any more; loads under way end,
+        as the steps under way do. Requests that only wait get new keys when vLLM asks about them again.
+        """
+        self._epoch = os.urandom(16)
+        if self.events:
+            self.events.clear()
+        busy = set(self._loading.values())
+        for request_id, tracked in list(self._tracked.items()):
+            if request_id not in busy:
+                self._drop_stage(tracked)
+            if not tracked.pages:
+                del self._tracked[request_id]
+                continue
+            tracked.offered, tracked.loads = 1 << 30, False
+
+    def close(self) -> None:
+        for tracked in self._tracked.values():
+            self._drop_stage(tracked)
+            if tracked.writing:
+                tracked.writing.end()
+        self._tracked.clear()
+        self.engine.close()
+
+    # --- parts ---------------------------------------------------------------------------------------------------
+
+    def _track(self, request: Any) -> _Tracked | None:
+        tracked = self._tracked.get(request.request_id)
+        if tracked:
+            # An id may come again while the request that had it still waits for its last copy.
+            return tracked if tracked.request is request else None
+        adapter = self._adapters.identity(request.lora_request)
+        if adapter is not None and reusable(request):
+            namespace = namespace_of(self._served.namespace, request, self._epoch, adapter)
+            extra = extra_keys(request, self._block)
+            tokens = np.fromiter(request.all_token_ids, np.uint32, request.num_tokens)
+            chain = self.engine.chain(tokens, namespace=namespace, extra=extra)
+            tracked = self._tracked[request.request_id] = _Tracked(request, chain)
+            if self.events:
+                self.events.name(request, chain, 0, tokens)
+        return tracked
+
+    def _running(self, request_id: str) -> _Tracked | None:
+        """The request that vLLM means by this id in a step: not one that is over."""
+        tracked = self._tracked.get(request_id)
+        return tracked if tracked and not tracked.finished else None
+
+    def _answered(self, tracked: _Tracked) -> bool:
+        """Whether it is known what a remote store holds of the request, as far as it is waited for."""
+        if not tracked.asked:
+            tracked.asked, tracked.ask_until = True, self.engine.deadline(None)
+            tracked.answer = self.engine.ask(tracked.chain)
+        answer = tracked.answer
+        return answer is None or answer.done() or time.monotonic() > tracked.ask_until
+
+    def _in_step(self, tokens: int, context: int, prompt: int) -> bool:
+        """Whether the next step itself shall load `tokens`, behind which it computes prompt - context others."""
+        if not self._mode.in_step:
+            return False
+        if not self._busy:
+            return True
+        cost = self.engine.cost
+        computing = cost.recompute.seconds(max(1, prompt - context), context) if cost.recompute.ready else 0.0
+        loading = cost.load_seconds("dram", tokens * self.engine.geometry.token_bytes)
+        return loading < max(_STEP_PATIENCE_S, computing)
+
+    def _drop_stage(self, tracked: _Tracked) -> None:
+        if tracked.stage:
+            tracked.stage.release()
+            tracked.stage = None
+
+    def _copy(self, tracked: _Tracked, rows: Any, pages: list[int], home: Home | None) -> Copy:
+        self._number += 1
+        return Copy(self._number, tracked.request.request_id, [int(row) for row in rows], pages, home)
+
+    def _note_pages(self, output: Any) -> None:
+        """Follows where requests' blocks are, and how far they will be computed when the step is over."""
+        for new in output.scheduled_new_reqs:
+            tracked = self._running(new.req_id)
+            if tracked:
+                tracked.pages = list(new.block_ids[0])
+                tracked.computed = new.num_computed_tokens + output.num_scheduled_tokens[new.req_id]
+        cached = output.scheduled_cached_reqs
+        for i, request_id in enumerate(cached.req_ids):
+            tracked = self._running(request_id)
+            if tracked is None:
+                continue
+            pages = cached.new_block_ids[i]
+            if request_id in cached.resumed_req_ids:
+                tracked.pages = list(pages[0]) if pages else []
+            elif pages:
+                tracked.pages.extend(pages[0])
+            tracked.computed = cached.num_computed_tokens[i] + output.num_scheduled_tokens[request_id]
+
+    def _whole_blocks(self, tracked: _Tracked) -> int:
+        """Blocks whose tokens are known and whose KV is computed once the step is over."""
+        known = min(tracked.computed, tracked.request.num_tokens, len(tracked.pages) * self._block)
+        return known // self._block if self._mode.writes else 0
+
+    def _store(self, tracked: _Tracked) -> None:
+        """Orders the store of the blocks that have become whole, unless one is under way: then later, all at once."""
+        blocks = self._whole_blocks(tracked)
+        if tracked.writing or blocks <= tracked.offered:
+            return
+        chain = tracked.chain
+        if chain.tokens < tracked.request.num_tokens:
+            self._extend(chain, tracked.request)
+        given, tracked.offered = tracked.offered, blocks
+        writing = self.engine.reserve(chain, given, blocks)
+        if writing is None:
+            return
+        tracked.writing = writing
+        pages = tracked.pages[writing.first : writing.first + len(writing.rows)]
+        copy = self._copy(tracked, writing.rows, pages, writing.home)
+        self._storing[copy.number] = tracked.request.request_id
+        self._orders.stores.append(copy)
+
+    def _extend(self, chain: KeyChain, request: Any) -> None:
+        """Takes in the tokens that came since."""
+        blocks, known = len(chain), chain.tokens
+        tokens = np.array(request.all_token_ids[blocks * self._block :], np.uint32)
+        chain.extend(tokens[known - blocks * self._block :])
+        if self.events:
+            self.events.name(request, chain, blocks, tokens)
+
+    def _copied(self, number: int, failed: bool, seconds: float) -> None:
+        """Every rank has made a copy, or failed to."""
+        if number in self._loading:
+            tracked = self._tracked[self._loading.pop(number)]
+            self._loaded(tracked, failed, seconds)
+        elif number in self._storing:
+            tracked = self._tracked[self._storing.pop(number)]
+            assert tracked.writing is not None
+            self._stored(tracked.writing, failed, seconds)
+            tracked.writing = None
+            if tracked.finished and not tracked.held and tracked.stage is None:
+                del self._tracked[tracked.request.request_id]
+
+    def _loaded(self, tracked: _Tracked, failed: bool, seconds: float) -> None:
+        assert tracked.stage is not None
+        size = max(0, tracked.stage.loaded_tokens - tracked.stage.span.start) * self.engine.geometry.token_bytes
+        if failed:
+            tracked.loads = False
+            if tracked.layered:
+                self._forget_computed(tracked.pages[tracked.stage.span.start // self._block :])
+            tracked.stage.failed(Reason.IO_ERROR)
+            self.engine.metrics.failures.add(1, tier="dram", reason=Reason.IO_ERROR)
+        else:
+            self.engine.metrics.transferred("dram", "load", size, seconds)
+            self.engine.cost.observe_load("dram", size, seconds)
+        self._drop_stage(tracked)
+        if tracked.finished and not tracked.held and not tracked.writing:
+            del self._tracked[tracked.request.request_id]
+
+    def _forget_computed(self, pages: list[int]) -> None:
+        """Pages that a step was computed with were not loaded: nothing behind them is anybody's KV.
+
+        vLLM computes them again, but until it has, its own prefix cache offers them: to the next request, if this one
+        is aborted, and to this one, if it is preempted. So they are taken out of it.
+        """
+        bad = set(pages)
+        for tracked in self._tracked.values():
+            first = next((i for i, page in enumerate(tracked.pages) if page in bad), None)
+            if first is not None:
+                tracked.computed = min(tracked.computed, first * self._block)
+                if self.blocks is not None:
+                    self.blocks.evict_blocks(set(tracked.pages[first:]))
+
+    def _stored(self, writing: Writing, failed: bool, seconds: float) -> None:
+        if failed:
+            self.engine.metrics.failures.add(1, tier="dram", reason=Reason.IO_ERROR)
+        else:
+            size = len(writing.rows) * self.engine.geometry.block_bytes
+            self.engine.metrics.transferred("dram", "store", size, seconds)
+            writing.commit(len(writing.rows))
+        writing.end()
+
+    def _finish(self, tracked: _Tracked) -> None:
+        """Stores the rest of a request that is over, and then lets vLLM have its blocks."""
+        if tracked.stage:
+            return  # still loading
+        self._store(tracked)
+        if tracked.writing is None:
+            self._orders.released.add(tracked.request.request_id)
+            del self._tracked[tracked.request.request_id]
+
+    def _pure_prefill(self, scheduled: dict[str, int]) -> tuple[int, int] | None:
+        """(tokens, context) if the step is nothing but one request's prefill."""
+        if len(scheduled) != 1:
+            return None
+        ((request_id, tokens),) = scheduled.items()
+        tracked = self._running(request_id)
+        return (tokens, tracked.computed - tokens) if tracked and tokens > self._block else None

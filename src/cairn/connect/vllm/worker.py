@@ -1,0 +1,190 @@
+"""A worker's side: copies between the arena, which it shares with the scheduler, and its own paged cache."""
+
+import logging
+import re
+import time
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+
+from cairn.config import Config
+from cairn.connect.vllm.messages import Copy, Done, Orders
+from cairn.connect.vllm.model import Served, own_arena
+from cairn.connect.vllm.movers import Layers, Mover, Rows, Timer, mover_for
+from cairn.connect.vllm.places import Places, Refused, refused
+from cairn.copy import TokenSlots
+from cairn.observe.log import log_once
+from cairn.tier.arena import Arena
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerSide:
+    """Lives in one rank's worker. Called by the model runner's thread alone; the copies run on threads of its own.
+
+    A copy that fails is reported, never raised: a load's blocks as invalid, so that vLLM computes them, a store's as
+    not stored. While a failed load of a running step has not been heard of, nothing is stored: it may be computed from
+    what the load left behind. overlapping: see `mode.steps_overlap`.
+    """
+
+    def __init__(self, served: Served, rank: int, config: Config, overlapping: bool = False) -> None:
+        self._node = config.node
+        self._own = None if config.node.address else own_arena(served, config)
+        self._whole = served.namespace.geometry
+        self._part = served.part(rank)
+        self._block = served.block_tokens
+        self._geometry = served.shards[rank]
+        self._stages = served.stages
+        self._threads = config.engine.copy_threads
+        self._overlapping = overlapping
+        self._timeout = config.engine.timeout_s
+        self._places: Places | None = None
+        self._layer_of: dict[str, int] = {}
+        self._orders = Orders()
+        self._prefill: tuple[int, int, Timer] | None = None
+        self._layered: list[tuple[Copy, Layers, float]] = []
+        self._ended: list[tuple[Copy, Future[float]]] = []
+        self._loads: list[tuple[Copy, Future[float]]] = []
+        self._stores: list[tuple[Copy, Future[float]]] = []
+        self._unheard: set[int] = set()
+        self._invalid: set[int] = set()
+        self._done = Done()
+
+    def register(self, kv_caches: dict[str, Any]) -> None:
+        """The paged cache, a tensor a layer by name."""
+        names = sorted(kv_caches, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
+        self._layer_of = {name: i for i, name in enumerate(names)}
+        tensors = [kv_caches[name] for name in names]
+
+        def mover(arena: Arena) -> Mover:
+            rows = arena.memory[:, self._part]
+            return mover_for(
+                tensors, self._geometry, rows, arena.memory, threads=self._threads, overlapping=self._overlapping
+            )
+
+        self._places = Places(mover, self._own)
+        if self._node.address:
+            self._places.find(self._node.address, self._whole, self._node.timeout_s)
+
+    # --- a step --------------------------------------------------------------------------------------------------
+
+    def begin(self, orders: Orders) -> None:
+        """A step begins."""
+        self._orders = orders
+        self._unheard -= orders.forgiven
+        mover = self._all_places.mover
+        if orders.prefill and mover:
+            self._prefill = (*orders.prefill, mover.timer())
+
+    def settle_stores(self) -> None:
+        """Blocks of stores under way are about to be overwritten: not before the stores are over."""
+        self._all_places.settle_stores()
+
+    def start_loads(self) -> None:
+        """Starts the step's loads; called once a step, before or after its forward pass."""
+        if self._orders.layered or self._orders.loads:
+            now = time.monotonic()
+            self._layered += [(copy, self._load_layers(copy), now) for copy in self._orders.layered]
+            self._loads += [(copy, self._copy(copy, store=False)) for copy in self._orders.loads]
+        self._orders.layered, self._orders.loads = [], []
+
+    def wait_for_layer(self, name: str) -> None:
+        """Before a layer's attention: waits until the layer is loaded, or never will be."""
+        layer = self._layer_of.get(name)
+        if layer is None:
+            return  # it reads an earlier layer's cache
+        for _, load, started in self._layered:
+            load.wait(layer, max(0.0, started + self._timeout - time.monotonic()))
+
+    def end(self) -> None:
+        """After the forward pass: settles the step's own loads and starts its stores."""
+        if self._prefill and self._orders.prefill:
+            self._prefill[2].stop()
+            self._orders.prefill = None
+        for copy, layers, _ in self._layered:
+            over = layers.end()
+            if over.done() and over.exception():
+                self._unheard.add(copy.number)
+            self._ended.append((copy, over))
+        self._layered.clear()
+        for copy in self._orders.stores:
+            if self._unheard:
+                self._report(copy, 0.0, failed=True)
+            else:
+                self._stores.append((copy, self._copy(copy, store=True)))
+        self._orders.stores = []
+
+    def finished_loads(self) -> set[str]:
+        """Requests that waited outside of steps and whose loads are over."""
+        self._stores = self._collect(self._stores, loads=False)
+        self._ended = self._collect(self._ended, loads=True)
+        before = {copy.request for copy, _ in self._loads}
+        self._loads = self._collect(self._loads, loads=True)
+        return before - {copy.request for copy, _ in self._loads}
+
+    def released(self) -> set[str]:
+        """Requests whose blocks vLLM may free."""
+        released, self._orders.released = self._orders.released, set()
+        return released
+
+    def invalid_pages(self) -> set[int]:
+        """Pages that could not be loaded, since the last call."""
+        invalid, self._invalid = self._invalid, set()
+        return invalid
+
+    def report(self) -> Done | None:
+        """What was done since the last call."""
+        if self._prefill and (seconds := self._prefill[2].seconds()) is not None:
+            # The stages of a pipeline take turns, and share the layers equally.
+            self._done.prefill = (*self._prefill[:2], seconds * self._stages)
+            self._prefill = None
+        done, self._done = self._done, Done()
+        return done if done.copies or done.prefill else None
+
+    def close(self) -> None:
+        if self._places:
+            self._places.close()
+
+    # --- parts ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _all_places(self) -> Places:
+        assert self._places is not None
+        return self._places
+
+    def _copy(self, copy: Copy, *, store: bool) -> "Future[float]":
+        place = self._all_places.at(copy.home)
+        if place is None:
+            return refused()
+        return place.copy(place.mover.store if store else place.mover.load, *self._both(copy))
+
+    def _load_layers(self, copy: Copy) -> Layers:
+        place = self._all_places.at(copy.home)
+        return place.load_layers(*self._both(copy)) if place else Refused()
+
+    def _both(self, copy: Copy) -> tuple[TokenSlots, Rows]:
+        """A copy's token slots and its rows."""
+        first = np.asarray(copy.pages, np.int64) * self._block
+        return (first[:, None] + np.arange(self._block)).reshape(-1), np.asarray(copy.rows, np.int32)
+
+    def _collect(
+        self, copies: list[tuple[Copy, "Future[float]"]], *, loads: bool
+    ) -> list[tuple[Copy, "Future[float]"]]:
+        """Reports the copies that are over; returns the others."""
+        for copy, future in copies:
+            if not future.done():
+                continue
+            error = future.exception()
+            if error:
+                log_once(logger, f"copy {type(error).__name__}", f"a copy failed: {error!r}")
+                if loads:
+                    self._invalid.update(copy.pages)
+            self._report(copy, 0.0 if error else future.result(), failed=error is not None)
+        return [(copy, future) for copy, future in copies if copy.number not in self._done.copies]
+
+    def _report(self, copy: Copy, seconds: float, *, failed: bool) -> None:
+        self._done.copies[copy.number] = 1
+        self._done.seconds[copy.number] = seconds
+        if failed:
+            self._done.failed.add(copy.number)

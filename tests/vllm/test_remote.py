@@ -1,0 +1,43 @@
+"""What one vLLM has computed another serves from a remote store; a store that hangs delays a request by one lookup."""
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from cairn.observe.reasons import Reason
+from tests.vllm.engine import OTHER, PROMPTS, answers, connector, no_leak, serving, settle, stats
+
+ASKED = PROMPTS[:8]
+
+
+def hits(llm: Any) -> dict[str, float]:
+    found: dict[str, float] = stats(llm)["hit_tokens"]
+    return found
+
+
+def test_another_engine_serves_what_one_has_stored(tiny: Path, tiny_plain: list[list[int]], tmp_path: Path) -> None:
+    settings = {"storage.remote.url": f"file://{tmp_path}/shared", "storage.cpu.size": "64MiB"}
+    with serving(tiny, settings, skip_tokenizer_init=True) as llm:
+        assert answers(llm, ASKED) == tiny_plain[:8]
+        settle(llm)
+        assert connector(llm)._scheduler.engine.flush(30)
+    with serving(tiny, settings, skip_tokenizer_init=True) as llm:
+        assert answers(llm, ASKED) == tiny_plain[:8]
+        settle(llm)
+        assert hits(llm)["remote"] > 500
+        no_leak(llm)
+        # The store hangs: who asks waits for one lookup, and computes.
+        tier = connector(llm)._scheduler.engine._store._lower[-1]
+        gate = threading.Event()
+
+        def hung(names: list[bytes], *, deadline: float) -> Reason:
+            gate.wait(deadline - time.monotonic())
+            return Reason.TIMEOUT
+
+        tier._store.exists = hung
+        begun = time.monotonic()
+        answers(llm, [OTHER])
+        assert time.monotonic() - begun < 10
+        settle(llm)
+        no_leak(llm)

@@ -1,0 +1,177 @@
+"""Greedy tokens in fp32 are those of vLLM without Cairn, whatever is loaded, stored, preempted, aborted or lost."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.vllm.engine import BLOCK, LONGER, PROMPTS, answers, connector, no_leak, serving, settle, stats
+
+
+@pytest.fixture(scope="module")
+def all_plain(model: Path) -> list[list[int]]:
+    """What vLLM alone answers, to PROMPTS and then to LONGER."""
+    with serving(model, None, enable_prefix_caching=False) as llm:
+        return answers(llm, PROMPTS + LONGER)
+
+
+@pytest.fixture(scope="module")
+def plain(all_plain: list[list[int]]) -> list[list[int]]:
+    return all_plain[: len(PROMPTS)]
+
+
+@pytest.fixture(scope="module")
+def plain_longer(all_plain: list[list[int]]) -> list[list[int]]:
+    return all_plain[len(PROMPTS) :]
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_loaded_answers_are_plain_answers(model: Path, plain: list[list[int]], batch: int) -> None:
+    with serving(model, {}) as llm:
+        for _ in range(2):
+            got = []
+            for start in range(0, len(PROMPTS), batch):
+                got += answers(llm, PROMPTS[start : start + batch])
+                settle(llm)
+            assert got == plain
+        assert stats(llm)["hit_tokens"]["dram"] > 100 * BLOCK
+        assert not stats(llm)["failures"]
+        no_leak(llm)
+
+
+def test_restart_finds_the_disk(model: Path, plain: list[list[int]], tmp_path: Path) -> None:
+    settings = {"storage.disk.path": str(tmp_path / "cache"), "storage.disk.size": "1GiB"}
+    with serving(model, settings) as llm:
+        assert answers(llm, PROMPTS[:8]) == plain[:8]
+        settle(llm)
+        assert connector(llm)._scheduler.engine.flush(60)
+        first = stats(llm)
+    with serving(model, settings) as llm:
+        assert answers(llm, PROMPTS[:8]) == plain[:8]
+        settle(llm)
+        # What a waiting request has read from disk may count as a hit in DRAM: how many of each is a matter of luck.
+        again = stats(llm)
+        assert again["hit_tokens"]["disk"] >= BLOCK, again
+        assert again["stored_tokens"]["dram"] < first["stored_tokens"]["dram"] / 2, (first, again)
+        no_leak(llm)
+
+
+def test_preemption_in_a_tiny_cache(model: Path, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(model, {}, num_gpu_blocks_override=30, max_model_len=896) as llm:
+        preempted: set[str] = set()
+        side = connector(llm)._scheduler
+        orders = side.orders
+
+        def watched(output: Any) -> Any:
+            preempted.update(output.preempted_req_ids or ())
+            return orders(output)
+
+        monkeypatch.setattr(side, "orders", watched)
+        for _ in range(2):
+            got = answers(llm, PROMPTS, tokens=70)
+            assert [answer[:8] for answer in got] == plain
+            settle(llm)
+        assert len(preempted) > 2
+        no_leak(llm)
+
+
+def test_abort_in_flight(model: Path, plain: list[list[int]]) -> None:
+    from vllm import SamplingParams
+
+    with serving(model, {}) as llm:
+        answers(llm, PROMPTS[:8])
+        settle(llm)
+        engine = llm.llm_engine
+        for steps in range(6):
+            for i, prompt in enumerate(PROMPTS[:8]):
+                engine.add_request(f"{steps}-{i}", {"prompt_token_ids": prompt}, SamplingParams(max_tokens=64))
+            for _ in range(steps):
+                engine.step()
+            engine.abort_request([f"{steps}-{i}" for i in range(8)])
+            while engine.has_unfinished_requests():
+                engine.step()
+        settle(llm)
+        assert answers(llm, PROMPTS) == plain
+        settle(llm)
+        no_leak(llm)
+
+
+@pytest.mark.parametrize("fails", ["every", "third"])
+def test_failed_copies_are_recomputed(
+    model: Path,
+    plain: list[list[int]],
+    plain_longer: list[list[int]],
+    fails: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from cairn.copy import CpuCopier
+
+    with serving(model, {}) as llm:
+        assert answers(llm, PROMPTS) == plain
+        settle(llm)
+        real, calls = CpuCopier.scatter, [0]
+
+        def broken(self: Any, kv: Any, slots: Any, memory: Any, rows: Any, layers: range | None = None) -> None:
+            calls[0] += 1
+            if fails == "every" or calls[0] % 3 == 0:
+                raise OSError("injected")
+            real(self, kv, slots, memory, rows, layers)
+
+        monkeypatch.setattr(CpuCopier, "scatter", broken)
+        for prompt, expected in zip(LONGER, plain_longer, strict=True):
+            assert answers(llm, [prompt]) == [expected]
+            settle(llm)
+        monkeypatch.undo()
+        assert stats(llm)["failures"]["dram"]["io_error"] > 0
+        # What was stored behind failed loads is right too.
+        assert answers(llm, LONGER) == plain_longer
+        settle(llm)
+        no_leak(llm)
+
+
+def test_failed_stores_are_misses(model: Path, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    from cairn.copy import CpuCopier
+
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise OSError("injected")
+
+    with serving(model, {}) as llm:
+        with monkeypatch.context() as patch:
+            patch.setattr(CpuCopier, "gather", broken)
+            assert answers(llm, PROMPTS[:8]) == plain[:8]
+            settle(llm)
+        assert stats(llm)["tiers"]["dram"]["resident_blocks"] == 0
+        assert answers(llm, PROMPTS[:8]) == plain[:8]
+        settle(llm)
+        no_leak(llm)
+
+
+def test_salts_do_not_meet(model: Path) -> None:
+    with serving(model, {}) as llm:
+        prompt = PROMPTS[1][:256] + [7] * 200
+        for salt, hits in (("a", False), ("b", False), ("a", True), (None, False), (None, True)):
+            before = sum(stats(llm)["hit_tokens"].values())
+            answers(llm, [prompt], **({"cache_salt": salt} if salt else {}))
+            settle(llm)
+            assert (sum(stats(llm)["hit_tokens"].values()) > before) == hits, salt
+
+
+def test_reset_forgets(model: Path) -> None:
+    with serving(model, {}) as llm:
+        answers(llm, [PROMPTS[1]])
+        settle(llm)
+        assert connector(llm).reset_cache()
+        answers(llm, [PROMPTS[1]])
+        settle(llm)
+        assert not stats(llm)["hit_tokens"]
+        no_leak(llm)
+
+
+def test_the_last_token_of_a_full_hit_is_computed(model: Path) -> None:
+    """Prompts of whole blocks, all of which are held."""
+    prompt = PROMPTS[0][: 2 * BLOCK]
+    with serving(model, {}) as llm:
+        first = answers(llm, [prompt])
+        settle(llm)
+        assert answers(llm, [prompt]) == first
+        assert stats(llm)["hit_tokens"]["dram"] == 2 * BLOCK
