@@ -1,0 +1,76 @@
+"""`cairn node`: the host's node, in this terminal or in the background."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cairn.cli.config import Settings, load
+
+if TYPE_CHECKING:
+    from cairn.config import Config
+
+_SWITCH_S = 0.0005
+#: How long a node may take until it listens, seconds.
+_START_S = 120.0
+
+
+def node(
+    file: Annotated[Path | None, typer.Argument(help="YAML file; CAIRN_CONFIG names it if left out.")] = None,
+    address: Annotated[str | None, typer.Option(help="Where to listen, as ipc:///run/cairn/node.sock.")] = None,
+    foreground: Annotated[bool, typer.Option("--foreground", help="Stay here, log to stderr, end on Ctrl-C.")] = False,
+    settings: Settings = [],  # noqa: B006 (typer copies it)
+) -> None:
+    """Keep the KV cache of all engines on this host, in memory that they share.
+
+    Without --foreground it goes on in the background, and logs beside its socket. SIGTERM ends it in order.
+
+    \b
+    Example:
+      cairn node --address ipc:///run/cairn/node.sock --set storage.cpu.size=64GiB --foreground
+    """
+    from cairn.errors import ConfigError
+    from cairn.node.address import socket_path
+
+    config = load(file, settings)
+    address = address or config.node.address
+    if address is None:
+        raise ConfigError("node.address is missing: give --address ipc:///run/cairn/node.sock, or set it in the file")
+    path = socket_path(address)
+    if foreground:
+        _serve(config, address)
+        return
+    from cairn.node.notify import start_in_background
+
+    log = path.with_name(path.name + ".log")
+    typer.echo(f"node at {address}, process {start_in_background(address, log, _START_S)}, log in {log}")
+
+
+def _serve(config: "Config", address: str) -> None:
+    """Until SIGTERM or SIGINT; a second one ends the flush, too."""
+    import logging
+    import signal
+
+    from cairn.engine.pool import open_pool, prepare
+    from cairn.node.notify import tell_ready
+    from cairn.node.server import Node
+    from cairn.observe.log import setup_logging
+
+    # The loop waits for no disk thread's Python longer than this, instead of 5 ms.
+    sys.setswitchinterval(_SWITCH_S)
+    setup_logging("DEBUG" if config.engine.log_level == "DEBUG" else "INFO")
+    log = logging.getLogger("cairn.node")
+    prepare(config)
+    node = Node(config, address, open_pool)
+    previous = {number: signal.signal(number, lambda *_: node.stop()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        log.info("listening at %s; up to %d bytes of DRAM", address, config.storage.cpu.size)
+        tell_ready()
+        node.run()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        log.info("stopping; flushing for up to %g s", config.node.stop_timeout_s)
+        node.close(config.node.stop_timeout_s)
+        log.info("stopped")

@@ -1,0 +1,374 @@
+"""The node's loop: one thread that answers clients and never waits, neither for a disk nor for a client."""
+
+import logging
+import math
+import os
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, Final
+
+import zmq
+
+from cairn.config import Config
+from cairn.errors import CairnError
+from cairn.node import wire
+from cairn.node.address import Address
+from cairn.node.base import OpenStore
+from cairn.node.gate import Entrance, Gate
+from cairn.node.pools import Pools
+from cairn.node.segments import HOME, Segments, sweep
+from cairn.node.session import Held, Session, Written
+from cairn.node.wire import keys_of, raw_of
+from cairn.observe.log import log_once
+
+log = logging.getLogger(__name__)
+
+#: Sessions at a time: more engine processes than any host runs.
+_MAX_SESSIONS: Final = 1024
+#: How often leases are looked at, seconds.
+_TICK_S: Final = 0.2
+#: Frames taken in before what has come from other threads has its turn.
+_BATCH: Final = 64
+_FLUSHERS: Final = 2
+
+
+class Node:
+    """Owns an address, segments of shared memory, and a pool for each geometry that clients have; gives all back in
+    `close`. `run` serves until `stop`.
+
+    A client's calls are answered at once, from the index in memory; what takes time (disk, remote store, opening a
+    pool) is done by threads, whose results the loop sends on. Everything a client holds is its session's, which ends
+    with its lease, with its process, or by itself; see `cairn.node.gate` for what its rows wait for then.
+
+    Raises LockedError, StorageError or InputError where it cannot start.
+    """
+
+    def __init__(self, config: Config, address: str, open_store: OpenStore) -> None:
+        self._config = config
+        self._lease_s = config.node.lease_s
+        self._address = Address(address)
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._context = zmq.Context()
+        self._segments: Segments | None = None
+        try:
+            sweep()
+            self._segments = Segments()
+            _rehearse(self._segments)
+            self._router: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
+            self._router.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME)
+            self._router.setsockopt(zmq.LINGER, 0)
+            self._address.bind(self._router)
+        except BaseException:
+            self._give_back()
+            raise
+        self._pools = Pools(config, self._segments, open_store, self._nudge)
+        self._flusher = ThreadPoolExecutor(_FLUSHERS, "cairn-node-flush")
+        self._sessions: dict[int, Session] = {}
+        self._lingering: list[Session] = []
+        self._numbers = secrets.randbits(40) << 20
+        self._gates = 0
+        self._news: deque[Callable[[], None]] = deque()
+        self._stopping = False
+        self._counts = {"calls_total": 0, "malformed_total": 0, "expired_sessions_total": 0, "failed_calls_total": 0}
+        self._handlers: dict[type, Callable[[bytes, Any], None]] = {
+            wire.Hello: self._hello,
+            wire.Match: self._match,
+            wire.Take: self._take,
+            wire.Reserve: self._reserve,
+            wire.Commit: self._commit,
+            wire.Ask: self._ask,
+            wire.Stats: self._stats,
+            wire.Flush: self._flush,
+            wire.End: self._end,
+            wire.Beat: self._beat,
+            wire.Bye: self._bye,
+        }
+
+    def run(self) -> None:
+        """Serves until `stop`."""
+        poller = zmq.Poller()
+        poller.register(self._router, zmq.POLLIN)
+        poller.register(self._wake, zmq.POLLIN)
+        tick = time.monotonic() + _TICK_S
+        while not self._stopping:
+            ready = dict(poller.poll(_milliseconds(tick - time.monotonic())))
+            if self._wake in ready:
+                os.eventfd_read(self._wake)
+            while self._news:
+                self._run_one(self._news.popleft())
+            if self._router in ready:
+                self._receive()
+            if time.monotonic() >= tick:
+                self._look_at_leases()
+                tick = time.monotonic() + _TICK_S
+
+    def stop(self) -> None:
+        """Ends `run`, from any thread or a signal's handler."""
+        self._stopping = True
+        self._nudge()
+
+    def close(self, timeout: float) -> None:
+        """Tells the clients, flushes within `timeout`, and gives everything back. After `run` has ended."""
+        for session in self._sessions.values():
+            session.gate.close()
+            self._tell(session, wire.Gone(0))
+        self._router.close(linger=200)
+        self._flusher.shutdown(wait=False, cancel_futures=True)
+        self._pools.close(timeout)
+        self._give_back()
+
+    def figures(self) -> dict[str, float]:
+        """What the node says of itself."""
+        sessions = [*self._sessions.values(), *self._lingering]
+        return {
+            **self._counts,
+            "sessions": len(self._sessions),
+            "lingering_sessions": len(self._lingering),
+            "holds": sum(len(session.holds) for session in sessions),
+            "writings": sum(len(session.writings) for session in sessions),
+            "pools": len(list(self._pools)),
+        }
+
+    # --- what comes in -------------------------------------------------------------------------------------------
+
+    def _receive(self) -> None:
+        for _ in range(_BATCH):
+            if not int(self._router.getsockopt(zmq.EVENTS)) & zmq.POLLIN:  # cheaper than to be told so by an exception
+                return
+            frames = self._router.recv_multipart(zmq.NOBLOCK)
+            self._counts["calls_total"] += 1
+            sender, frame = frames[0], frames[1] if len(frames) == 2 else b""
+            try:
+                request = wire.decode_request(frame)
+                self._handlers[type(request)](sender, request)
+            except wire.WireError as error:
+                self._counts["malformed_total"] += 1
+                log_once(log, "malformed", str(error))
+                self._send(sender, wire.Refused(0, str(error)[:1000]))
+            except Exception as error:  # noqa: BLE001 - a bug costs one call and not all clients: counted, logged
+                self._counts["failed_calls_total"] += 1
+                log_once(log, f"call {type(error).__name__}", f"a call failed: {error!r}")
+                self._send(sender, wire.Refused(0, "the node failed at this; its log says how"))
+
+    def _session(self, sender: bytes, request: Any) -> Session | None:
+        session = self._sessions.get(request.session)
+        if session is None:
+            self._send(sender, wire.Gone(getattr(request, "call", 0)))
+            return None
+        session.seen = time.monotonic()
+        return session
+
+    def _hello(self, sender: bytes, request: wire.Hello) -> None:
+        try:
+            if len(self._sessions) + len(self._lingering) >= _MAX_SESSIONS:
+                raise wire.WireError(f"more than {_MAX_SESSIONS} sessions at a time")
+            pool = self._pools.get(request.geometry)
+            if pool is None:
+                self._send(sender, wire.Wait(request.call))
+                return
+            assert self._segments
+            self._gates += 1
+            name = self._segments.gate(self._gates)
+            gate = Gate(HOME / name)
+        except (CairnError, OSError) as error:
+            self._send(sender, wire.Refused(request.call, " ".join(str(error).split())[:1000]))
+            return
+        self._numbers += 1
+        session = self._sessions[self._numbers] = Session(self._numbers, pool, gate)
+        tiers = list(pool.figures())
+        self._send(
+            sender,
+            wire.Welcome(
+                request.call,
+                session.number,
+                pool.arena,
+                pool.slots,
+                pool.stride,
+                name,
+                self._lease_s,
+                tiers,
+                pool.store.asks,
+            ),
+        )
+
+    def _match(self, sender: bytes, request: wire.Match) -> None:
+        session = self._session(sender, request)
+        if session:
+            held = session.pool.store.match(keys_of(request.keys))
+            self._send(sender, wire.Matched(request.call, held.dram, list(held.below)))
+
+    def _take(self, sender: bytes, request: wire.Take) -> None:
+        session = self._session(sender, request)
+        if session:
+            session.check_new(request.number)
+            deadline = time.monotonic() + request.seconds
+            hold = session.pool.store.hold(keys_of(request.keys), deadline=deadline)
+            held = session.holds[request.number] = Held(request.number, hold)
+            if not hold.settled:
+                hold.progress = partial(self._later, partial(self._progress, session, held))
+            self._send(sender, held.news(request.call))
+
+    def _reserve(self, sender: bytes, request: wire.Reserve) -> None:
+        session = self._session(sender, request)
+        if session:
+            session.check_new(request.number)
+            writing = session.pool.store.write(keys_of(request.keys), namespace=request.namespace)
+            session.writings[request.number] = Written(writing)
+            self._send(sender, wire.Reserved(request.call, writing.first, raw_of(writing.rows)))
+
+    def _commit(self, sender: bytes, request: wire.Commit) -> None:
+        session = self._session(sender, request)
+        if session:
+            written = session.writings.get(request.number)
+            if written is None:
+                raise wire.WireError(f"commit of {request.number}, which is no reservation")
+            self._send(sender, wire.Committed(request.call, written.commit(request.count)))
+            if written.done == len(written.writing.rows):
+                session.end(request.number)  # as the client knows
+
+    def _ask(self, sender: bytes, request: wire.Ask) -> None:
+        session = self._session(sender, request)
+        if session:
+            session.check_new(request.number)
+            deadline = time.monotonic() + request.seconds
+            answer = session.pool.store.ask(keys_of(request.keys), deadline=deadline, worth_s=request.worth_seconds)
+            self._send(sender, wire.Answered(request.call, request.number, answer is None))
+            if answer is not None:
+                session.asked.add(request.number)
+                answered = partial(self._answered, session, request.number)
+                answer.add_done_callback(lambda _: self._later(answered))
+
+    def _stats(self, sender: bytes, request: wire.Stats) -> None:
+        session = self._session(sender, request)
+        if session:
+            tiers = {tier: dict(figures) for tier, figures in session.pool.figures().items()}
+            self._send(sender, wire.Figures(request.call, {**tiers, "node": self.figures()}))
+
+    def _flush(self, sender: bytes, request: wire.Flush) -> None:
+        session = self._session(sender, request)
+        if session:
+            session.check_new(request.number)
+            session.flushing.add(request.number)
+            flushed = self._flusher.submit(session.pool.store.flush, request.seconds)
+            flushed.add_done_callback(
+                lambda done: self._later(
+                    partial(self._flushed, session, request.number, not done.cancelled() and done.result())
+                )
+            )
+            self._send(sender, wire.Flushed(request.call, request.number, False))
+
+    def _end(self, _: bytes, request: wire.End) -> None:
+        session = self._sessions.get(request.session)
+        if session:
+            session.seen = time.monotonic()
+            for number in request.numbers:
+                session.end(number)
+
+    def _beat(self, sender: bytes, request: wire.Beat) -> None:
+        session = self._session(sender, request)
+        if session:
+            session.hears = sender
+            self._send(sender, wire.Beaten())
+
+    def _bye(self, sender: bytes, request: wire.Bye) -> None:
+        session = self._sessions.pop(request.session, None)
+        if session:
+            self._over(session)
+        self._send(sender, wire.Gone(0))
+
+    # --- what goes out by itself ---------------------------------------------------------------------------------
+
+    def _progress(self, session: Session, held: Held) -> None:
+        if not held.over and session.holds.get(held.number) is held:
+            self._tell(session, held.news(0))
+
+    def _answered(self, session: Session, number: int) -> None:
+        if number in session.asked:
+            session.asked.discard(number)
+            self._tell(session, wire.Answered(0, number, True))
+
+    def _flushed(self, session: Session, number: int, done: bool) -> None:
+        session.flushing.discard(number)
+        self._tell(session, wire.Flushed(0, number, done))
+
+    def _tell(self, session: Session, message: wire.Reply) -> None:
+        if session.hears is not None:
+            self._send(session.hears, message)
+
+    def _send(self, to: bytes, message: wire.Reply) -> None:
+        """To a client that does not take it in, the ROUTER drops it: then the client's deadline passes."""
+        try:
+            self._router.send_multipart([to, wire.encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            log_once(log, f"send {error.errno}", f"an answer could not be sent: {error}")
+
+    # --- leases --------------------------------------------------------------------------------------------------
+
+    def _look_at_leases(self) -> None:
+        now = time.monotonic()
+        for session in list(self._sessions.values()):
+            silent = now - session.seen
+            # A client beats four times a lease: one that missed two beats is looked for.
+            if silent > self._lease_s or (silent > self._lease_s / 2 and not session.gate.attended()):
+                self._counts["expired_sessions_total"] += 1
+                log.info("session %d has been silent for %.1f s: its lease is over", session.number, silent)
+                del self._sessions[session.number]
+                self._over(session)
+        self._lingering = [session for session in self._lingering if not _given_back(session)]
+
+    def _over(self, session: Session) -> None:
+        if not _given_back(session):
+            self._lingering.append(session)
+
+    # --- parts ---------------------------------------------------------------------------------------------------
+
+    def _run_one(self, task: Callable[[], None]) -> None:
+        try:
+            task()
+        except Exception as error:  # noqa: BLE001 - as in _receive
+            self._counts["failed_calls_total"] += 1
+            log_once(log, f"news {type(error).__name__}", f"news could not be told: {error!r}")
+
+    def _later(self, task: Callable[[], None]) -> None:
+        """Has the loop do it; from any thread."""
+        self._news.append(task)
+        self._nudge()
+
+    def _nudge(self) -> None:
+        if self._wake >= 0:
+            os.eventfd_write(self._wake, 1)
+
+    def _give_back(self) -> None:
+        if self._segments:
+            self._segments.close()
+        self._address.release()
+        self._context.destroy(linger=200)
+        wake, self._wake = self._wake, -1
+        os.close(wake)
+
+
+def _given_back(session: Session) -> bool:
+    """Gives everything back as soon as nobody can touch it any more."""
+    if not session.gate.close():
+        return False
+    session.give_back()
+    return True
+
+
+def _milliseconds(seconds: float) -> int:
+    """For polls: rounded up, so that they do not end too soon and again and again."""
+    return max(0, math.ceil(seconds * 1000))
+
+
+def _rehearse(segments: Segments) -> None:
+    """Has the gate's kernels compiled."""
+    gate = Gate(HOME / segments.gate(0))
+    entrance = Entrance(gate.path)
+    entrance.enter()
+    entrance.leave()
+    gate.close()
+    gate.remove()

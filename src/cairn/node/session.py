@@ -1,0 +1,99 @@
+"""A client's session: what it holds, under one lease, behind one gate."""
+
+import time
+from typing import Final
+
+from cairn.node.base import PoolHold, PoolWriting
+from cairn.node.gate import Gate
+from cairn.node.pools import Pool
+from cairn.node.wire import Progress, WireError, raw_of
+
+#: Holds, reservations and questions that a session may have at a time.
+MAX_NUMBERS: Final = 4096
+
+
+class Held:
+    """A hold, and how much of it the client knows."""
+
+    __slots__ = ("hold", "number", "over", "told")
+
+    def __init__(self, number: int, hold: PoolHold) -> None:
+        self.number = number
+        self.hold = hold
+        self.told = 0
+        self.over = False
+
+    def news(self, call: int) -> Progress:
+        """What the client does not know yet."""
+        hold = self.hold
+        # In this order: `ready` is final once it has settled.
+        self.over = hold.settled
+        first, ready = self.told, hold.ready
+        self.told = ready
+        return Progress(
+            call,
+            self.number,
+            first,
+            raw_of(hold.ids[first:ready]),
+            list(hold.blocks_by_tier(first, ready).items()) if ready > first else [],
+            self.over,
+            str(hold.reason or ""),
+        )
+
+
+class Written:
+    """A reservation, and how many of its rows are committed."""
+
+    __slots__ = ("done", "writing")
+
+    def __init__(self, writing: PoolWriting) -> None:
+        self.writing = writing
+        self.done = 0
+
+    def commit(self, count: int) -> int:
+        """Raises WireError for more rows than there are."""
+        if self.done + count > len(self.writing.rows):
+            raise WireError(f"commit of {count} rows, {len(self.writing.rows) - self.done} are reserved")
+        self.done += count
+        return self.writing.commit(count)
+
+
+class Session:
+    """For the node's loop alone. seen: when it last said something, monotonic. hears: by which socket it hears."""
+
+    def __init__(self, number: int, pool: Pool, gate: Gate) -> None:
+        self.number = number
+        self.pool = pool
+        self.gate = gate
+        self.seen = time.monotonic()
+        self.hears: bytes | None = None
+        self.holds: dict[int, Held] = {}
+        self.writings: dict[int, Written] = {}
+        self.asked: set[int] = set()
+        self.flushing: set[int] = set()
+        pool.sessions += 1
+
+    def check_new(self, number: int) -> None:
+        """Raises WireError for a number that cannot be given to something new."""
+        if any(number in used for used in (self.holds, self.writings, self.asked, self.flushing)):
+            raise WireError(f"number {number} is in use")
+        if len(self.holds) + len(self.writings) + len(self.asked) + len(self.flushing) >= MAX_NUMBERS:
+            raise WireError(f"more than {MAX_NUMBERS} holds and reservations at a time")
+
+    def end(self, number: int) -> None:
+        """Gives back what has this number, if anything has."""
+        held = self.holds.pop(number, None)
+        if held:
+            held.hold.release()
+        written = self.writings.pop(number, None)
+        if written:
+            written.writing.end()
+        self.asked.discard(number)
+
+    def give_back(self) -> None:
+        """Everything. Only behind a gate that is closed, with nobody inside."""
+        for number in [*self.holds, *self.writings]:
+            self.end(number)
+        self.gate.remove()
+        self.pool.sessions -= 1
+        self.pool.idle_since = time.monotonic()

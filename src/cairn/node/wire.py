@@ -1,0 +1,294 @@
+"""What clients and the node say to each other: a byte with the protocol's version, and a msgpack array behind it.
+
+A client has two DEALER sockets at the node's ROUTER: on one it calls, and has its answer before it calls again; on the
+other it sends heartbeats and hears what comes by itself (`Progress`, `Answered`, `Flushed`, `Gone`). KV bytes go
+through neither. Keys are 16 bytes each, one behind the other, rows little-endian int32.
+
+What comes in is bounded: the frame by MAX_FRAME, a chain by MAX_BLOCKS; msgspec checks types and lengths before it
+takes memory for them.
+"""
+
+from typing import Annotated, Final
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from cairn.errors import CairnError
+from cairn.kv import Keys, KVGeometry
+from cairn.kv.keys import KEY_BYTES
+from cairn.kv.namespace import DIGEST_BYTES
+
+VERSION: Final = 1
+
+#: Blocks of a chain that the node takes in one call. A longer prompt is served up to there.
+MAX_BLOCKS: Final = 1 << 16
+
+#: Bytes of the largest frame in either direction: a chain's keys take half of it.
+MAX_FRAME: Final = 2 << 20
+
+_Keys = Annotated[bytearray, msgspec.Meta(max_length=MAX_BLOCKS * KEY_BYTES)]
+_Rows = Annotated[bytearray, msgspec.Meta(max_length=MAX_BLOCKS * 4)]
+_Number = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+_Seconds = Annotated[float, msgspec.Meta(ge=0, le=86_400)]
+_Text = Annotated[str, msgspec.Meta(max_length=1024)]
+
+
+class _Message(msgspec.Struct, array_like=True, gc=False):
+    pass
+
+
+# --- from a client ----------------------------------------------------------------------------------------------------
+
+
+class _Call(_Message):
+    """call: answered with the same number. session: of `Welcome`; 0 before."""
+
+    call: _Number
+    session: _Number
+
+
+class Hello(_Call, tag=1):
+    """Asks for a session over blocks of this geometry. Answered by Welcome, Wait (ask again soon) or Refused."""
+
+    geometry: KVGeometry
+
+
+class Match(_Call, tag=2):
+    """How much of the chain is held; answered by Matched."""
+
+    keys: _Keys
+
+
+class Take(_Call, tag=3):
+    """Pins the chain's leading blocks under `number`, and brings up what is not in DRAM within `seconds`.
+
+    Answered by Progress, and followed by more of it until the hold has settled.
+    """
+
+    number: _Number
+    keys: _Keys
+    seconds: _Seconds
+
+
+class Reserve(_Call, tag=4):
+    """Rows for what DRAM lacks of the chain, under `number`; answered by Reserved."""
+
+    number: _Number
+    keys: _Keys
+    namespace: Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
+
+
+class Commit(_Call, tag=5):
+    """Publishes the next `count` rows of a reservation, which ends with its last; answered by Committed."""
+
+    number: _Number
+    count: Annotated[int, msgspec.Meta(ge=0, le=MAX_BLOCKS)]
+
+
+class Ask(_Call, tag=6):
+    """Has the remote store asked; answered by Answered, now or later."""
+
+    number: _Number
+    keys: _Keys
+    seconds: _Seconds
+    worth_seconds: Annotated[float, msgspec.Meta(ge=0)]
+
+
+class Stats(_Call, tag=7):
+    """Answered by Figures."""
+
+
+class Flush(_Call, tag=8):
+    """Makes what is committed durable; answered by Flushed, later."""
+
+    number: _Number
+    seconds: _Seconds
+
+
+class End(_Message, tag=9):
+    """Gives back holds, reservations and questions by their numbers. Not answered."""
+
+    session: _Number
+    numbers: Annotated[list[_Number], msgspec.Meta(max_length=4096)]
+
+
+class Beat(_Message, tag=10):
+    """Keeps the session alive, and says by which socket it hears; answered by Beaten or Gone."""
+
+    session: _Number
+
+
+class Bye(_Message, tag=11):
+    """Ends the session; answered by Gone."""
+
+    session: _Number
+
+
+Request = Hello | Match | Take | Reserve | Commit | Ask | Stats | Flush | End | Beat | Bye
+
+
+# --- from the node ----------------------------------------------------------------------------------------------------
+
+
+class Welcome(_Message, tag=1):
+    """A session. arena, slots, stride: see `Home`; gate: its name. lease_s: silent for so long, and it is over.
+    tiers: their names. asks: whether `Ask` may have something to find out.
+    """
+
+    call: _Number
+    session: _Number
+    arena: _Text
+    slots: _Number
+    stride: _Number
+    gate: _Text
+    lease_s: _Seconds
+    tiers: list[_Text]
+    asks: bool
+
+
+class Wait(_Message, tag=2):
+    call: _Number
+
+
+class Refused(_Message, tag=3):
+    """Never, and why: one line."""
+
+    call: _Number
+    why: _Text
+
+
+class Matched(_Message, tag=4):
+    """See `cairn.engine.base.Held`."""
+
+    call: _Number
+    dram: _Number
+    below: list[tuple[_Text, _Number]]
+
+
+class Progress(_Message, tag=5):
+    """Rows of the blocks first.. of a hold, which are there now and pinned; tiers: where these blocks were found, as
+    (tier, blocks), in order. settled: no more will come, for `reason` if it is not empty. call: 0 if not an answer.
+    """
+
+    call: _Number
+    number: _Number
+    first: _Number
+    rows: _Rows
+    tiers: list[tuple[_Text, _Number]]
+    settled: bool
+    reason: _Text
+
+
+class Reserved(_Message, tag=6):
+    """Rows of the blocks first.. of a chain."""
+
+    call: _Number
+    first: _Number
+    rows: _Rows
+
+
+class Committed(_Message, tag=7):
+    call: _Number
+    new: _Number
+
+
+class Answered(_Message, tag=8):
+    """known: `match` says all now. False: it will be said with another Answered (call: 0)."""
+
+    call: _Number
+    number: _Number
+    known: bool
+
+
+class Figures(_Message, tag=9):
+    call: _Number
+    tiers: dict[str, dict[str, float]]
+
+
+class Flushed(_Message, tag=10):
+    """accepted, or (call: 0) over, and whether everything was in time."""
+
+    call: _Number
+    number: _Number
+    done: bool
+
+
+class Beaten(_Message, tag=11):
+    """The session lives."""
+
+
+class Gone(_Message, tag=12):
+    """There is no such session (any more)."""
+
+    call: _Number
+
+
+Reply = (
+    Welcome | Wait | Refused | Matched | Progress | Reserved | Committed | Answered | Figures | Flushed | Beaten | Gone
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+_HEAD = bytes([VERSION])
+
+
+class WireError(CairnError, ValueError):
+    """A frame that cannot be understood."""
+
+
+class VersionError(WireError):
+    """A frame of another version of the protocol."""
+
+
+def encode(message: Request | Reply) -> bytes:
+    return _HEAD + _encoder.encode(message)
+
+
+def decode_request(frame: bytes) -> Request:
+    """Raises WireError."""
+    body = _body(frame, "client")
+    try:
+        return _requests.decode(body)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise WireError(f"a malformed frame from the client: {error}") from None
+
+
+def decode_reply(frame: bytes) -> Reply:
+    """Raises WireError."""
+    body = _body(frame, "node")
+    try:
+        return _replies.decode(body)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise WireError(f"a malformed frame from the node: {error}") from None
+
+
+def _body(frame: bytes, sender: str) -> memoryview:
+    if not frame:
+        raise WireError(f"an empty frame from the {sender}")
+    if frame[0] != VERSION:
+        raise VersionError(
+            f"the {sender} speaks version {frame[0]} of the node's protocol, this is version {VERSION}; "
+            "run the same release of Cairn on both sides"
+        )
+    return memoryview(frame)[1:]
+
+
+def keys_of(raw: bytearray) -> Keys:
+    """Keys [n, 2] of their bytes. Raises WireError."""
+    if len(raw) % KEY_BYTES:
+        raise WireError(f"{len(raw)} bytes of keys: must be a multiple of {KEY_BYTES}")
+    return np.frombuffer(raw, np.uint64).reshape(-1, 2)
+
+
+def rows_of(raw: bytearray) -> npt.NDArray[np.int32]:
+    """Raises WireError."""
+    if len(raw) % 4:
+        raise WireError(f"{len(raw)} bytes of rows: must be a multiple of 4")
+    return np.frombuffer(raw, np.int32)
+
+
+def raw_of(array: npt.NDArray[np.uint64] | npt.NDArray[np.int32]) -> bytearray:
+    """The bytes of keys or rows."""
+    return bytearray(np.ascontiguousarray(array).data.cast("B")) if array.size else bytearray()
