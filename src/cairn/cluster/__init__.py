@@ -1,0 +1,40 @@
+"""Who is there: a registry with leases (etcd, or this process's memory), and the instances, replicas, settings in it.
+
+It knows nothing of KV.
+"""
+
+from cairn.cluster.base import Registry
+from cairn.cluster.directory import Changed, Directory, Joined, Left, Member
+from cairn.cluster.election import Election, Leadership
+from cairn.cluster.keys import Keys
+from cairn.cluster.memory import MemoryRegistry
+from cairn.cluster.open import open_registry
+from cairn.cluster.registration import Registration
+from cairn.cluster.replicas import Replicas
+from cairn.cluster.shared import Shared, put_setting
+from cairn.cluster.values import CacheState, Events, Instance, Load, Replica, Role, TierState
+
+__all__ = [
+    "CacheState",
+    "Changed",
+    "Directory",
+    "Election",
+    "Events",
+    "Instance",
+    "Joined",
+    "Keys",
+    "Leadership",
+    "Left",
+    "Load",
+    "Member",
+    "MemoryRegistry",
+    "Registration",
+    "Registry",
+    "Replica",
+    "Replicas",
+    "Role",
+    "Shared",
+    "TierState",
+    "open_registry",
+    "put_setting",
+]

@@ -1,0 +1,98 @@
+"""`cairn register` and `cairn cluster` on a real etcd, in processes of their own."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from tests.cluster.engine import Engine
+from tests.cluster.etcd import DEADLINE_S, Cluster, etcd, needs_etcd
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+CAIRN = [sys.executable, "-c", "from cairn.cli import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with etcd() as cluster:
+        yield cluster
+
+
+def listing(run: Run, cluster: Cluster) -> dict[str, Any]:
+    ended = run("cluster", "list", "--json", "--etcd-addr", cluster.endpoints[0])
+    assert ended.returncode == 0, ended.stderr
+    found: dict[str, Any] = json.loads(ended.stdout)
+    return found
+
+
+@needs_etcd
+def test_an_engine_is_registered_shown_and_forgotten(run: Run, cluster: Cluster) -> None:
+    address = cluster.endpoints[0]
+    register = [*CAIRN, "register", "--name", "a", "--role", "MIX", "--events", "tcp://10.0.0.1:5557", "--ranks", "2",
+                "--period", "0.1", "--etcd-addr", address, "--set", "cluster.lease_s=2"]  # fmt: skip
+    watch = [*CAIRN, "cluster", "watch", "--json", "--reports", "--etcd-addr", address]
+    with (
+        Engine() as engine,
+        subprocess.Popen([*watch, "--seconds", "60"], stdout=subprocess.PIPE, text=True) as watcher,
+        subprocess.Popen([*register, "--http", engine.url], stdout=subprocess.PIPE, text=True) as first,
+    ):
+        try:
+            assert watcher.stdout
+            assert first.stdout
+            events = (json.loads(line) for line in watcher.stdout)
+            joined = next(events)
+            assert (joined["event"], joined["name"]) == ("joined", "a")
+            while joined["load"] is None:
+                joined = next(events)
+            shown = listing(run, cluster)["instances"]["a"]["instance"]
+            assert (shown["role"], shown["model"], shown["block_tokens"]) == ("MIX", "tiny", 32)
+            assert [one["endpoint"] for one in shown["events"]] == ["tcp://10.0.0.1:5557", "tcp://10.0.0.1:5558"]
+            assert first.stdout.readline() == f"a: registered as {shown['incarnation']}\n"
+            first.kill()
+            assert next(one for one in events if one["event"] != "changed")["event"] == "left"
+            assert listing(run, cluster) == {"instances": {}, "replicas": {}}
+            lasting = [*register[:-1], "cluster.lease_s=300", "--http", engine.url]
+            with subprocess.Popen(lasting, stdout=subprocess.PIPE, text=True) as second:
+                rejoined = next(events)
+                assert (rejoined["event"], rejoined["name"]) == ("joined", "a")
+                assert rejoined["instance"]["incarnation"] != shown["incarnation"]
+                second.send_signal(signal.SIGTERM)
+                # At once, and not when the lease ends.
+                assert next(one for one in events if one["event"] != "changed")["event"] == "left"
+                assert second.wait(DEADLINE_S) == 0
+        finally:
+            watcher.kill()
+            first.kill()
+
+
+@needs_etcd
+def test_the_table_is_for_people(run: Run, cluster: Cluster) -> None:
+    ended = run("cluster", "list", "--etcd-addr", cluster.endpoints[0], "--namespace", "empty")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "cairn cluster list" in ended.stdout
+
+
+AT_NOWHERE = ("--etcd-addr", "127.0.0.1:1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("cluster", "list"), 2, "cluster.etcd_addr is empty"),
+        (("cluster", "list", "--etcd-addr", "nonsense"), 2, "'nonsense': must be host:port"),
+        (("cluster", "list", *AT_NOWHERE, "--set", "cluster.timeout_s=0.5"), 1, "has not answered in 0.5 s"),
+        (("register", "--name", "a/b", "--http", "http://a:1", *AT_NOWHERE), 2, "Instance a/b"),
+        (("register", "--name", "a", "--http", "a:1", *AT_NOWHERE), 2, "must be an address such as"),
+        (("register", "--name", "a", "--http", "http://a:1", *AT_NOWHERE, "--role", "BOSS"), 2, "BOSS: no role"),
+        (("register", "--name", "a", "--http", "http://a:1", *AT_NOWHERE, "--events", "tcp://*:5"), 2, "engine binds"),
+    ],
+)
+def test_mistakes_end_in_one_line(run: Run, arguments: tuple[str, ...], code: int, message: str) -> None:
+    ended = run(*arguments)
+    assert ended.returncode == code
+    assert message in ended.stderr
+    assert ended.stderr.count("\n") == 1
