@@ -11,22 +11,35 @@ import typer
 
 from cairn import __version__
 from cairn.cli.bench import app as bench
+from cairn.cli.cluster import app as cluster
+from cairn.cli.codec import app as codec
 from cairn.cli.config import app as config
 from cairn.cli.demo import demo
+from cairn.cli.events import app as events
+from cairn.cli.index import index
 from cairn.cli.inspect import inspect
+from cairn.cli.node import node
 from cairn.cli.output import help_if_alone
+from cairn.cli.register import register
 from cairn.cli.version import version
 from cairn.errors import CairnError, ConfigError, GeometryError, InputError
 
 # typer carries its own copy of click and exports only some of its exceptions; this is the root of those for bad usage.
 _UsageError = cast(type[typer.BadParameter], typer.BadParameter.__bases__[0])
-_EXTRA = {"accelerate", "gguf", "matplotlib", "torch", "transformers"}
+_EXTRA = dict.fromkeys(("accelerate", "gguf", "matplotlib", "torch", "transformers"), "demo")
+_EXTRA |= {"zmq": "fleet"} | dict.fromkeys(("fastapi", "grpc", "google", "httptools", "uvicorn", "jinja2"), "index")
 _BAD_INPUT = (ConfigError, GeometryError, InputError)
 
 app = typer.Typer(name="cairn", rich_markup_mode=None, pretty_exceptions_enable=False)
 app.command()(demo)
+app.command()(node)
 app.add_typer(bench, name="bench")
 app.command()(inspect)
+app.add_typer(events, name="events")
+app.command()(index)
+app.add_typer(cluster, name="cluster")
+app.command()(register)
+app.add_typer(codec, name="codec")
 app.add_typer(config, name="config")
 app.command()(version)
 
@@ -55,7 +68,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in _EXTRA:
             raise
-        code = _complain(f"{error.name} is not installed; pip install 'cairn-kv[demo]' brings it", 1)
+        code = _complain(f"{error.name} is not installed; pip install 'cairn-kv[{_EXTRA[error.name]}]' brings it", 1)
     except typer.Abort:
         code = _complain("aborted", 130)
     sys.exit(code)

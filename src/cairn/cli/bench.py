@@ -63,6 +63,48 @@ def index(as_json: AsJson = False) -> None:
 
 
 @app.command()
+def fleet(as_json: AsJson = False) -> None:
+    """Feed and ask the fleet's index.
+
+    \b
+    Example:
+      cairn bench fleet --json
+    """
+    from cairn.cli.bench_fleet import run_fleet
+
+    _report("fleet", run_fleet(), as_json)
+
+
+@app.command()
+def remote(
+    urls: Annotated[list[str], typer.Argument(metavar="URL...", help="Stores, as storage.remote.url names them.")],
+    as_json: AsJson = False,
+) -> None:
+    """Load, store and look up in remote stores, beside their bare clients.
+
+    \b
+    Example:
+      cairn bench remote valkey://127.0.0.1:6379 file:///mnt/kv --json
+    """
+    from cairn.cli.bench_remote import run_remote
+
+    _report("remote", run_remote(urls), as_json)
+
+
+@app.command()
+def node(as_json: AsJson = False) -> None:
+    """Call a node over ipc, copy from its arena, and see what it uses.
+
+    \b
+    Example:
+      cairn bench node --json
+    """
+    from cairn.cli.bench_node import run_node
+
+    _report("node", run_node(), as_json)
+
+
+@app.command()
 def policy(
     trace: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Requests, a JSON object a line.")],
     as_json: AsJson = False,
@@ -76,6 +118,36 @@ def policy(
     from cairn.cli.bench_policy import run_policy
 
     _report("policy", run_policy(trace), as_json)
+
+
+@app.command()
+def quality(
+    model: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="In Hugging Face format; SmolLM2-135M-Instruct by default."),
+    ] = None,
+    windows: Annotated[int, typer.Option(min=2, help="Windows of 256 scored tokens after 1,280 of context.")] = 80,
+    calibration: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Of `cairn codec calibrate`.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw KL over bits into this file, PNG or SVG.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compress a real model's KV: KL, perplexity and real bits of every codec, beside CacheGen as published.
+
+    \b
+    Example:
+      cairn bench quality --windows 8 --plot quality.svg --json
+    """
+    from cairn.cli.quality.plot import draw
+    from cairn.cli.quality.run import run_quality
+
+    result = run_quality(
+        model, count=windows, calibration=calibration, tick=lambda i, of: typer.echo(f"window {i} of {of}", err=True)
+    )
+    if plot:
+        draw(result["quality"], plot)
+    _report("quality", result, as_json)
 
 
 def _report(name: str, result: dict[str, Any], as_json: bool) -> None:

@@ -17,11 +17,13 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from cairn.codec.base import Octets
+from cairn.codec.frame import checksum_of
 from cairn.kv import KeyChain, Keys, KVGeometry, Namespace
+from cairn.tier.arena import Arena
 from cairn.tier.base import Outcomes, Rows
 from cairn.tier.disk import DEFAULT_THREADS, DiskTier
 from cairn.tier.disk_directory import PAGE
-from cairn.tier.dram import Arena
 
 #: Llama-3.1-8B: 2 MiB a block of 16 tokens; and a small model: 384 KiB.
 LARGE: Final = KVGeometry(layers=32, kv_heads=8, head_dim=128, block_tokens=16)
@@ -33,15 +35,17 @@ CHAIN_BLOCKS: Final = 16
 TIMEOUT_S: Final = 120.0
 
 Order = Sequence[int]
+#: (row, slot) of each block.
+Moves = list[tuple[int, int]]
 
 
 def run_disk(directory: Path | None = None, *, threads: int = DEFAULT_THREADS, rounds: int = ROUNDS) -> dict[str, Any]:
     """Shares of the bare device's throughput, as medians over rounds of the ratio within a round.
 
     In every round the same chains of blocks are moved in a new order by the tier and by as many threads with bare
-    preadv/pwritev over a file of the same size at the same offsets; who comes first alternates at random. Takes about
-    1.1 GiB of `directory` (the system's temporary one unless given) and gives it back. Raises StorageError without that
-    room.
+    preadv/pwritev over a file of the same size at the same offsets, once without and once with the checksum that
+    proves a block; who comes first alternates at random. Takes about 1.1 GiB of `directory` (the system's temporary one
+    unless given) and gives it back. Raises StorageError without that room.
     """
     gc.collect()
     gc.freeze()  # what the imports left behind is not to be collected while something is timed
@@ -97,7 +101,9 @@ class _Bench:
         self.forget()
 
     def forget(self) -> None:
-        self._seconds: dict[str, list[float]] = {name: [] for name in ("write", "raw_write", "read", "raw_read")}
+        self._seconds: dict[str, list[float]] = {
+            f"{whose}{kind}": [] for kind in ("write", "read") for whose in ("", "raw_", "summed_raw_")
+        }
 
     def round(self) -> None:
         """New chains are written, then read, each in a new order."""
@@ -120,11 +126,13 @@ class _Bench:
     def result(self) -> dict[str, float]:
         figures: dict[str, float] = {}
         for kind in ("read", "write"):
-            mine, bare = self._seconds[kind], self._seconds[f"raw_{kind}"]
-            shares = [b / m for m, b in zip(mine, bare, strict=True)]
-            figures[f"{kind}_share_of_raw"] = round(statistics.median(shares), 3)
+            mine = self._seconds[kind]
             figures[f"{kind}_gb_per_s"] = round(self._bytes / statistics.median(mine) / 1e9, 3)
-            figures[f"raw_{kind}_gb_per_s"] = round(self._bytes / statistics.median(bare) / 1e9, 3)
+            for raw in ("raw", "summed_raw"):
+                bare = self._seconds[f"{raw}_{kind}"]
+                shares = [b / m for m, b in zip(mine, bare, strict=True)]
+                figures[f"{kind}_share_of_{raw}"] = round(statistics.median(shares), 3)
+                figures[f"{raw}_{kind}_gb_per_s"] = round(self._bytes / statistics.median(bare) / 1e9, 3)
         return figures
 
     def close(self) -> None:
@@ -141,13 +149,14 @@ class _Bench:
         self._prompts += 1
         return KeyChain(self._namespace, 16, np.full(16 * CHAIN_BLOCKS, self._prompts, np.uint32)).keys
 
-    def _race(self, kind: str, mine: Callable[[Order], None], bare: Callable[[list[tuple[int, int]]], None]) -> None:
+    def _race(self, kind: str, mine: Callable[[Order], None], bare: "Callable[[Moves, bool], None]") -> None:
         order = self._random.sample(range(self._chain_count), self._chain_count)
         rows = [chain * CHAIN_BLOCKS + block for chain in order for block in range(CHAIN_BLOCKS)]
         moves = [(row, self._slots[row]) for row in rows]
         runs: list[tuple[str, Callable[[], None]]] = [
             (kind, lambda: mine(order)),
-            (f"raw_{kind}", lambda: bare(moves)),
+            (f"raw_{kind}", lambda: bare(moves, False)),
+            (f"summed_raw_{kind}", lambda: bare(moves, True)),
         ]
         self._random.shuffle(runs)
         for name, run in runs:
@@ -189,23 +198,33 @@ class _Bare:
         except OSError:  # the tier goes without it there, too
             self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
-    def write(self, moves: list[tuple[int, int]]) -> None:
-        self._run(moves, os.pwritev)
+    def write(self, moves: Moves, summed: bool) -> None:
+        self._run(moves, os.pwritev, before=checksum_of if summed else None)
 
-    def read(self, moves: list[tuple[int, int]]) -> None:
-        self._run(moves, os.preadv)
+    def read(self, moves: Moves, summed: bool) -> None:
+        self._run(moves, os.preadv, after=checksum_of if summed else None)
 
     def close(self) -> None:
         os.close(self._fd)
 
-    def _run(self, moves: list[tuple[int, int]], call: Callable[[int, list[Any], int], int]) -> None:
+    def _run(
+        self,
+        moves: Moves,
+        call: Callable[[int, list[Any], int], int],
+        before: Callable[[Octets], bytes] | None = None,
+        after: Callable[[Octets], bytes] | None = None,
+    ) -> None:
         remaining, short = iter(moves), []
 
         def work() -> None:
             page = mmap.mmap(-1, PAGE)
             for row, slot in remaining:
+                if before:
+                    before(self._arena[row])
                 if call(self._fd, [page, self._arena[row].data], slot * self._slot_bytes) != self._slot_bytes:
                     short.append(slot)
+                if after:
+                    after(self._arena[row])
 
         threads = [threading.Thread(target=work) for _ in range(self._threads)]
         for thread in threads:

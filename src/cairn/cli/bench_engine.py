@@ -29,10 +29,11 @@ Bytes = npt.NDArray[np.uint8]
 
 def run_engine() -> dict[str, Any]:
     """Medians; store, retrieve and memcpy interleaved, with the same number of threads, over the same bytes."""
-    return {**_bench_copies(), **_bench_lookup()}
+    return {**bench_copies(), **_bench_lookup()}
 
 
-def _bench_copies() -> dict[str, Any]:
+def bench_copies(node: str | None = None) -> dict[str, Any]:
+    """node: the address of one that keeps the blocks; None: the engine itself."""
     size = BLOCKS * LLAMA_8B.block_bytes
     config = load_config(environ={}, overrides={"storage.cpu.size": size, "engine.timeout_s": 60, "engine.lease_s": 60})
     rng = np.random.default_rng(0)
@@ -41,7 +42,7 @@ def _bench_copies() -> dict[str, Any]:
     prompts = [rng.integers(0, 100_000, BLOCKS * 16, dtype=np.uint32) for _ in range(ROUNDS + 1)]
     threads = config.engine.copy_threads
     seconds: dict[str, list[float]] = {"memcpy": [], "store": [], "retrieve": []}
-    with CacheEngine(Namespace(model="bench", geometry=LLAMA_8B), config) as engine:
+    with CacheEngine(Namespace(model="bench", geometry=LLAMA_8B), config, node=node) as engine:
         memcpy = _Memcpy(size, LLAMA_8B.block_bytes, threads)
         for prompt in prompts:
             seconds["memcpy"].append(_timed(memcpy.run))

@@ -35,8 +35,8 @@ def show(
     Example:
       cairn config show cairn.yaml --set storage.cpu.size=8GiB
     """
-    config = _load(file, settings)
-    typer.echo(config.model_dump_json(indent=2) if as_json else config.to_yaml().rstrip())
+    config = load(file, settings)
+    typer.echo(config.model_dump_json(indent=2, context="masked") if as_json else config.to_yaml().rstrip())
 
 
 @app.command()
@@ -52,7 +52,7 @@ def check(
     Example:
       cairn config check cairn.yaml
     """
-    _load(file, settings)
+    load(file, settings)
     typer.echo("ok")
 
 
@@ -82,7 +82,7 @@ def docs() -> None:
     typer.echo(render(), nl=False)
 
 
-def _load(file: Path | None, settings: list[str]) -> "Config":
+def load(file: Path | None, settings: list[str]) -> "Config":
     from cairn.config import load_config, parse_assignment
 
     return load_config(file, overrides=dict(map(parse_assignment, settings)))

@@ -17,6 +17,8 @@ from cairn import __version__
 
 def machine() -> dict[str, Any]:
     """Where and how a figure was measured: the head of every benchmark result."""
+    from cairn.config.urls import mask_url  # brings pydantic
+
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
@@ -25,7 +27,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "cairn": __version__,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["cairn", *sys.argv[1:]]),
+        "command": shlex.join(["cairn", *map(mask_url, sys.argv[1:])]),
     }
 
 

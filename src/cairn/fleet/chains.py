@@ -1,0 +1,87 @@
+"""From what events and callers say to keys and names: the hashing side of the index."""
+
+import array
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cairn.errors import InputError
+from cairn.fleet.base import Stored
+from cairn.fleet.links import Hashed, Links
+from cairn.fleet.names import Hashes
+from cairn.kv import KeyChain, Keys
+from cairn.kv.keys import KEY_BYTES
+
+#: What an engine calls a block.
+EngineHash = bytes | int
+
+_MASK = (1 << 64) - 1
+_SHORTEST = 8
+
+
+def root_of(namespace: bytes) -> bytes:
+    """What a chain starts from: a namespace digest of 16 bytes itself, any other name's digest."""
+    if len(namespace) == KEY_BYTES:
+        return namespace
+    return hashlib.blake2s(namespace, digest_size=KEY_BYTES, person=b"cairn/fl").digest()
+
+
+def as_hashed(prompt: Any) -> tuple[Hashed, ...]:
+    """What a caller has hashed already, in one block size (a KeyChain) or several (of `FleetIndex.hashed`); or none."""
+    if isinstance(prompt, KeyChain):
+        return (Hashed(prompt.block_tokens, prompt.keys),)
+    if isinstance(prompt, tuple) and prompt and isinstance(prompt[0], Hashed):
+        return prompt
+    return ()
+
+
+def hashes_of(hashes: Sequence[EngineHash]) -> Hashes | None:
+    """Names [n] for a source's own table: 64 bits of each hash, the last ones as vLLM shortens it; None: no hashes."""
+    try:
+        return _words(hashes)
+    except TypeError:
+        return None
+
+
+def _words(hashes: Sequence[EngineHash]) -> Hashes:
+    kinds = set(map(type, hashes))
+    if kinds == {int}:
+        try:
+            return np.array(hashes, np.uint64)
+        except OverflowError:  # signed, or of more than 64 bits
+            return np.array([one & _MASK for one in hashes], np.uint64)  # type: ignore[operator]
+    if kinds == {bytes}:
+        lengths = set(map(len, hashes))  # type: ignore[arg-type]
+        if len(lengths) == 1 and (length := lengths.pop()) >= _SHORTEST:
+            rows = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, length)  # type: ignore[arg-type]
+            return np.ascontiguousarray(rows[:, -8:]).view(">u8").reshape(-1).astype(np.uint64)
+    return np.array([_word(one) for one in hashes], np.uint64)
+
+
+def hash_of(one: EngineHash) -> np.uint64:
+    """The name of one block, as in `hashes_of`. Raises TypeError for what is no hash."""
+    return np.uint64(_word(one))
+
+
+def _word(one: EngineHash) -> int:
+    return int.from_bytes(one[-8:], "big") if isinstance(one, bytes) else one & _MASK
+
+
+def keys_of(root: bytes, event: Stored, links: Links) -> Keys | None:
+    """The keys of an event's blocks, after `root`; None if it contradicts itself."""
+    size, blocks = event.block_tokens, len(event.hashes)
+    if size < 1 or len(event.tokens) != size * blocks or len(event.extra) not in (0, blocks):
+        return None
+    extra = {i: content for i, content in enumerate(event.extra) if content is not None}
+    try:
+        tokens = _token_array(event.tokens)
+        return KeyChain(root, size, tokens, extra).keys if extra else links.hashed(root, size, tokens).keys
+    except (InputError, TypeError, OverflowError):
+        return None
+
+
+def _token_array(tokens: Sequence[int]) -> Any:
+    """Three times faster than numpy for lists of ints."""
+    return np.frombuffer(array.array("I", tokens), np.uint32) if isinstance(tokens, list | tuple) else tokens

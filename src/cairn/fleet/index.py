@@ -1,0 +1,278 @@
+"""The global block index: events in, and who holds how much of a prompt out."""
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cairn.errors import InputError
+from cairn.fleet.base import Cleared, Event, Removed, Source, Stored, StoredMany
+from cairn.fleet.blocks import ALL_TIERS, taken
+from cairn.fleet.chains import as_hashed, hash_of, hashes_of, keys_of, root_of
+from cairn.fleet.copying import Piece, SourceCopy
+from cairn.fleet.holders import sets_used
+from cairn.fleet.ledger import Ledger
+from cairn.fleet.links import Hashed, Links, leaves_of
+from cairn.fleet.match import PLANES, Match, planes_of, walk
+from cairn.fleet.names import Hashes
+from cairn.kv import Keys, as_tokens
+from cairn.kv.keys import Tokens
+
+_LINKS = 1 << 14
+
+#: Blocks that are hashed before anybody is asked whether he holds them; eight times as many each time after.
+_PIECE = 512
+
+#: Where prompts without a namespace begin, [1, 2].
+_ROOT = np.frombuffer(root_of(b""), np.uint64).reshape(1, 2).copy()
+
+
+class Stats(NamedTuple):
+    """blocks: distinct ones; worker_blocks: pairs of a block and a source that holds it; sets: different sets of
+    holders; sources; bytes: memory in use. Since the start, in blocks: evicted; orphans: stored behind a parent that
+    the source does not hold; unknown: named in removals and tokenless events but not held; malformed: of events that
+    contradict themselves, or of one source or block size too many; doubles: stored by a source that held them under
+    another name.
+    """
+
+    blocks: int
+    worker_blocks: int
+    sets: int
+    sources: int
+    bytes: int
+    evicted: int
+    orphans: int
+    unknown: int
+    malformed: int
+    doubles: int
+
+
+class FleetIndex:
+    """Which source holds which blocks in which tier, by Cairn's own keys over token ids.
+
+    capacity: distinct blocks at most; worker_blocks: pairs of block and source at most. Beyond either those go that
+    have been stored, and asked for, the longest ago. sources: at most so many at a time, of 8 block sizes together;
+    events of others are not taken in. Memory: about 45 bytes a distinct block and 16 a worker-block, and 32 bytes per
+    64 sources for each different set of holders, of which there are at most as many as blocks.
+
+    Thread-safe. Events of one source must come from one thread at a time, in order; those of several may come at once.
+    A lookup waits for one batch of changes at most (`ledger.BATCH`), however much is being taken in. Nothing raises for
+    what events say: what cannot be used is skipped and counted.
+    """
+
+    takes_many = True
+
+    def __init__(self, capacity: int = 1 << 22, *, worker_blocks: int = 1 << 27, sources: int = 1 << 14) -> None:
+        for name, value in (("capacity", capacity), ("worker_blocks", worker_blocks), ("sources", sources)):
+            if not 1 <= value < 1 << 31:
+                raise InputError(f"{name}={value}: must be in [1, 2**31)")
+        self._ledger = Ledger(capacity, worker_blocks, sources)
+        self._links = Links(min(_LINKS, 1 << (capacity + 3).bit_length()))
+        self._counts: Counter[str] = Counter()
+
+    def apply(self, source: Source, events: Iterable[Event | StoredMany]) -> None:
+        """Takes in what a source said, in order."""
+        for event in events:
+            if isinstance(event, StoredMany):
+                self._stored_many(source, event)
+            elif isinstance(event, Stored):
+                self._stored(source, event)
+            elif isinstance(event, Removed):
+                self._removed(source, event)
+            elif isinstance(event, Cleared):
+                self.drop(source)
+
+    def drop(self, who: Source | str) -> None:
+        """A source, or all sources of an instance, hold nothing any more. Costs what they held."""
+        with self._ledger.writers:
+            known = [one for one in self._ledger.members if one.instance == who]
+            for source in [who] if isinstance(who, Source) else known:
+                self._ledger.drop(source)
+
+    def sources(self) -> tuple[Source, ...]:
+        """All that hold something, those held back too."""
+        with self._ledger.writers:
+            return tuple(self._ledger.members)
+
+    def show(self, source: Source) -> None:
+        """What `restore` has held back counts from now on."""
+        with self._ledger.writers:
+            self._ledger.show(source)
+
+    def copy(self, source: Source) -> SourceCopy | None:
+        """A copy of a source, to be made with `cut`; None: it holds nothing."""
+        with self._ledger.writers:
+            member = self._ledger.members.get(source)
+        return None if member is None else SourceCopy(self._ledger, member)
+
+    def cut(self, source: Source, copy: SourceCopy) -> bool:
+        """Takes the moment of a copy; False: the source has been dropped since the copy was begun."""
+        with self._ledger.writers:
+            member = self._ledger.members.get(source)
+            there = member is not None and copy.of(member)
+            if there:
+                copy.cut()
+            return there
+
+    def restore(self, source: Source, sizes: tuple[int, ...], names: int, *, held_back: bool) -> bool:
+        """Makes room for a source that is not there, of these block sizes and about so many blocks, for `fill`. False
+        if it is there, or if there are too many sources or block sizes. held_back: it does not count until `show`.
+        """
+        with self._ledger.writers:
+            return self._ledger.restore(source, sizes, names, held_back=held_back)
+
+    def fill(self, source: Source, piece: Piece) -> None:
+        """Blocks of a source that `restore` has made room for; of one that is gone since nothing is taken in."""
+        with self._ledger.writers:
+            self._ledger.fill(source, piece)
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Blocks and worker-blocks at most."""
+        return self._ledger.limits
+
+    def hashed(self, tokens: Any, namespace: bytes = b"") -> tuple[Hashed, ...]:
+        """The keys of a prompt, token ids [n], in each block size that a source uses, for `match`. Raises InputError.
+
+        namespace: as events tell it, see `Stored`.
+        """
+        ids = as_tokens(tokens)
+        return tuple(self._links.hashed(root_of(namespace), size, ids) for size in self._ledger.sizes)
+
+    def match(self, prompt: Any, instances: Collection[str] | None = None, namespace: bytes = b"") -> Match:
+        """What each source (of these instances) holds of a prompt, in tokens. A source that holds nothing at all, as
+        one that was cleared, is not in it.
+
+        prompt: token ids [n], under `namespace`; or what `hashed` gave; or a KeyChain, which must be rooted at
+        `root_of(namespace)`: sources of other block sizes then hold nothing. Raises InputError for what are no tokens.
+        """
+        best: Match | None = None
+        ready = as_hashed(prompt)
+        walks = (self._walk(keys, size, instances) for size, keys in ready)
+        for found in walks if ready else self._found(as_tokens(prompt), root_of(namespace), instances):
+            if best is None or best.sources != found.sources:  # a source came or went meanwhile: the later is right
+                best = found
+            else:
+                best = Match(found.sources, np.maximum(best.tokens, found.tokens), np.maximum(best.reach, found.reach))
+        return best or self._walk(np.empty((0, 2), np.uint64), 1, instances)
+
+    def _found(self, ids: Tokens, root: bytes, instances: Collection[str] | None) -> Iterator[Match]:
+        """What is held of a prompt, by block size. It is hashed piece by piece, as long as anybody holds all of it so
+        far: most of the time goes into that, and a prompt that is new to the fleet ends early.
+        """
+        for size in self._ledger.sizes:
+            seed, done, keys = root, 0, np.empty((0, 2), np.uint64)
+            blocks, piece = len(ids) // size, _PIECE
+            while True:
+                more = self._links.hashed(seed, size, ids[size * done : size * min(blocks, done + piece)]).keys
+                keys = np.concatenate([keys, more]) if done else more
+                found = self._walk(keys, size, instances)
+                done = len(keys)
+                if done == blocks or not (found.reach[:, -1] == size * done).any():
+                    break
+                seed, piece = keys[-1].tobytes(), 8 * piece
+            yield found
+
+    def block_tokens(self, source: Source) -> int | None:
+        """The smallest block size that a source uses; None while it holds nothing."""
+        with self._ledger.writers:
+            member = self._ledger.members.get(source)
+            return min(member.sizes) if member else None
+
+    def held(self) -> dict[Source, int]:
+        """How many blocks each source holds."""
+        with self._ledger.writers:
+            return {source: member.count for source, member in self._ledger.members.items()}
+
+    def stats(self) -> Stats:
+        ledger = self._ledger
+        with ledger.writers:
+            return Stats(
+                blocks=taken(ledger.blocks),
+                worker_blocks=ledger.named,
+                sets=sets_used(ledger.holders),
+                sources=len(ledger.members),
+                bytes=ledger.nbytes + self._links.nbytes,
+                evicted=ledger.evicted,
+                orphans=self._counts["orphans"],
+                unknown=self._counts["unknown"],
+                malformed=self._counts["malformed"],
+                doubles=self._counts["doubles"],
+            )
+
+    def _walk(self, keys: Keys, block_tokens: int, instances: Collection[str] | None) -> Match:
+        ledger = self._ledger
+        with ledger.lock:
+            sources, numbers = ledger.roster()
+            if instances is not None:
+                wanted = [i for i, source in enumerate(sources) if source.instance in instances]
+                sources, numbers = tuple(sources[i] for i in wanted), numbers[wanted]
+            live = np.zeros((PLANES, ledger.words), np.uint64)
+            np.bitwise_or.at(live[0], numbers >> 6, np.uint64(1) << (numbers & 63).astype(np.uint64))
+            live[1:] = live[0]
+            ended = np.full((PLANES, 64 * ledger.words), len(keys), np.int32)
+            walk(ledger.blocks, ledger.holders, keys, live, ended)
+        return Match(sources, *planes_of(ended, numbers, block_tokens))
+
+    def _stored(self, source: Source, event: Stored) -> None:
+        count, hashes = len(event.hashes), hashes_of(event.hashes)
+        if hashes is None:
+            self._miss("malformed", count)
+        elif not len(event.tokens):
+            with self._ledger.writers:
+                self._counts["unknown"] += self._ledger.attach(source, hashes, int(event.tier))
+        elif (root := self._root(source, event)) is None:
+            self._miss("orphans", count)
+        elif (keys := keys_of(root, event, self._links)) is None:
+            self._miss("malformed", count)
+        else:
+            self._store(source, event, keys, hashes)
+
+    def _stored_many(self, source: Source, many: StoredMany) -> None:
+        """The same as each of the events by itself."""
+        size, singles = many.tokens.shape[1], 0
+        if not self._ledger.uses(source, size):
+            for event in many.each():
+                self._stored(source, event)  # it may be the first of its kind, or none that is taken in
+                singles += 1
+                if self._ledger.uses(source, size):
+                    break
+        if singles == len(many.told):
+            return
+        rest = many.behind(singles) if singles else many
+        leaves = leaves_of(rest.tokens)
+        with self._ledger.writers:
+            orphans, doubles = self._ledger.store_many(source, rest, leaves, _ROOT, self._links)
+            self._counts["orphans"] += orphans
+            self._counts["doubles"] += doubles
+
+    def _store(self, source: Source, event: Stored, keys: Keys, hashes: Hashes) -> None:
+        with self._ledger.writers:
+            doubles = self._ledger.store(source, event.block_tokens, keys, hashes, int(event.tier))
+            if doubles is None:
+                self._counts["malformed"] += len(hashes)
+            else:
+                self._counts["doubles"] += doubles
+
+    def _root(self, source: Source, event: Stored) -> bytes | None:
+        """The key before the event's first block; None if the source does not hold the parent that it names."""
+        if event.parent is None:
+            return root_of(event.namespace)
+        with self._ledger.writers:
+            return self._ledger.key_of(source, hash_of(event.parent))
+
+    def _removed(self, source: Source, event: Removed) -> None:
+        count, hashes = len(event.hashes), hashes_of(event.hashes)
+        if hashes is None:
+            self._miss("malformed", count)
+        elif event.namespace_group is not None:  # not the group whose blocks were stored
+            self._miss("unknown", count)
+        else:
+            with self._ledger.writers:
+                tiers = ALL_TIERS if event.tier is None else 1 << int(event.tier)
+                self._counts["unknown"] += self._ledger.remove(source, hashes, tiers)
+
+    def _miss(self, counter: str, blocks: int) -> None:
+        with self._ledger.writers:
+            self._counts[counter] += blocks

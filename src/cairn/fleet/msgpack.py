@@ -1,0 +1,164 @@
+"""msgpack read in kernels: the few kinds that plain events are made of. Everything is bounded by the bytes at hand.
+
+A reader takes the address of a value and that where the bytes end, and returns what the value is and where it ends;
+NONE for the latter says that it is something else, or cut off. Addresses instead of arrays, because numba counts an
+array's references at every call, which took three times as long as the reading. `padded` makes room behind the end, so
+that eight bytes can be loaded wherever one may.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from cairn.index.slots import NONE
+from cairn.jit import kernel, load_big, load_byte, store_half
+
+Bytes = npt.NDArray[np.uint8]
+
+NIL = 0xC0
+PADDING = 32
+_NOTHING = np.uint64(0)
+_8, _24, _32, _56, _64 = np.uint64(8), np.uint64(24), np.uint64(32), np.uint64(56), np.uint64(64)
+
+_FIXED = np.zeros(256, np.int64)
+"""Bytes of a scalar without a length of its own, by its first byte; 0: no such scalar."""
+_FIXED[:0x80] = _FIXED[0xE0:] = _FIXED[[0xC0, 0xC2, 0xC3]] = 1
+_FIXED[[0xCC, 0xD0]] = 2
+_FIXED[[0xCD, 0xD1]] = 3
+_FIXED[[0xCA, 0xCE, 0xD2]] = 5
+_FIXED[[0xCB, 0xCF, 0xD3]] = 9
+
+_STEP = np.zeros(256, np.int64)
+"""Bytes of an unsigned integer below 2**32; 0: it is none. Beside it: how far the four bytes behind are shifted."""
+_STEP[:0x80], _STEP[0xCC], _STEP[0xCD], _STEP[0xCE] = 1, 2, 3, 5
+_SHIFT = np.zeros(256, np.uint64)
+_SHIFT[:0x80], _SHIFT[0xCC], _SHIFT[0xCD] = 32, 24, 16
+_ITSELF = np.where(np.arange(256) < 0x80, np.arange(256), 0).astype(np.uint64)
+
+
+def padded(parts: Sequence[bytes]) -> bytes:
+    """All bytes in a row, with PADDING bytes behind that are not theirs."""
+    return b"".join([*parts, bytes(PADDING)])
+
+
+@kernel
+def read_unsigned(at: int, end: int) -> tuple[np.uint64, int]:
+    """An integer 0..2**64-1 in one of the unsigned forms."""
+    if at >= end:
+        return _NOTHING, NONE
+    kind = load_byte(at)
+    if kind < 0x80:
+        return np.uint64(kind), at + 1
+    if 0xCC <= kind <= 0xCF:
+        count = 1 << (kind - 0xCC)
+        if at + count < end:
+            return load_big(at + 1) >> (_64 - _8 * np.uint64(count)), at + 1 + count
+    return _NOTHING, NONE
+
+
+@kernel
+def read_array(at: int, end: int) -> tuple[int, int]:
+    """How many items an array has; no more than the bytes behind may hold."""
+    return _read_header(at, end, 0x90, 0xDC)
+
+
+@kernel
+def read_map(at: int, end: int) -> tuple[int, int]:
+    """How many pairs a map has; no more than the bytes behind may hold items."""
+    return _read_header(at, end, 0x80, 0xDE)
+
+
+@kernel
+def _read_header(at: int, end: int, short: int, long: int) -> tuple[int, int]:
+    if at >= end:
+        return 0, NONE
+    kind = load_byte(at)
+    if kind & 0xF0 == short:
+        count, at = kind & 0x0F, at + 1
+    elif kind == long:
+        count, at = int(np.int64(load_big(at) << _8 >> np.uint64(48))), at + 3
+    elif kind == long + 1:
+        count, at = int(np.int64(load_big(at) << _8 >> _32)), at + 5
+    else:
+        return 0, NONE
+    return (count, at) if count <= end - at else (0, NONE)
+
+
+@kernel
+def read_text(at: int, end: int) -> tuple[int, int]:
+    """A string of less than 256 bytes: where its bytes begin."""
+    if at < end:
+        kind = load_byte(at)
+        if kind & 0xE0 == 0xA0 and at + (kind & 0x1F) < end:
+            return at + 1, at + 1 + (kind & 0x1F)
+        if kind == 0xD9:
+            start = at + 2
+            stop = start + load_byte(at + 1)
+            if stop <= end:
+                return start, stop
+    return NONE, NONE
+
+
+@kernel
+def skip_scalar(at: int, end: int) -> int:
+    """Where a scalar ends that is neither a long string nor bytes."""
+    if at >= end:
+        return NONE
+    size = int(_FIXED[load_byte(at)])
+    if size:
+        return at + size if at + size <= end else NONE
+    return read_text(at, end)[1]
+
+
+@kernel
+def skip(at: int, end: int) -> int:
+    """Where anything ends. Costs no stack: what counts is how many items are still to come."""
+    left = 1
+    while left:
+        if at >= end:
+            return NONE
+        left -= 1
+        kind = load_byte(at)
+        size = int(_FIXED[kind])
+        if size:
+            at += size
+        elif kind & 0xF0 == 0x90 or kind == 0xDC or kind == 0xDD:
+            count, at = read_array(at, end)
+            left += count
+        elif kind & 0xF0 == 0x80 or kind == 0xDE or kind == 0xDF:
+            count, at = read_map(at, end)
+            left += 2 * count
+        elif kind & 0xE0 == 0xA0:
+            at += 1 + (kind & 0x1F)
+        elif 0xD4 <= kind <= 0xD8:
+            at += 2 + (1 << (kind - 0xD4))
+        elif kind == 0xC1:
+            return NONE
+        else:  # 8, 16 or 32 bits of length: bytes (C4), extension with its kind (C7), string (D9)
+            first = 0xC4 if kind < 0xC7 else 0xC7 if kind < 0xCA else 0xD9
+            width = 1 << (kind - first)
+            length = int(np.int64(load_big(at + 1) >> (_64 - _8 * np.uint64(width))))
+            at += 1 + width + length + (1 if first == 0xC7 else 0)
+        if at == NONE or at > end:
+            return NONE
+    return at
+
+
+@kernel
+def unpack(at: int, end: int, target: int, count: int) -> int:
+    """Reads `count` unsigned integers below 2**32 to uint32 memory at `target`; where they end, or NONE.
+
+    Ids of two and of four bytes follow each other at random, so the way must not branch on which it is.
+    """
+    for i in range(count):
+        if at >= end:
+            return NONE
+        word = load_big(at)
+        kind = word >> _56
+        step = int(_STEP[kind])
+        if not step:
+            return NONE
+        store_half(target + 4 * i, np.uint32((word << _8 >> _32) >> _SHIFT[kind] | _ITSELF[kind]))
+        at += step
+    return at if at <= end else NONE

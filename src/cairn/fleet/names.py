@@ -1,0 +1,104 @@
+"""What one source calls its blocks: engine hash -> block, in 12 bytes an entry at a load of 68 to 85 %.
+
+A table of its own for each source, because engines of different seeds call the same block differently, and because a
+source that dies must cost only what it held. Its size is no power of two: doubling would leave half of what is the
+bulk of the fleet's memory empty. Not thread-safe; the index's writers take turns.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from cairn.index.slots import NONE
+from cairn.jit import kernel, prefetch
+
+Hashes = npt.NDArray[np.uint64]
+SlotIds = npt.NDArray[np.int32]
+
+#: Open addressing with linear probing, no tombstones; `next` is the block's slot + 1, 0: no entry. Packed: an entry
+#: that lies across two cache lines costs less than a third more memory.
+_NAME = np.dtype([("hash", np.uint64), ("next", np.int32)])
+_NAME_BYTES = _NAME.itemsize
+assert _NAME_BYTES == 12
+
+Names = npt.NDArray[np.void]
+
+FULL, GROWN = 0.85, 0.68
+_LEAST = 16
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_32 = np.uint64(32)
+
+
+def new_names(count: int, load: float = GROWN) -> Names:
+    """An empty table that holds `count` names at this load, which is at most FULL."""
+    return np.zeros(max(_LEAST, int(count / load) + 1), _NAME)
+
+
+def has_room(names: Names, count: int) -> bool:
+    """Whether the table may hold `count` names in all."""
+    return count <= FULL * len(names)
+
+
+@kernel
+def _home(names: Names, engine_hash: np.uint64) -> int:
+    room = np.uint64(len(names))
+    return np.int64((((engine_hash * _GOLDEN) >> _32) * room) >> _32)  # type: ignore[return-value]
+
+
+@kernel
+def find_name(names: Names, engine_hash: np.uint64) -> int:
+    """Where the name stands, or NONE."""
+    at, room = _home(names, engine_hash), len(names)
+    while names[at].next:
+        if names[at].hash == engine_hash:
+            return at
+        at = at + 1 if at + 1 < room else 0
+    return NONE
+
+
+@kernel
+def expect_name(names: Names, engine_hash: np.uint64) -> None:
+    """Begins to fetch what `find_name` will look at."""
+    prefetch(names.ctypes.data + _NAME_BYTES * _home(names, engine_hash))
+
+
+@kernel
+def slot_at(names: Names, at: int) -> int:
+    """The slot of the block whose name stands at `at`; NONE: none does."""
+    return int(names[at].next) - 1
+
+
+@kernel
+def add_name(names: Names, engine_hash: np.uint64, slot: int) -> None:
+    """Adds a name that the table does not hold; there must be room."""
+    at, room = _home(names, engine_hash), len(names)
+    while names[at].next:
+        at = at + 1 if at + 1 < room else 0
+    names[at].hash = engine_hash
+    names[at].next = slot + 1
+
+
+@kernel
+def delete_name(names: Names, at: int) -> None:
+    """Drops the name that stands at `at` and closes the gap."""
+    gap, room = at, len(names)
+    while True:
+        at = at + 1 if at + 1 < room else 0
+        if not names[at].next:
+            break
+        home = _home(names, names[at].hash)
+        from_home = at - home if at >= home else at - home + room
+        from_gap = at - gap if at >= gap else at - gap + room
+        if from_home >= from_gap:
+            names[gap].hash = names[at].hash
+            names[gap].next = names[at].next
+            gap = at
+    names[gap].next = 0
+
+
+@kernel
+def copy_names(old: Names, new: Names) -> None:
+    """Fills an empty table with another's names."""
+    for at in range(len(old)):
+        if old[at].next:
+            add_name(new, old[at].hash, slot_at(old, at))

@@ -1,0 +1,208 @@
+"""Batches from bytes to arrays in one kernel: runs of plain events that are alike (`cairn.fleet.plain`).
+
+All other events are left to msgspec, by where they stand. A payload with anything else amiss is not touched.
+"""
+
+import threading
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from cairn.fleet.msgpack import NIL, Bytes, padded, read_array, read_unsigned, skip
+from cairn.fleet.plain import (
+    ANY_TIER,
+    BEGINS,
+    BLOCK_TOKENS,
+    BLOCKS,
+    LEAST_BYTES,
+    NOTES,
+    OTHER,
+    PARENT,
+    REMOVED,
+    STORED,
+    TIER,
+    TOKENS,
+    read_event,
+)
+from cairn.index.slots import NONE
+from cairn.jit import kernel, load_byte
+
+RUN_COLUMNS = 10
+
+#: A scratch for more bytes than these is not kept.
+_MOST_KEPT = 1 << 21
+
+
+class Scan(NamedTuple):
+    """payloads: how many of them this is. packed: their bytes, and more. rank: None: not told. runs: (kind, tier or
+    ANY_TIER, block_tokens, events from, to, hashes from, to, tokens from, bytes from, to); `told` has a row for each
+    event that stores, as `StoredMany` has it.
+    """
+
+    payloads: int
+    packed: bytes
+    rank: int | None
+    runs: list[list[int]]
+    hashes: npt.NDArray[np.uint64]
+    tokens: npt.NDArray[np.uint32]
+    told: npt.NDArray[np.uint64]
+
+
+class _Scratch(NamedTuple):
+    """What a scan writes to: room for the worst that so many bytes may hold."""
+
+    runs: npt.NDArray[np.int64]
+    hashes: npt.NDArray[np.uint64]
+    tokens: npt.NDArray[np.uint32]
+    told: npt.NDArray[np.uint64]
+
+
+class _Kept(threading.local):
+    """The scratch of a thread. Allocated anew each time it would leave holes between what the index keeps."""
+
+    scratch: _Scratch | None = None
+
+    def room(self, size: int) -> _Scratch:
+        """For `size` bytes of payloads."""
+        if self.scratch is not None and len(self.scratch.tokens) >= size:
+            return self.scratch
+        scratch = _new_scratch(1 << max(16, (size - 1).bit_length()))
+        if len(scratch.tokens) <= _MOST_KEPT:
+            self.scratch = scratch
+        return scratch
+
+
+def _new_scratch(size: int) -> _Scratch:
+    events = size // LEAST_BYTES + 1
+    return _Scratch(
+        np.empty((events, RUN_COLUMNS), np.int64),
+        np.empty(size, np.uint64),
+        np.empty(size, np.uint32),
+        np.empty((events, 3), np.uint64),
+    )
+
+
+_kept = _Kept()
+
+
+def scan(payloads: Sequence[bytes], group: int | None) -> Scan | None:
+    """The events of consecutive batches, each `[ts: float64, events, rank?]`: of as many as are such, from the first
+    on, have something plain in them, and are of one rank. None: of none.
+
+    group: which KV group the index follows, as far as that is known. Takes some 20 bytes of address space for each byte
+    of the payloads, and touches what it fills. What it returns is the caller's.
+    """
+    packed = padded(payloads)
+    scratch = _kept.room(len(packed))
+    ends = np.fromiter(accumulate(map(len, payloads)), np.int64, len(payloads))
+    bytes_, followed = np.frombuffer(packed, np.uint8), NONE if group is None else group
+    count, rank, found, stored, blocks, used = _scan(bytes_, ends, followed, *scratch)
+    if not count:
+        return None
+    hashes, tokens, told = scratch.hashes[:blocks], scratch.tokens[:used], scratch.told[:stored]
+    runs = scratch.runs[:found].tolist()
+    return Scan(count, packed, None if rank == NONE else rank, runs, hashes.copy(), tokens.copy(), told.copy())
+
+
+@kernel
+def _read_rank(at: int, end: int) -> tuple[int, int]:
+    """The rank that stands here, NONE if it is not told, and where it ends."""
+    if at < end and load_byte(at) == NIL:
+        return NONE, at + 1
+    value, at = read_unsigned(at, end)
+    return (int(np.int64(value)), at) if at != NONE and value < np.uint64(1 << 16) else (NONE, NONE)
+
+
+@kernel
+def _scan(
+    packed: Bytes,
+    ends: npt.NDArray[np.int64],
+    group: int,
+    runs: npt.NDArray[np.int64],
+    hashes: npt.NDArray[np.uint64],
+    tokens: npt.NDArray[np.uint32],
+    told: npt.NDArray[np.uint64],
+) -> tuple[int, int, int, int, int, int]:
+    """How many payloads, their rank, and how many runs, events that store, blocks and tokens were found. ends: where
+    each payload ends.
+    """
+    notes, last_run = np.empty(NOTES, np.int64), np.empty(RUN_COLUMNS, np.int64)
+    base = int(np.int64(packed.ctypes.data))
+    found, stored, blocks, used, rank, first = 0, 0, 0, 0, NONE, 0
+    for payload in range(len(ends)):
+        before, before_stored, before_blocks, before_used = found, stored, blocks, used
+        if found:
+            last_run[:] = runs[found - 1]
+        sound, told_rank, found, stored, blocks, used = _payload(
+            base, first, ends[payload], group, notes, runs, hashes, tokens, told, found, stored, blocks, used
+        )
+        if not sound or (payload and told_rank != rank):
+            if before:
+                runs[before - 1] = last_run
+            return payload, rank, before, before_stored, before_blocks, before_used
+        rank, first = told_rank, ends[payload]
+    return len(ends), rank, found, stored, blocks, used
+
+
+@kernel
+def _payload(
+    base: int,
+    first: int,
+    stop: int,
+    group: int,
+    notes: npt.NDArray[np.int64],
+    runs: npt.NDArray[np.int64],
+    hashes: npt.NDArray[np.uint64],
+    tokens: npt.NDArray[np.uint32],
+    told: npt.NDArray[np.uint64],
+    found: int,
+    stored: int,
+    blocks: int,
+    used: int,
+) -> tuple[bool, int, int, int, int, int]:
+    """Reads the payload from first to stop behind the address `base`, and adds to the runs. Whether it is as it should
+    be; its rank; and, if it is, how far everything is filled by then.
+    """
+    at, end = base + first, base + stop
+    head = load_byte(at)
+    if stop - first < 11 or load_byte(at + 1) != 0xCB or (head != 0x92 and head != 0x93):
+        return False, NONE, found, stored, blocks, used
+    events, at = read_array(at + 10, end)
+    plain = not events
+    noticed, to_hashes, to_tokens = notes.ctypes.data, hashes.ctypes.data, tokens.ctypes.data
+    for _ in range(events):
+        if at == NONE or at >= end or found == len(runs):
+            return False, NONE, found, stored, blocks, used
+        start = at
+        kind, at = read_event(start, end, group, to_hashes + 8 * blocks, to_tokens + 4 * used, noticed)
+        if kind == OTHER:
+            at = skip(start, end)
+        else:
+            plain = True
+        tier, size = (notes[TIER], notes[BLOCK_TOKENS]) if kind <= REMOVED else (ANY_TIER, 0)
+        if kind == STORED and tier == ANY_TIER:
+            tier = 0
+        last = found - 1
+        if not found or kind > REMOVED or runs[last, 0] != kind or runs[last, 1] != tier or runs[last, 2] != size:
+            last = found
+            runs[last, 0], runs[last, 1], runs[last, 2], runs[last, 3], runs[last, 4] = kind, tier, size, stored, stored
+            runs[last, 5], runs[last, 6], runs[last, 7], runs[last, 8] = blocks, blocks, used, start - base
+            found += 1
+        runs[last, 4] += 1
+        runs[last, 9] = at - base
+        if kind <= REMOVED:
+            blocks += notes[BLOCKS]
+            runs[last, 6] = blocks
+        if kind == STORED:
+            used += notes[TOKENS]
+            told[stored, 0] = np.uint64(notes[PARENT])
+            told[stored, 1] = np.uint64(notes[BEGINS])
+            told[stored, 2] = np.uint64(blocks - runs[last, 5])
+            stored += 1
+    rank = NONE
+    if head == 0x93 and at != NONE:
+        rank, at = _read_rank(at, end)
+    return at == end and plain, rank, found, stored, blocks, used

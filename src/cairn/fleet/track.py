@@ -1,0 +1,106 @@
+"""What has been taken in of one publisher's stream: how far, from which source, and what the decoder has learnt.
+
+It outlives whoever brings the batches: a feed, or a snapshot.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from cairn.fleet.base import Sink, Source
+from cairn.fleet.events import Batch, Decoder
+from cairn.fleet.instances import Instance, Tap
+from cairn.fleet.metrics import FleetMetrics, Resync, Skip
+from cairn.fleet.positions import Position, ShowingSink, Stand, payload_digest
+from cairn.fleet.recording import Message
+from cairn.fleet.replay import Framed
+
+
+class Track:
+    """For one event loop.
+
+    next: the sequence expected; None: nothing taken in. source: who tells, once that is known. life: grows whenever all
+    is begun anew.
+    """
+
+    def __init__(self, instance: Instance, sink: Sink, metrics: FleetMetrics, tap: Tap | None = None) -> None:
+        self.instance: Final = instance
+        self.metrics: Final = metrics
+        self.life = 0
+        self._sink, self._tap = sink, tap
+        self._held_back_in: ShowingSink | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self.life += 1
+        self.next: int | None = None
+        self.source: Source | None = None
+        self._held_back_in = None
+        self._last: bytes | None = None
+        self._digest = b""
+        self._decoder = Decoder(self.metrics, many=getattr(self._sink, "takes_many", False))
+
+    def resume(self, stand: Stand, sink: ShowingSink | None = None) -> None:
+        """Goes on where another left off. sink: holds the source back until it is proved."""
+        self._begin()
+        self.source, position = stand
+        self.next, self._digest = position.next, position.digest
+        self._decoder.resume(position.full, position.main)
+        self._held_back_in = sink
+
+    def position(self) -> Position | None:
+        """How far it is; None: nothing is taken in, or what was is not proved."""
+        if self.next is None or self.source is None or self._held_back_in is not None:
+            return None
+        digest = self._digest if self._last is None else payload_digest(self._last)
+        full, main = self._decoder.learnt()
+        return Position(self.instance.name, self.instance.endpoint, self.next, digest, full, main)
+
+    def is_last(self, payload: bytes) -> bool:
+        """Whether this is, byte for byte, the last batch that was taken in; if so, its publisher is still the same."""
+        if self._last is not None:
+            return payload == self._last
+        if payload_digest(payload) != self._digest:
+            return False
+        self._last = payload
+        return True
+
+    def prove(self) -> None:
+        """The publisher is still the one that what is held came from."""
+        if self._held_back_in is not None and self.source is not None:
+            self._held_back_in.show(self.source)
+        self._held_back_in = None
+
+    def drop(self, reason: Resync) -> None:
+        """Makes the sink forget what came from here."""
+        if self.next is not None and self.source is not None:
+            self.metrics.fleet_drops.add(1, instance=self.instance.name, reason=reason)
+            self._sink.drop(self.source)
+        self._begin()
+
+    def accept(self, batches: Sequence[Framed]) -> None:
+        """Takes in batches that follow one another."""
+        self.next, self._last = batches[-1].sequence + 1, batches[-1].payload
+        payloads, first = [framed.payload for framed in batches], 0
+        at_once = len(payloads) if self._tap is None else 1
+        while first < len(batches):
+            batch, count = self._decoder.decode_first(payloads[first : first + at_once])
+            self._decoded(batch, batches[first : first + count])
+            first += count
+
+    def _decoded(self, batch: Batch | None, told_by: Sequence[Framed]) -> None:
+        rank = self.instance.rank if batch is None or batch.rank is None else batch.rank
+        source = self.source or Source(self.instance.name, rank)
+        if self._tap is not None:
+            for framed in told_by:
+                self._tap(Message(time.time(), source, *framed))
+        if batch is None:
+            return
+        if rank != source.rank:
+            self.metrics.fleet_skipped_batches.add(len(told_by), reason=Skip.FOREIGN_RANK)
+            return
+        self.source = source
+        self.metrics.fleet_batches.add(len(told_by), instance=source.instance)
+        self.metrics.fleet_events.add(batch.understood, instance=source.instance)
+        if batch.events:
+            self._sink.apply(source, batch.events)

@@ -1,0 +1,58 @@
+"""Who may ask: everybody on this host where a service listens on loopback, elsewhere whoever has its token."""
+
+import hmac
+import ipaddress
+from collections.abc import Collection
+from typing import Final
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from cairn.errors import ConfigError
+from cairn.serve.refusals import refusal
+
+REFUSED: Final = "a bearer token is needed: `Authorization: Bearer TOKEN`, the one that the service was started with"
+
+
+def check_exposure(host: str, token: str | None) -> None:
+    """Raises ConfigError for a service that others than this host could ask without a token."""
+    if token is None and not is_loopback(host):
+        raise ConfigError(
+            f"host={host}: is not loopback, so a token is needed: CAIRN_INDEX__TOKEN, or --token-file; "
+            "or listen on 127.0.0.1"
+        )
+    if token is not None and (not token.isascii() or not token.strip() or token != token.strip()):
+        raise ConfigError("token: must be ASCII text without blanks around it")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address is this host's alone."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def may_pass(authorization: str | bytes | None, token: str | None) -> bool:
+    """Whether an Authorization header carries the token. Takes the same time wherever they differ."""
+    if token is None:
+        return True
+    given = authorization.encode("utf-8", "replace") if isinstance(authorization, str) else authorization or b""
+    scheme, _, secret = given.partition(b" ")
+    return hmac.compare_digest(secret.strip(), token.encode()) and scheme.lower() == b"bearer"
+
+
+class BearerAuth:
+    """Refuses requests without the token, before their bodies are read. open_paths: what anybody may ask."""
+
+    def __init__(self, app: ASGIApp, token: str | None, open_paths: Collection[str] = ()) -> None:
+        self._app, self._token, self._open = app, token, frozenset(open_paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or scope["path"] in self._open:
+            return await self._app(scope, receive, send)
+        if may_pass(Headers(scope=scope).get("authorization"), self._token):
+            return await self._app(scope, receive, send)
+        answer = refusal(REFUSED, 401)
+        answer.headers["www-authenticate"] = "Bearer"
+        return await answer(scope, receive, send)

@@ -1,0 +1,1 @@
+"""`cairn index`: the fleet's index as a service, over HTTP and gRPC."""

@@ -1,0 +1,1 @@
+"""gRPC: protocols, and the stubs generated from them by `make proto`."""

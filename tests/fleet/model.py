@@ -1,0 +1,97 @@
+"""The fleet index as a dict of dicts: slow, plain, and what the index must equal."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from cairn.fleet import Cleared, Event, Removed, Source, Stored, Tier
+
+#: A block is what it stands for: (the block before or the namespace, its tokens, its extra content).
+Block = tuple[Any, tuple[int, ...], bytes | None]
+
+
+def blocks_of(root: Any, tokens: Sequence[int], size: int, extra: Sequence[bytes | None] = ()) -> list[Block]:
+    found: list[Block] = []
+    for i in range(len(tokens) // size):
+        before = found[-1] if found else root
+        found.append((before, tuple(tokens[i * size : (i + 1) * size]), extra[i] if extra else None))
+    return found
+
+
+class Model:
+    """held[source][hash] = (block, tiers)."""
+
+    def __init__(self) -> None:
+        self.held: dict[Source, dict[Any, tuple[Block, set[Tier]]]] = {}
+        self.sizes: dict[Source, set[int]] = {}
+
+    def apply(self, source: Source, event: Event) -> None:
+        if isinstance(event, Cleared):
+            self.drop(source)
+        elif isinstance(event, Removed):
+            self._remove(source, event)
+        elif len(event.tokens):
+            self._store(source, event)
+        else:
+            for name in event.hashes:
+                if name in self.held.get(source, {}):
+                    self.held[source][name][1].add(event.tier)
+
+    def drop(self, source: Source) -> None:
+        for table in (self.held, self.sizes):
+            table.pop(source, None)
+
+    def match(self, tokens: Sequence[int], namespace: bytes) -> dict[Source, tuple[list[int], list[int]]]:
+        """By source: tokens by tier alone, and through tiers 0..t."""
+        sizes = {size for used in self.sizes.values() for size in used}
+        found = {}
+        for source, names in self.held.items():
+            tiers_of = dict(names.values())
+            alone, reach = [0] * 4, [0] * 4
+            for size in sizes:
+                chain = blocks_of(namespace, tokens, size)
+                for tier in Tier:
+                    alone[tier] = max(alone[tier], size * _leading(chain, tiers_of, {tier}))
+                    reach[tier] = max(reach[tier], size * _leading(chain, tiers_of, set(list(Tier)[: tier + 1])))
+            found[source] = (alone, reach)
+        return found
+
+    def _store(self, source: Source, event: Stored) -> None:
+        root: Any = event.namespace
+        if event.parent is not None:
+            parent = self.held.get(source, {}).get(event.parent)
+            if parent is None:
+                return
+            root = parent[0]
+        self.sizes.setdefault(source, set()).add(event.block_tokens)
+        names = self.held.setdefault(source, {})
+        for name, block in zip(
+            event.hashes, blocks_of(root, event.tokens, event.block_tokens, event.extra), strict=True
+        ):
+            self._name(names, name, block, event.tier)
+
+    @staticmethod
+    def _name(
+        names: dict[Any, tuple[Block, set[Tier]]],
+        name: Any,
+        block: Block,
+        tier: Tier,
+    ) -> None:
+        if name in names and names[name][0] == block:
+            names[name][1].add(tier)
+            return
+        names.pop(name, None)  # it means another block now
+        if all(block != other for other, _ in names.values()):  # else it has a name already
+            names[name] = (block, {tier})
+
+    def _remove(self, source: Source, event: Removed) -> None:
+        names = self.held.get(source, {})
+        for name in event.hashes if event.namespace_group is None else ():
+            if name in names:
+                tiers = names[name][1]
+                tiers -= set(Tier) if event.tier is None else {event.tier}
+                if not tiers:
+                    del names[name]
+
+
+def _leading(chain: Sequence[Block], tiers_of: dict[Block, set[Tier]], wanted: set[Tier]) -> int:
+    return next((i for i, block in enumerate(chain) if not tiers_of.get(block, set()) & wanted), len(chain))
