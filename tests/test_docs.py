@@ -7,6 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from cairn.fleet.publisher import Publisher
+from tests.fleet.peers import free_endpoint
+from tests.fleet.wire_events import encode, stored
+from tests.serve.running import Service, until
+
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 
@@ -27,6 +32,48 @@ def test_the_embedding_example_runs_and_is_warm_the_second_time(tmp_path: Path) 
     second = run()
     assert "loaded 992 of 1000 tokens" in second
     assert "hits by tier: {'disk': 992}" in second
+
+
+def run_example(name: str, *arguments: str) -> str:
+    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+def test_the_offline_example_of_a_fleet() -> None:
+    assert run_example("fleet_offline.py").splitlines() == [
+        "a: score 320 of 320, holds {'VRAM': 320}",
+        "b: score 205 of 320, holds {'CPU': 256}",
+        "just sent to b: 128 tokens count as held there",
+        "a has cleared its cache: now b is best, with 205",
+    ]
+
+
+def test_the_scorer_for_a_scheduler() -> None:
+    """The second request follows the first, whose blocks nobody has told of yet, though more waits there."""
+    ends = [(free_endpoint(), free_endpoint()) for _ in "ab"]
+    told = [f"{name}={end},replay={replay}" for name, (end, replay) in zip("ab", ends, strict=True)]
+    options = ["--instance", told[0], "--instance", told[1], "--no-rpc", "--set", "index.speculation_s=60"]
+    with Publisher(*ends[0]) as a, Publisher(*ends[1]), Service(*options) as service:
+        a.publish(encode([stored([1], [7_000_000] * 16, 16)]))  # so that the fleet's block size is known
+        service.wait_for_blocks("a", 1)
+        until(lambda: service.client.get("/health").json()["connected"] == 2, "both")
+        first, second = run_example("fleet_scorer.py", f"http://{service.http}", "--tokens", "512").splitlines()
+        assert first == "request 1 goes to a"
+        assert second == "request 2 goes to a"
+        assert service.binary(range(512))["scores"]["a"]["score"] == 512
+    failing = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT / 'examples')!r}); {NOBODY}"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert failing.stdout == "b\n"
+    assert "not scored" in failing.stderr
+
+
+#: Where no service answers, the least loaded instance is taken.
+NOBODY = "from fleet_scorer import Scorer; print(Scorer('http://127.0.0.1:9').pick([1], {'a': 2, 'b': 1}))"
 
 
 def test_the_readme_names_commands_that_exist() -> None:

@@ -101,8 +101,8 @@ def test_variables_of_others_are_left_alone(name: str) -> None:
     [
         ("storage: {cpu: {sise: 1}}", "storage.cpu.sise (in cairn.yaml): unknown key; did you mean storage.cpu.size?"),
         ("storge: {cpu: 1}", "storge (in cairn.yaml): unknown key; did you mean storage?"),
-        ("storage: 5", "storage=5 (in cairn.yaml): must be a section with the keys cpu, disk"),
-        ("qqq: 5", "qqq (in cairn.yaml): unknown key; the sections are storage, engine"),
+        ("storage: 5", "storage=5 (in cairn.yaml): must be a section with the keys cpu, disk, remote"),
+        ("qqq: 5", "qqq (in cairn.yaml): unknown key; the sections are storage, engine, index, cluster, node"),
         ("- 5", "cairn.yaml: must hold sections (storage:, engine:), not a list"),
         ("engine: {}\nengine: {}", "cairn.yaml: must be YAML: 'engine' stands twice, line 2, column 1"),
         (
@@ -231,3 +231,13 @@ def test_every_setting_can_be_set_by_its_variable() -> None:
         for part in key:
             tree = tree[part]
         assert load_config(environ={variable(key): yaml.safe_dump(tree)}) == Config(), key
+
+
+def test_a_secret_is_shown_nowhere(tmp_path: Path) -> None:
+    config = load_config(environ={"CAIRN_INDEX__TOKEN": "s3cret"})
+    assert config.index.token is not None
+    assert config.index.token.get_secret_value() == "s3cret"
+    assert "s3cret" not in config.to_yaml() + config.model_dump_json() + repr(config)
+    with pytest.raises(ConfigError, match=r"index.token='\(not shown\)' .*put it in quotes") as caught:
+        load_config(environ={"CAIRN_INDEX__TOKEN": "83147"})
+    assert "83147" not in str(caught.value)

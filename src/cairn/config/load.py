@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
-from cairn.config.schema import Config, KeyPath, default_text, sections, settings, variable
+from cairn.config.schema import Config, KeyPath, default_text, is_secret, sections, settings, variable
 from cairn.errors import ConfigError
 
 _OVERRIDE = ""
@@ -161,4 +161,5 @@ def _broken(error: ValidationError, values: _Values) -> str:
     more = f" (and {len(others)} more)" if others else ""
     if key not in values:  # a rule between settings
         return f"{'.'.join(key)}: {rule}{more}"
-    return f"{'.'.join(key)}={values[key]}: {rule}; the default is {default_text(key)}{more}"
+    shown = values[key]._replace(value="(not shown)") if is_secret(key) else values[key]
+    return f"{'.'.join(key)}={shown}: {rule}; the default is {default_text(key)}{more}"

@@ -14,13 +14,16 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    SecretStr,
     SerializationInfo,
     WithJsonSchema,
+    field_validator,
     model_validator,
 )
 from pydantic.fields import FieldInfo
 
 from cairn.config.sizes import PATTERN, format_size, parse_size
+from cairn.config.urls import mask_url
 
 #: A key as its parts: ("storage", "cpu", "size").
 KeyPath = tuple[str, ...]
@@ -30,10 +33,33 @@ def _dump_size(size: int, info: SerializationInfo) -> int | str:
     return format_size(size) if info.context == "text" else size
 
 
+def _dump_url(url: str, info: SerializationInfo) -> str:
+    return mask_url(url) if info.context in ("text", "masked") else url
+
+
 def _directory(value: object) -> Path:
     if not isinstance(value, str | Path) or not str(value):
         raise ValueError("must be the path of a directory, or null")
     return Path(value).expanduser()
+
+
+def _file(value: object) -> Path:
+    if not isinstance(value, str | Path) or not str(value):
+        raise ValueError("must be the path of a file, or null")
+    return Path(value).expanduser()
+
+
+def _addresses(value: object) -> object:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+def _secret(value: object) -> object:
+    """YAML makes numbers of digits; what was meant cannot be told any more."""
+    if value is not None and not isinstance(value, str | SecretStr):
+        raise ValueError("must be text; put it in quotes")
+    return value
 
 
 Size = Annotated[
@@ -46,8 +72,21 @@ Size = Annotated[
     ),
 ]
 Directory = Annotated[Path, BeforeValidator(_directory)]
+#: A URL, whose password is not for people to read.
+StoreUrl = Annotated[str, Field(min_length=1), PlainSerializer(_dump_url, return_type=str, when_used="unless-none")]
+File = Annotated[Path, BeforeValidator(_file)]
+Addresses = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_addresses),
+    WithJsonSchema({"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "string"}]}),
+]
+NodeAddress = Annotated[str, Field(pattern=r"^ipc:///.+", max_length=106)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Threads = Annotated[int, Field(ge=1, le=64)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Worth = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+Secret = Annotated[SecretStr, BeforeValidator(_secret)]
+Level = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 Policy = Literal["lru", "s3fifo", "tenure"]
 
 
@@ -77,11 +116,45 @@ class Disk(Section):
     sync_interval_s: Seconds = Field(default=1.0, description="Seconds between syncs: what a power cut may lose.")
 
 
+class Remote(Section):
+    """A store that other processes and hosts share: see remote.md."""
+
+    url: StoreUrl | None = Field(
+        default=None,
+        description="valkey://, s3://, mooncake:// or file:// and where it is; null: no remote tier.",
+    )
+    object_size: Size | None = Field(
+        default=None,
+        description="Bytes of an object, equal for all who share the store; null: what the store likes best.",
+    )
+    timeout_s: Seconds = Field(default=2.0, description="Seconds that one object may take, in either direction.")
+    lookup_timeout_s: Seconds = Field(default=0.25, description="Seconds that a request waits for a lookup.")
+    threads: Threads = Field(default=8, description="Objects loaded at a time; a quarter of as many are stored.")
+    write: Literal["through", "back", "off"] = Field(
+        default="through",
+        description="Store what is computed: soon; when DRAM fills up; never.",
+    )
+    linger_s: Seconds = Field(default=1.0, description="Seconds until a prompt is stored, in which it may grow.")
+    admission: Literal["all", "second_touch"] = Field(
+        default="all", description="Store everything, or only what is offered for the second time."
+    )
+    write_share: float = Field(
+        default=0.25, ge=0, le=1, description="Stores' share of the bytes moved while requests wait for loads."
+    )
+    ttl_s: Seconds | None = Field(
+        default=None, description="Seconds after which unused objects go (valkey, file); null: the store decides."
+    )
+    capacity: Size | None = Field(
+        default=None, description="Bytes that all objects may take (file); null: no limit, or the store's own."
+    )
+
+
 class Storage(Section):
     """The tiers, from the fastest to the largest."""
 
     cpu: Cpu = Cpu()
     disk: Disk = Disk()
+    remote: Remote = Remote()
 
 
 class Engine(Section):
@@ -96,6 +169,15 @@ class Engine(Section):
         description="Seconds until what a silent writer or reader holds is taken back; at least timeout_s.",
     )
     planner: bool = Field(default=True, description="Recompute what would take longer to load; false: load every hit.")
+    enable_cache_upload: bool = Field(default=True, description="Store what is computed; false: only read.")
+    enable_service_routing: bool = Field(
+        default=False,
+        description="vLLM: tell which blocks DRAM and disk hold (KV events), for routers and Cairn's service.",
+    )
+    enable_disagg_pd: bool = Field(
+        default=False,
+        description="vLLM: hand KV from prefill to decode instances; refused, as it is not built yet.",
+    )
     copy_threads: Threads = Field(default=2, description="Threads that copy between the paged KV cache and the arena.")
     write_behind: float = Field(
         default=0.25,
@@ -103,9 +185,18 @@ class Engine(Section):
         le=1,
         description="Largest share of the arena that is pinned at a time while it is written to disk.",
     )
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
-        default="WARNING", description="Least severe level that is logged."
-    )
+    log_level: Level = Field(default="WARNING", description="Least severe level that is logged.")
+
+    @field_validator("enable_disagg_pd")
+    @classmethod
+    def _is_not_built_yet(cls, wanted: bool) -> bool:
+        if wanted:
+            raise ValueError(
+                "must be false, because handing KV from prefill to decode instances is not built yet; take it out "
+                "(instances that share a node or a remote tier reuse each other's prompts without it), or use a "
+                "connector of vLLM's"
+            )
+        return wanted
 
     @model_validator(mode="after")
     def _lease_outlives_operation(self) -> Self:
@@ -114,11 +205,128 @@ class Engine(Section):
         return self
 
 
+class Worths(Section):
+    """What a token that an instance holds in a tier is worth to a router."""
+
+    vram: Worth = Field(default=1.0, description="In VRAM.")
+    cpu: Worth = Field(default=0.8, description="In DRAM.")
+    disk: Worth = Field(default=0.4, description="On disk.")
+    remote: Worth = Field(default=0.3, description="In a remote tier.")
+
+
+class Index(Section):
+    """The service `cairn index`: which instance of a fleet holds how much of a prompt."""
+
+    host: str = Field(default="127.0.0.1", description="Address to listen on; any but loopback needs `token`.")
+    http_port: Port = Field(default=8600, description="Port of HTTP; 0: a free one.")
+    rpc_port: Port | None = Field(default=8601, description="Port of gRPC; 0: a free one; null: no gRPC.")
+    token: Secret | None = Field(default=None, description="Bearer token that requests must carry; null: none.")
+    instances: tuple[str, ...] = Field(
+        default=(), description="Publishers to follow: `NAME=ENDPOINT[,replay=ENDPOINT][,bind][,rank=N][,model=NAME]`."
+    )
+    models: dict[str, str] = Field(
+        default={}, description="Model name: directory of its tokenizer, or its name on Hugging Face's hub."
+    )
+    weights: Worths = Worths()
+    blocks: int = Field(default=1 << 22, ge=1, lt=1 << 31, description="Distinct blocks known at most.")
+    worker_blocks: int = Field(
+        default=1 << 27, ge=1, lt=1 << 31, description="Pairs of a block and an instance that holds it, at most."
+    )
+    sources: int = Field(default=1 << 14, ge=1, le=1 << 20, description="Instances times data-parallel ranks at most.")
+    speculation_s: Seconds = Field(
+        default=2.0, description="Seconds for which a prompt counts as held where it was sent."
+    )
+    lost_s: Seconds = Field(
+        default=30.0, description="Seconds without a connection until what an instance held is forgotten."
+    )
+    snapshot: Annotated[Path, BeforeValidator(_file)] | None = Field(
+        default=None, description="File that the index is written to, and begins from; null: it begins empty."
+    )
+    snapshot_interval_s: Seconds = Field(default=60.0, description="Seconds between two snapshots.")
+    shared: Secret | None = Field(
+        default=None,
+        description="Valkey that replicas share copies in, as `valkey://user:password@host:port/0`; null: none.",
+    )
+    shared_interval_s: Seconds = Field(
+        default=30.0, description="Seconds between two copies; less than publishers' buffers reach back."
+    )
+    fleet: str = Field(default="default", pattern=r"^[\w.-]{1,64}$", description="Replicas of one name share copies.")
+    max_body: Size = Field(default=16 << 20, description="Bytes of a request's body.")
+    max_prompt: Size = Field(default=8 << 20, description="Bytes of a prompt's text, or of a rendered chat's.")
+    max_messages: int = Field(default=4096, ge=1, description="Messages of a chat.")
+    request_s: Seconds = Field(default=10.0, description="Deadline of a request in seconds.")
+    shutdown_s: Seconds = Field(default=10.0, description="Seconds that the end may take, running requests included.")
+    tokenizer_threads: Threads = Field(default=2, description="Threads that tokenize.")
+    request_chat_template: bool = Field(
+        default=False, description="Take chat templates from requests: code that is run here, in a sandbox."
+    )
+    log_level: Level = Field(default="WARNING", description="Least severe level that is logged.")
+
+
+class Cluster(Section):
+    """The registry that instances, replicas of the service and schedulers share."""
+
+    etcd_addr: Addresses = Field(
+        default=(),
+        description="Addresses of etcd's members, `host:port` or `https://host:port`, a list or with commas between; "
+        "empty: a registry in this process's memory.",
+    )
+    namespace: str = Field(
+        default="cairn",
+        pattern=r"^[^/\s]{1,200}$",
+        description="First part of every key; clusters with different ones share an etcd.",
+    )
+    username: str | None = Field(default=None, min_length=1, description="User of etcd; null: none.")
+    password: Secret | None = Field(default=None, description="The user's password.")
+    ca: File | None = Field(
+        default=None,
+        description="PEM file of the authorities that etcd's certificates are checked against; null: the system's.",
+    )
+    cert: File | None = Field(default=None, description="PEM file of our own certificate, where etcd asks for one.")
+    key: File | None = Field(default=None, description="PEM file of its key.")
+    lease_s: float = Field(
+        default=10.0, ge=2, le=3600, description="Seconds from the death of an instance until it is forgotten."
+    )
+    timeout_s: Seconds = Field(
+        default=5.0, description="Deadline of every call of the registry in seconds, attempts on all members included."
+    )
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Self:
+        if (self.cert is None) != (self.key is None):
+            raise ValueError("cert and key must be set together, or neither")
+        if self.password is not None and self.username is None:
+            raise ValueError("password must come with a username; set username")
+        return self
+
+
+class Node(Section):
+    """The host's node: see node.md."""
+
+    address: NodeAddress | None = Field(
+        default=None,
+        description="Where the node listens, ipc:// and a socket's path; null: engines keep their blocks themselves.",
+    )
+    pools: int = Field(
+        default=1, ge=1, le=64, description="Geometries (models) that share DRAM and disk, in equal parts."
+    )
+    timeout_s: Seconds = Field(
+        default=0.5, le=2, description="Seconds that a client waits for an answer; then it runs without the node."
+    )
+    lease_s: Seconds = Field(
+        default=10.0, ge=0.2, description="Seconds until what a silent client holds is taken back."
+    )
+    stop_timeout_s: Seconds = Field(default=30.0, description="Seconds that the node may flush when it is stopped.")
+
+
 class Config(Section):
     """All of Cairn's settings; every one has a default. Made by `load_config`; immutable."""
 
     storage: Storage = Storage()
     engine: Engine = Engine()
+    index: Index = Index()
+    cluster: Cluster = Cluster()
+    node: Node = Node()
 
     def to_yaml(self) -> str:
         """The file that would make this configuration."""
@@ -140,6 +348,11 @@ def settings() -> Iterator[tuple[KeyPath, FieldInfo]]:
         for name, field in section.model_fields.items():
             if (*prefix, name) not in every:
                 yield (*prefix, name), field
+
+
+def is_secret(key: KeyPath) -> bool:
+    """Whether a setting's value must not be shown."""
+    return "SecretStr" in str(dict(settings())[key].annotation)
 
 
 def variable(key: KeyPath) -> str:
