@@ -9,6 +9,8 @@ from cairn.observe.reasons import Reason
 from tests.vllm.engine import OTHER, PROMPTS, answers, connector, no_leak, serving, settle, stats
 
 ASKED = PROMPTS[:8]
+#: Far beyond what a lookup takes on a machine that does much else, far below what a test may take.
+LOOKUP_S = 5
 
 
 def hits(llm: Any) -> dict[str, float]:
@@ -17,7 +19,14 @@ def hits(llm: Any) -> dict[str, float]:
 
 
 def test_another_engine_serves_what_one_has_stored(tiny: Path, tiny_plain: list[list[int]], tmp_path: Path) -> None:
-    settings = {"storage.remote.url": f"file://{tmp_path}/shared", "storage.cpu.size": "64MiB"}
+    settings = {
+        "storage.remote.url": f"file://{tmp_path}/shared",
+        "storage.remote.timeout_s": 60,
+        "storage.remote.lookup_timeout_s": LOOKUP_S,
+        "storage.cpu.size": "64MiB",
+        "engine.timeout_s": 60,
+        "engine.lease_s": 120,
+    }
     with serving(tiny, settings, skip_tokenizer_init=True) as llm:
         assert answers(llm, ASKED) == tiny_plain[:8]
         settle(llm)
@@ -38,6 +47,6 @@ def test_another_engine_serves_what_one_has_stored(tiny: Path, tiny_plain: list[
         tier._store.exists = hung
         begun = time.monotonic()
         answers(llm, [OTHER])
-        assert time.monotonic() - begun < 10
+        assert time.monotonic() - begun < 4 * LOOKUP_S
         settle(llm)
         no_leak(llm)
