@@ -66,7 +66,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--chunks", type=int, default=16, help="Chunks of 256 tokens, 33.5 MB of bf16 each.")
+    parser.add_argument("--streams", type=int, default=triton_kernels._ROWS, help="Streams of a program.")
     options = parser.parse_args()
+    triton_kernels._ROWS = options.streams
     groups = sections.groups_a_stream(TOKENS, CHANNELS)
     streams = -(-CHANNELS // rans.LANES // groups)
     count = options.chunks * PLANES
@@ -108,6 +110,7 @@ def main() -> None:
         "python": platform.python_version(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "chunks": options.chunks,
+        "streams_a_program": options.streams,
     }
     print(json.dumps(result, indent=2))
     if options.out:

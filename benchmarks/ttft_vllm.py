@@ -66,6 +66,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cpu-size", default="32GiB", help=CPU_SIZE_HELP)
     parser.add_argument("--logs", type=Path, help="where the engines' logs are kept (default: nowhere)")
     parser.add_argument("--small", action="store_true", help="three engines in 78 GB")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs of each engine; all engines share them")
     parser.add_argument("--cpu-smoke", action="store_true")
     return parser.parse_args()
 
@@ -88,7 +89,9 @@ def start(args: argparse.Namespace, home: Path, logs: Path) -> Crew:
             environ = engines.CPU_ENVIRON
         else:
             kv_tokens = 33792 if args.small else 131072
-            options = {"max_num_seqs": 8} | ({"max_num_batched_tokens": 8192} if args.small else {})
+            options: dict[str, Any] = {"max_num_seqs": 8} | ({"max_num_batched_tokens": 8192} if args.small else {})
+            if args.tensor_parallel > 1:
+                options |= {"tensor_parallel_size": args.tensor_parallel, "disable_custom_all_reduce": True}
             spec = {"llm": engines.gpu_llm(home, kv_tokens, tier, **options), "seed": 0}
             environ = engines.GPU_ENVIRON
         started[name] = Engine(name, spec, logs, environ)
@@ -155,8 +158,8 @@ def figures(samples: Samples) -> dict[str, Any]:
     return found
 
 
-def compare(length: int, by_name: dict[str, Samples], token_bytes: int, h2d: float | None) -> dict[str, Any]:
-    """All contenders at one length, the floor, and the ratios that the bars are about."""
+def compare(length: int, by_name: dict[str, Samples], token_bytes: float, h2d: float | None) -> dict[str, Any]:
+    """All contenders at one length, the floor, and the ratios that the bars are about. token_bytes: of one GPU."""
     names = {name: samples for name, samples in by_name.items() if samples.cold}
     found: dict[str, Any] = {"tokens": length, "contenders": {name: figures(s) for name, s in names.items()}}
     if "cairn" not in names or "none" not in names:
@@ -209,7 +212,7 @@ def run(args: argparse.Namespace, running: Crew, result: dict[str, Any]) -> None
     """Interleaved rounds; result is written after each."""
     lengths = args.lengths or ([128, 512] if args.cpu_smoke else list(ROUNDS))
     rounds = {length: args.rounds or (2 if args.cpu_smoke else _rounds(length)) for length in lengths}
-    token_bytes = 23040 if args.cpu_smoke else engines.LLAMA_8B_TOKEN_BYTES
+    token_bytes = 23040 if args.cpu_smoke else engines.LLAMA_8B_TOKEN_BYTES / args.tensor_parallel
     measured = {length: {name: Samples() for name in running} for length in lengths}
     began = time.monotonic()
     for turn in range(max(rounds.values())):
@@ -252,6 +255,7 @@ def main() -> None:
             pinned = first.ask("bandwidth", VISIT_S)
             result = engines.machine() | first.about
             result |= {"h2d_gbps": pinned["h2d"], "d2h_gbps": pinned["d2h"], "cpu_size": args.cpu_size, "lengths": []}
+            result["tensor_parallel"] = args.tensor_parallel
             result["ready_after_s"] = time.monotonic() - began
             print(f"warm after {result['ready_after_s']:.0f} s", flush=True)
             run(args, running, result)

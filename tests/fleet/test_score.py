@@ -9,7 +9,7 @@ from cairn.errors import InputError
 from cairn.fleet import FleetIndex, Source, Stored, Tier
 from cairn.fleet.score import SecondsSaved, score
 from cairn.fleet.speculation import Speculation
-from cairn.plan import CostModel
+from cairn.plan import CostModel, Work
 
 A, B, C = Source("a", 0), Source("b", 0), Source("c", 3)
 TOKENS = list(range(100))
@@ -51,7 +51,7 @@ def test_seconds_saved() -> None:
     saved = SecondsSaved(cost, 1000)
     assert score(fleet(), TOKENS, [A, B], saved) == score(fleet(), TOKENS, [A, B])
     for tokens in (50, 100, 200):
-        cost.recompute.observe(tokens, 0, 0.01 * tokens)
+        cost.recompute.observe(Work.of([(tokens, 0)]), 0.01 * tokens)
     scores = score(fleet(), TOKENS, [A, B, C], saved)
     assert scores[A].score == pytest.approx(0.8, rel=0.01)
     assert scores[B].score == pytest.approx(0.99, rel=0.01)  # one token is always computed

@@ -5,8 +5,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cairn.plan import CostModel, OnlineFit, Segment, plan_load
-from cairn.plan.cost import RecomputeCost
+from cairn.plan import CostModel, OnlineFit, RecomputeCost, Segment, Work, plan_load
 
 positive = st.floats(1e-9, 1e-3)
 
@@ -14,7 +13,7 @@ positive = st.floats(1e-9, 1e-3)
 def model(a: float, b: float, c: float) -> CostModel:
     cost = CostModel()
     for tokens, context in [(16, 0), (512, 0), (4096, 0), (512, 4096), (4096, 8192), (64, 65536)]:
-        cost.recompute.observe(tokens, context, a + b * tokens + c * tokens * (context + tokens / 2))
+        cost.recompute.observe(Work.of([(tokens, context)]), a + b * tokens + c * tokens * (context + tokens / 2))
     return cost
 
 
@@ -39,7 +38,7 @@ def test_a_fit_follows_a_machine_that_changes() -> None:
 def test_no_noise_makes_a_cost_negative(observed: list[tuple[int, float]]) -> None:
     cost = RecomputeCost()
     for tokens, seconds in observed:
-        cost.observe(tokens, tokens % 977, seconds)
+        cost.observe(Work.of([(tokens, tokens % 977)]), seconds)
     assert all(cost.seconds(n, ctx) >= 0 for n in (1, 100, 10**7) for ctx in (0, 10**6))
 
 
@@ -106,12 +105,41 @@ def test_everything_is_loaded_until_prefill_is_known() -> None:
 def test_short_rests_say_nothing_about_a_long_prompt() -> None:
     cost = CostModel()
     for seconds in (0.40, 0.46):
-        cost.recompute.observe(1, 63, seconds)
+        cost.recompute.observe(Work.of([(1, 63)]), seconds)
     for size in (10_000, 20_000):
         cost.observe_load("dram", size, 1e-3 + size / 1e10)
     assert plan_load([Segment("dram", 4096)], 4100, 100, cost).tokens == 4096
-    cost.recompute.observe(4096, 0, 9.0)
+    cost.recompute.observe(Work.of([(4096, 0)]), 9.0)
     assert plan_load([Segment("dram", 4096)], 4100, 100, cost).tokens == 4096
+
+
+def test_steps_of_many_requests_teach_what_one_prefill_takes() -> None:
+    """Under load hardly a step is one prefill alone: chunks and decodes share it."""
+    a, b, c = 0.02, 2e-5, 1e-9
+    cost = RecomputeCost()
+    for chunks in (
+        [(2048, 0), (1, 4000)],
+        [(512, 3000), (1500, 0), (1, 9000)],
+        [(4096, 1024)],
+        [(100, 8000)] * 3,
+        [(3000, 5000), (1, 1)],
+    ):
+        pairs = sum(n * (context + n / 2) for n, context in chunks)
+        cost.observe(Work.of(chunks), a + b * sum(n for n, _ in chunks) + c * pairs)
+    assert cost.seconds(4000, 2000) == pytest.approx(a + b * 4000 + c * 4000 * 4000, rel=1e-3)
+
+
+def test_a_long_prompt_takes_several_steps() -> None:
+    cost = RecomputeCost()
+    cost.step_tokens = 1024
+    for tokens, context in [(256, 0), (1024, 0), (1024, 1024), (1024, 2048)]:
+        cost.observe(Work.of([(tokens, context)]), 0.1 + 1e-3 * tokens)
+    assert cost.seconds(4096, 0) == pytest.approx(4 * 0.1 + 4.096, rel=1e-3)
+    assert cost.knows(4096)
+    assert cost.knows(1000, 8000)
+    assert not cost.knows(32 * 1024), "nobody has measured so much attention"
+    cost.step_tokens = None
+    assert not cost.knows(4096)
 
 
 def test_a_slow_tier_is_left_alone() -> None:

@@ -1,8 +1,9 @@
 """`cachegen`'s streams in Triton, the same bits as the CPU's. Imports triton: import it only where a GPU is used.
 
-A program is one stream: 32 lanes, a lane a thread (`num_warps=1`), as `rans` lays it out. Which of the next words is
-its own a lane learns from how many lanes before it need one (a scan; on the GPU, shuffles within the warp). Values go
-straight into the rows, so nothing is kept between decoding and the cache.
+A warp decodes a stream: 32 lanes, a lane a thread, as `rans` lays it out; a program has ROWS warps, tensors of [ROWS,
+32], because a multiprocessor holds more warps than programs. Which of the next words is its own a lane learns from how
+many lanes before it need one: a ballot. Values go straight into the rows, so nothing is kept between decoding and the
+cache.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -12,16 +13,59 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
 
 from cairn.codec.rans import LANES, START
 from cairn.codec.rotary import SINE_BITS
 from cairn.codec.tables import HALF, SLOT_BITS, SYMBOLS, WIDTHS
+
+#: Streams, and so warps, of a program.
+_ROWS = 4
 
 
 # Not tl.sum and tl.cumsum: these are kernels too, which only run interpreted if triton was first imported so.
 @triton.jit
 def _add(a, b):
     return a + b
+
+
+@triton.jit
+def _turns(need, BALLOT: tl.constexpr):
+    """Of int32 flags [ROWS, 32]: how many lanes before each one, and how many in its whole row, have theirs set.
+
+    BALLOT: by the warp's vote, which counts on a row being a warp. The interpreter has none.
+    """
+    if BALLOT:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .pred p;
+            .reg .b32 all, before;
+            setp.ne.u32 p, $2, 0;
+            vote.sync.ballot.b32 all, p, 0xffffffff;
+            mov.u32 before, %lanemask_lt;
+            and.b32 before, before, all;
+            popc.b32 $0, before;
+            popc.b32 $1, all;
+            }
+            """,
+            "=r,=r,r",
+            [need],
+            dtype=(tl.int32, tl.int32),
+            is_pure=False,
+            pack=1,
+        )
+    before = tl.associative_scan(need, 1, _add) - need
+    return before, before * 0 + tl.reduce(need, 1, _add)[:, None]
+
+
+@triton.jit
+def _word_bits(value, BFLOAT16: tl.constexpr, dtype: tl.constexpr):
+    """float32 as the cache's element. bfloat16 as uint16, rounded here: the interpreter's cast cuts off."""
+    if BFLOAT16:
+        bits = value.to(tl.uint32, bitcast=True)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
+    return value.to(dtype)
 
 
 @triton.jit
@@ -63,16 +107,21 @@ def _decode(
     WIDTHS: tl.constexpr,
     SINE_BITS: tl.constexpr,
     BFLOAT16: tl.constexpr,
+    ROWS: tl.constexpr,
+    BALLOT: tl.constexpr,
 ):
-    job = tl.program_id(0)  # [layer * planes + plane, stream]
-    plane, stream = job // streams, job % streams
-    lane = tl.arange(0, LANES)
-    x = tl.load(states + job * LANES + lane)
-    at = tl.load(begins + job)
+    plane = tl.program_id(1)  # layer * planes + plane
+    stream = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    lane = tl.arange(0, LANES)[None, :]
+    mine = stream < streams
+    job = plane * streams + stream
+    x = tl.load(states + job * LANES + lane, mask=mine, other=0)
+    next_words = words + tl.load(begins + job, mask=mine, other=0) + lane * 0
+    base = rows + tl.load(offsets + plane)
     group = 0
     while group < GROUPS:
         channel = (stream * GROUPS + group) * LANES + lane
-        real = channel < channels
+        real = mine & (channel < channels)
         of_plane = plane * channels + channel
         klass = tl.load(classes + of_plane, mask=real, other=0).to(tl.uint32)
         low = klass >> 4
@@ -85,30 +134,30 @@ def _decode(
         pair = tl.where(is_first, place, place - pairs)
         beside = tl.where(is_first, of_plane + pairs, of_plane - pairs)
         partner = tl.load(anchors + beside, mask=turning, other=0).to(tl.int32)
-        base = tl.load(offsets + plane)
         t = 0
+        block = base + channel
         while t < tokens:
-            rest = x & ((1 << low) - 1)
-            y = x >> low
-            entry = tl.load(table + (y & ((1 << SLOT_BITS) - 1)).to(tl.int32), mask=real, other=0)
-            y = ((entry >> 11) & 2047) * (y >> SLOT_BITS) + (entry & 2047)
-            residual = (((entry >> 22).to(tl.int32) - HALF) << low.to(tl.int32)) | rest.to(tl.int32)
-            short = real & (y < START)
-            need = short.to(tl.int32)
-            mine = tl.associative_scan(need, 0, _add) - need
-            word = tl.load(words + at + mine, mask=short, other=0).to(tl.uint32)
-            x = tl.where(real, tl.where(short, (y << 16) | word, y), x)
-            at += tl.reduce(need, 0, _add)
-            expected = _predict(anchor, partner, sines, t, pair, turning, is_first, tokens, pairs, SINE_BITS)
-            value = (residual + expected).to(tl.float32) * step
-            target = rows + (t // BLOCK_TOKENS).to(tl.int64) * row_stride + base
-            if BFLOAT16:  # rounded here: the interpreter's cast cuts off, the GPU's rounds
-                bits = value.to(tl.uint32, bitcast=True)
-                element = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
-            else:
-                element = value.to(rows.dtype.element_ty)
-            tl.store(target + (t % BLOCK_TOKENS) * channels + channel, element, mask=real)
-            t += 1
+            target = block
+            stop = tl.minimum(t + BLOCK_TOKENS, tokens)
+            while t < stop:
+                rest = x & ((1 << low) - 1)
+                y = x >> low
+                entry = tl.load(table + (y & ((1 << SLOT_BITS) - 1)).to(tl.int32), mask=real, other=0)
+                y = ((entry >> 11) & 2047) * (y >> SLOT_BITS) + (entry & 2047)
+                residual = (((entry >> 22).to(tl.int32) - HALF) << low.to(tl.int32)) | rest.to(tl.int32)
+                short = real & (y < START)
+                before, taken = _turns(short.to(tl.int32), BALLOT)
+                word = tl.load(next_words + before, mask=short, other=0).to(tl.uint32)
+                x = tl.where(real, tl.where(short, (y << 16) | word, y), x)
+                next_words += taken
+                expected = anchor
+                if plane % planes == 0:
+                    expected = _predict(anchor, partner, sines, t, pair, turning, is_first, tokens, pairs, SINE_BITS)
+                value = (residual + expected).to(tl.float32) * step
+                tl.store(target, _word_bits(value, BFLOAT16, rows.dtype.element_ty), mask=real)
+                target += channels
+                t += 1
+            block += row_stride
         group += 1
 
 
@@ -131,42 +180,63 @@ def _encode(
     SLOT_BITS: tl.constexpr,
     WIDTHS: tl.constexpr,
     SYMBOLS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BALLOT: tl.constexpr,
 ):
-    job = tl.program_id(0)
-    plane, stream = job // streams, job % streams
-    lane = tl.arange(0, LANES)
-    x = tl.full((LANES,), START, tl.uint32)
+    plane = tl.program_id(1)
+    stream = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    lane = tl.arange(0, LANES)[None, :]
+    mine = stream < streams
+    job = plane * streams + stream
+    x = tl.full((ROWS, LANES), START, tl.uint32)
     # Written from the end of the room to its front, so that a decoder reads forwards.
-    at = (job + 1).to(tl.int64) * room
+    end = words + (job + 1).to(tl.int64) * room
+    at = tl.full((ROWS, LANES), 0, tl.int32)
     group = GROUPS - 1
     while group >= 0:
         channel = (stream * GROUPS + group) * LANES + lane
-        real = channel < channels
+        real = mine & (channel < channels)
         klass = tl.load(classes + plane * channels + channel, mask=real, other=0).to(tl.uint32)
         low = klass >> 4
         table = encoder + ((klass & (WIDTHS - 1)) * SYMBOLS).to(tl.int32)
+        source = residuals + (plane.to(tl.int64) * tokens + tokens - 1) * channels + channel
         t = tokens - 1
         while t >= 0:
-            place = (plane.to(tl.int64) * tokens + t) * channels + channel
-            residual = tl.load(residuals + place, mask=real, other=0).to(tl.int32)
+            residual = tl.load(source, mask=real, other=0).to(tl.int32)
             entry = tl.load(table + (residual >> low.to(tl.int32)) + HALF, mask=real, other=1)
             freq, start = entry & 0xFFFF, entry >> 16
             # freq << (32 - SLOT_BITS - low) does not fit 32 bits where freq is all of the slots; none is.
             emit = real & (x >= (freq << (32 - SLOT_BITS - low)))
             need = emit.to(tl.int32)
-            after = tl.reduce(need, 0, _add) - tl.associative_scan(
-                need, 0, _add
-            )  # words of higher lanes, which a decoder reads later
-            tl.store(words + at - 1 - after, (x & 0xFFFF).to(tl.uint16), mask=emit)
-            at -= tl.reduce(need, 0, _add)
+            before, given = _turns(need, BALLOT)
+            # A lane's word stands in front of those of higher lanes, which a decoder reads later.
+            at -= given
+            tl.store(end + at + before, (x & 0xFFFF).to(tl.uint16), mask=emit)
             y = tl.where(emit, x >> 16, x)
             y = ((y // freq) << SLOT_BITS) + y % freq + start
             y = (y << low) | (residual.to(tl.uint32) & ((1 << low) - 1))
             x = tl.where(real, y, x)
+            source -= channels
             t -= 1
         group -= 1
-    tl.store(states + job * LANES + lane, x)
-    tl.store(counts + job, ((job + 1).to(tl.int64) * room - at).to(tl.int32))
+    tl.store(states + job * LANES + lane, x, mask=mine)
+    tl.store(counts + job + lane, -at, mask=mine & (lane == 0))
+
+
+def _grid(planes: int, streams: int) -> tuple[tuple[int, int], dict[str, Any]]:
+    """The programs for so many streams, and what all kernels are launched with."""
+    rows = min(_ROWS, triton.next_power_of_2(streams))
+    interpreted = isinstance(_turns, InterpretedFunction)
+    return (triton.cdiv(streams, rows), planes), {
+        "LANES": LANES,
+        "START": START,
+        "HALF": HALF,
+        "SLOT_BITS": SLOT_BITS,
+        "WIDTHS": WIDTHS,
+        "ROWS": rows,
+        "BALLOT": not interpreted,
+        "num_warps": rows,
+    }
 
 
 def decode(
@@ -201,7 +271,8 @@ def decode(
     bfloat16 = rows.dtype == torch.bfloat16
     if bfloat16:
         rows = rows.view(torch.uint16)
-    _decode[(count * streams,)](
+    grid, options = _grid(count, streams)
+    _decode[grid](
         words,
         begins,
         states,
@@ -222,14 +293,9 @@ def decode(
         planes,
         BLOCK_TOKENS=block_tokens,
         GROUPS=groups,
-        LANES=LANES,
-        START=START,
-        HALF=HALF,
-        SLOT_BITS=SLOT_BITS,
-        WIDTHS=WIDTHS,
         SINE_BITS=SINE_BITS,
         BFLOAT16=bfloat16,
-        num_warps=1,
+        **options,
     )
 
 
@@ -242,7 +308,8 @@ def encode(residuals: Any, classes: Any, encoder: Any, words: Any, counts: Any, 
     """
     _, tokens, channels = residuals.shape
     count, streams, room = words.shape
-    _encode[(count * streams,)](
+    grid, options = _grid(count, streams)
+    _encode[grid](
         residuals,
         classes,
         encoder,
@@ -254,11 +321,6 @@ def encode(residuals: Any, classes: Any, encoder: Any, words: Any, counts: Any, 
         streams,
         room,
         GROUPS=groups,
-        LANES=LANES,
-        START=START,
-        HALF=HALF,
-        SLOT_BITS=SLOT_BITS,
-        WIDTHS=WIDTHS,
         SYMBOLS=SYMBOLS,
-        num_warps=1,
+        **options,
     )

@@ -28,7 +28,7 @@ from cairn.kv import KeyChain, KVGeometry, Namespace
 from cairn.observe.log import setup_logging
 from cairn.observe.metrics import Figures, Metrics
 from cairn.observe.reasons import Reason
-from cairn.plan import CostModel, Segment, plan_load
+from cairn.plan import CostModel, Segment, Work, plan_load
 from cairn.tier.arena import Arena
 
 #: A paged cache as a caller has it: a PagedKV, the tensors of the registered layout, or None for the registered cache.
@@ -193,7 +193,7 @@ class EngineCore:
         if not self._store.asks:
             return None
         rest = (len(chain) - self._store.match(chain.keys).total) * self.geometry.block_tokens
-        known = self.cost.recompute.knows(rest) and self.config.engine.planner
+        known = self.cost.recompute.knows(rest, chain.tokens - rest) and self.config.engine.planner
         worth_s = self.cost.recompute.seconds(rest, chain.tokens - rest) if known else math.inf
         return self._store.ask(chain.keys, deadline=self.deadline(timeout), worth_s=worth_s)
 
@@ -267,7 +267,7 @@ class EngineCore:
 
     def observe_prefill(self, tokens: int, context: int, seconds: float) -> None:
         """Tells the planner what computing `tokens` behind `context` others took."""
-        self.cost.recompute.observe(tokens, context, seconds)
+        self.cost.recompute.observe(Work.of([(tokens, context)]), seconds)
 
     # --- the engine itself ---------------------------------------------------------------------------------------
 

@@ -2,8 +2,9 @@
 
 import threading
 from collections import deque
+from collections.abc import Iterable
 from itertools import combinations
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -68,37 +69,60 @@ class OnlineFit:
         return best
 
 
-class RecomputeCost:
-    """Prefill time of n tokens behind ctx others: t = a + b n + c n (ctx + n / 2).
+class Work(NamedTuple):
+    """What an engine computes in one step: new tokens, and pairs of a query and a key that it attends to."""
 
-    The last term is attention, n queries over on average ctx + n/2 keys.
+    tokens: int
+    pairs: float
+
+    @classmethod
+    def of(cls, chunks: Iterable[tuple[int, int]]) -> Self:
+        """(tokens, context) of every request in the step: n queries see on average context + n / 2 keys."""
+        tokens, pairs = 0, 0.0
+        for new, context in chunks:
+            tokens += new
+            pairs += new * (context + new / 2)
+        return cls(tokens, pairs)
+
+
+class RecomputeCost:
+    """Time of a step that computes n tokens and p pairs of attention: t = a + b n + c p.
+
+    Linear, so that a step's requests add up: steps shared by several prefills and decodes are as good to learn from as
+    one prefill alone. step_tokens: how many tokens one step of the engine computes at most; longer prompts take several
+    steps. None: no limit.
     """
 
     def __init__(self) -> None:
+        self.step_tokens: int | None = None
         self._fit = OnlineFit(3)
 
     @property
     def ready(self) -> bool:
         return self._fit.ready
 
-    def knows(self, tokens: int) -> bool:
-        """Whether a prefill of so many tokens can be predicted: at most twice the longest one measured.
+    def knows(self, tokens: int, context: int = 0) -> bool:
+        """Whether a prefill of so many tokens behind `context` others can be predicted: none of its steps has more than
+        twice the tokens of the largest one measured, or than four times its pairs.
 
         After hits only their short rests have been measured, which say next to nothing about a long prompt.
         """
-        return self.ready and tokens <= 2 * self._fit.largest(1)
+        if not self.ready:
+            return False
+        step = min(tokens, self.step_tokens or tokens)
+        last = Work.of([(step, context + tokens - step)])
+        return last.tokens <= 2 * self._fit.largest(1) and last.pairs <= 4 * self._fit.largest(2)
 
-    def observe(self, tokens: int, context: int, seconds: float) -> None:
-        """A measured prefill of `tokens` behind `context` tokens."""
-        self._fit.observe(self._of(tokens, context), seconds)
+    def observe(self, work: Work, seconds: float) -> None:
+        """A measured step."""
+        self._fit.observe((1.0, *work), seconds)
 
     def seconds(self, tokens: int, context: int) -> float:
         """Expected seconds of a prefill; 0 tokens cost nothing."""
-        return self._fit.predict(self._of(tokens, context)) if tokens else 0.0
-
-    @staticmethod
-    def _of(tokens: int, context: int) -> tuple[float, float, float]:
-        return 1.0, float(tokens), tokens * (context + tokens / 2)
+        if not tokens:
+            return 0.0
+        steps = -(-tokens // self.step_tokens) if self.step_tokens else 1
+        return self._fit.predict((float(steps), *Work.of([(tokens, context)])))
 
 
 class LoadCost:

@@ -36,7 +36,7 @@ def plan_load(
     whatever is held.
     """
     held = sum(segment.tokens for segment in segments)
-    if not cost.recompute.knows(prompt_tokens - start):
+    if not cost.recompute.knows(prompt_tokens - start, start):
         return Plan(held, float("nan"))
 
     def computing(split: int) -> float:

@@ -5,6 +5,8 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
+from cairn.plan import Work
+
 
 @dataclass(slots=True)
 class Copy:
@@ -27,16 +29,16 @@ class Orders(KVConnectorMetadata):  # type: ignore[misc]
 
     layered: loads that this step's forward pass needs, layer by layer. loads: loads whose requests wait outside of the
     step. stores: made after the forward pass. released: requests that are over and whose blocks vLLM may free.
-    prefill: (tokens, context) of the step if it is nothing but one request's prefill, for the planner. settle_stores:
-    blocks are about to be taken from requests, so stores under way must end first. forgiven: failed copies that the
-    scheduler has heard of, so that no request goes on with what they left.
+    work: what the step computes, if it is to be timed for the planner. settle_stores: blocks are about to be taken from
+    requests, so stores under way must end first. forgiven: failed copies that the scheduler has heard of, so that no
+    request goes on with what they left.
     """
 
     layered: list[Copy] = field(default_factory=list)
     loads: list[Copy] = field(default_factory=list)
     stores: list[Copy] = field(default_factory=list)
     released: set[str] = field(default_factory=set)
-    prefill: tuple[int, int] | None = None
+    work: Work | None = None
     settle_stores: bool = False
     forgiven: set[int] = field(default_factory=set)
 
@@ -46,13 +48,14 @@ class Done(KVConnectorWorkerMetadata):  # type: ignore[misc]
     """What workers have done since the last report.
 
     copies: by number, how many ranks have made the copy. failed: numbers of copies that at least one rank could not
-    make. seconds: a copy's time on the slowest rank. prefill: (tokens, context, seconds) of a pure prefill step.
+    make. seconds: a copy's time on the slowest rank. work, work_seconds: a step that was timed.
     """
 
     copies: dict[int, int] = field(default_factory=dict)
     failed: set[int] = field(default_factory=set)
     seconds: dict[int, float] = field(default_factory=dict)
-    prefill: tuple[int, int, float] | None = None
+    work: Work | None = None
+    work_seconds: float = 0.0
 
     def aggregate(self, other: Any) -> "Done":
         """Both reports in one (vLLM folds the ranks' reports of a step this way)."""
@@ -62,4 +65,5 @@ class Done(KVConnectorWorkerMetadata):  # type: ignore[misc]
         seconds = dict(self.seconds)
         for number, taken in other.seconds.items():
             seconds[number] = max(taken, seconds.get(number, 0.0))
-        return Done(copies, self.failed | other.failed, seconds, self.prefill or other.prefill)
+        timed = self if self.work else other
+        return Done(copies, self.failed | other.failed, seconds, timed.work, timed.work_seconds)

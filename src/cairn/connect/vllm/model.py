@@ -27,13 +27,14 @@ class Served:
     shards: the geometry of each rank's blocks, by global rank: pipeline stages one behind the other, and within a stage
     the tensor-parallel ranks. They differ only in their layers. stages: how many pipeline stages there are. name: of
     the arena that the engine's processes share. namespace: of requests without LoRA and salt; its geometry is that of
-    all ranks together.
+    all ranks together. step_tokens: how many tokens a step computes at most.
     """
 
     shards: tuple[KVGeometry, ...]
     stages: int
     name: str
     namespace: Namespace
+    step_tokens: int
 
     @property
     def ranks(self) -> int:
@@ -73,7 +74,7 @@ def served_model(vllm_config: Any, kv_cache_config: Any) -> Served:
     )
     name = hashlib.blake2s(str(vllm_config.kv_transfer_config.engine_id).encode(), digest_size=12).hexdigest()
     shards = tuple(replace(own, layers=count) for count in layers for _ in range(ranks))
-    return Served(shards, len(layers), name, namespace)
+    return Served(shards, len(layers), name, namespace, vllm_config.scheduler_config.max_num_batched_tokens)
 
 
 def own_arena(served: Served, config: Config) -> Arena:

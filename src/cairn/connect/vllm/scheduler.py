@@ -21,6 +21,7 @@ from cairn.engine.writing import Writing
 from cairn.kv import KeyChain
 from cairn.node.base import Home
 from cairn.observe.reasons import Reason
+from cairn.plan import Work
 from cairn.tier.arena import Arena
 
 #: A load expected to take longer than this, and than the computing that follows it and overlaps with it layer by layer,
@@ -67,6 +68,7 @@ class SchedulerSide:
         arena = None if config.node.address else own_arena(served, config)
         Arena.unlink(served.name)  # all workers have it mapped by now
         self.engine = EngineCore(served.namespace, config, arena=arena)
+        self.engine.cost.recompute.step_tokens = served.step_tokens
         self.events = TierEvents(self.engine.watch(), self._block) if mode.events else None
         self._mode = mode
         self._adapters = Adapters()
@@ -156,7 +158,7 @@ class SchedulerSide:
         orders.settle_stores = bool(output.preempted_req_ids)
         orders.forgiven, self._unforgiven = self._unforgiven, set()
         if not orders.layered:
-            orders.prefill = self._pure_prefill(scheduled)
+            orders.work = self._work(scheduled)
         return orders
 
     def reported(self, done: Done) -> None:
@@ -170,8 +172,8 @@ class SchedulerSide:
                 del self._reports[number]
                 self._copied(number, number in self._failed, done.seconds.get(number, 0.0))
                 self._failed.discard(number)
-        if done.prefill:
-            self.engine.observe_prefill(*done.prefill)
+        if done.work:
+            self.engine.cost.recompute.observe(done.work, done.work_seconds)
 
     def finished(self, request: Any) -> bool:
         """A request is over; True if its blocks are needed until they are stored."""
@@ -385,10 +387,14 @@ class SchedulerSide:
             self._orders.released.add(tracked.request.request_id)
             del self._tracked[tracked.request.request_id]
 
-    def _pure_prefill(self, scheduled: dict[str, int]) -> tuple[int, int] | None:
-        """(tokens, context) if the step is nothing but one request's prefill."""
-        if len(scheduled) != 1:
+    def _work(self, scheduled: dict[str, int]) -> Work | None:
+        """What the step computes, if that is worth measuring: some prefill, and all of it known."""
+        if not scheduled or max(scheduled.values()) <= self._block:
             return None
-        ((request_id, tokens),) = scheduled.items()
-        tracked = self._running(request_id)
-        return (tokens, tracked.computed - tokens) if tracked and tokens > self._block else None
+        chunks = []
+        for request_id, tokens in scheduled.items():
+            tracked = self._running(request_id)
+            if tracked is None:
+                return None
+            chunks.append((tokens, tracked.computed - tokens))
+        return Work.of(chunks)

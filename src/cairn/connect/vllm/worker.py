@@ -15,6 +15,7 @@ from cairn.connect.vllm.movers import Layers, Mover, Rows, Timer, mover_for
 from cairn.connect.vllm.places import Places, Refused, refused
 from cairn.copy import TokenSlots
 from cairn.observe.log import log_once
+from cairn.plan import Work
 from cairn.tier.arena import Arena
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class WorkerSide:
         self._places: Places | None = None
         self._layer_of: dict[str, int] = {}
         self._orders = Orders()
-        self._prefill: tuple[int, int, Timer] | None = None
+        self._timed: tuple[Work, Timer] | None = None
         self._layered: list[tuple[Copy, Layers, float]] = []
         self._ended: list[tuple[Copy, Future[float]]] = []
         self._loads: list[tuple[Copy, Future[float]]] = []
@@ -74,8 +75,8 @@ class WorkerSide:
         self._orders = orders
         self._unheard -= orders.forgiven
         mover = self._all_places.mover
-        if orders.prefill and mover:
-            self._prefill = (*orders.prefill, mover.timer())
+        if orders.work and mover:
+            self._timed = orders.work, mover.timer()
 
     def settle_stores(self) -> None:
         """Blocks of stores under way are about to be overwritten: not before the stores are over."""
@@ -99,9 +100,9 @@ class WorkerSide:
 
     def end(self) -> None:
         """After the forward pass: settles the step's own loads and starts its stores."""
-        if self._prefill and self._orders.prefill:
-            self._prefill[2].stop()
-            self._orders.prefill = None
+        if self._timed and self._orders.work:
+            self._timed[1].stop()
+            self._orders.work = None
         for copy, layers, _ in self._layered:
             over = layers.end()
             if over.done() and over.exception():
@@ -135,12 +136,12 @@ class WorkerSide:
 
     def report(self) -> Done | None:
         """What was done since the last call."""
-        if self._prefill and (seconds := self._prefill[2].seconds()) is not None:
+        if self._timed and (seconds := self._timed[1].seconds()) is not None:
             # The stages of a pipeline take turns, and share the layers equally.
-            self._done.prefill = (*self._prefill[:2], seconds * self._stages)
-            self._prefill = None
+            self._done.work, self._done.work_seconds = self._timed[0], seconds * self._stages
+            self._timed = None
         done, self._done = self._done, Done()
-        return done if done.copies or done.prefill else None
+        return done if done.copies or done.work else None
 
     def close(self) -> None:
         if self._places:
