@@ -66,9 +66,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--chunks", type=int, default=16, help="Chunks of 256 tokens, 33.5 MB of bf16 each.")
-    parser.add_argument("--streams", type=int, default=triton_kernels._ROWS, help="Streams of a program.")
+    parser.add_argument("--streams", type=int, default=triton_kernels._WARPS, help="Streams of a program.")
     options = parser.parse_args()
-    triton_kernels._ROWS = options.streams
+    triton_kernels._WARPS = options.streams
     groups = sections.groups_a_stream(TOKENS, CHANNELS)
     streams = -(-CHANNELS // rans.LANES // groups)
     count = options.chunks * PLANES

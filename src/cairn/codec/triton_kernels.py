@@ -1,7 +1,7 @@
 """`cachegen`'s streams in Triton, the same bits as the CPU's. Imports triton: import it only where a GPU is used.
 
-A warp decodes a stream: 32 lanes, a lane a thread, as `rans` lays it out; a program has ROWS warps, tensors of [ROWS,
-32], because a multiprocessor holds more warps than programs. Which of the next words is its own a lane learns from how
+A warp decodes a stream: 32 lanes, a lane a thread, as `rans` lays it out; a program has WARPS of them, tensors of
+[WARPS * 32], because a multiprocessor holds more warps than programs. Which of the next words is its own a lane learns from how
 many lanes before it need one: a ballot. Values go straight into the rows, so nothing is kept between decoding and the
 cache.
 """
@@ -20,7 +20,7 @@ from cairn.codec.rotary import SINE_BITS
 from cairn.codec.tables import HALF, SLOT_BITS, SYMBOLS, WIDTHS
 
 #: Streams, and so warps, of a program.
-_ROWS = 4
+_WARPS = 4
 
 
 # Not tl.sum and tl.cumsum: these are kernels too, which only run interpreted if triton was first imported so.
@@ -30,10 +30,11 @@ def _add(a, b):
 
 
 @triton.jit
-def _turns(need, BALLOT: tl.constexpr):
-    """Of int32 flags [ROWS, 32]: how many lanes before each one, and how many in its whole row, have theirs set.
+def _turns(need, WARPS: tl.constexpr, LANES: tl.constexpr, BALLOT: tl.constexpr):
+    """Of int32 flags [WARPS * 32]: how many lanes before each one, and how many in its whole warp, have theirs set.
 
-    BALLOT: by the warp's vote, which counts on a row being a warp. The interpreter has none.
+    BALLOT: by the warp's vote, which counts on neighbours being one warp's threads, as they are in a tensor with one
+    dimension and as many elements as there are threads. The interpreter has none.
     """
     if BALLOT:
         return tl.inline_asm_elementwise(
@@ -55,8 +56,10 @@ def _turns(need, BALLOT: tl.constexpr):
             is_pure=False,
             pack=1,
         )
-    before = tl.associative_scan(need, 1, _add) - need
-    return before, before * 0 + tl.reduce(need, 1, _add)[:, None]
+    warps = tl.reshape(need, (WARPS, LANES))
+    before = tl.associative_scan(warps, 1, _add) - warps
+    whole = before * 0 + tl.reduce(warps, 1, _add)[:, None]
+    return tl.reshape(before, (WARPS * LANES,)), tl.reshape(whole, (WARPS * LANES,))
 
 
 @triton.jit
@@ -107,16 +110,16 @@ def _decode(
     WIDTHS: tl.constexpr,
     SINE_BITS: tl.constexpr,
     BFLOAT16: tl.constexpr,
-    ROWS: tl.constexpr,
+    WARPS: tl.constexpr,
     BALLOT: tl.constexpr,
 ):
-    plane = tl.program_id(1)  # layer * planes + plane
-    stream = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    lane = tl.arange(0, LANES)[None, :]
+    plane = tl.program_id(0)  # layer * planes + plane
+    thread = tl.arange(0, WARPS * LANES)
+    stream, lane = tl.program_id(1) * WARPS + thread // LANES, thread % LANES
     mine = stream < streams
     job = plane * streams + stream
     x = tl.load(states + job * LANES + lane, mask=mine, other=0)
-    next_words = words + tl.load(begins + job, mask=mine, other=0) + lane * 0
+    next_words = words + tl.load(begins + job, mask=mine, other=0)
     base = rows + tl.load(offsets + plane)
     group = 0
     while group < GROUPS:
@@ -146,7 +149,7 @@ def _decode(
                 y = ((entry >> 11) & 2047) * (y >> SLOT_BITS) + (entry & 2047)
                 residual = (((entry >> 22).to(tl.int32) - HALF) << low.to(tl.int32)) | rest.to(tl.int32)
                 short = real & (y < START)
-                before, taken = _turns(short.to(tl.int32), BALLOT)
+                before, taken = _turns(short.to(tl.int32), WARPS, LANES, BALLOT)
                 word = tl.load(next_words + before, mask=short, other=0).to(tl.uint32)
                 x = tl.where(real, tl.where(short, (y << 16) | word, y), x)
                 next_words += taken
@@ -180,18 +183,18 @@ def _encode(
     SLOT_BITS: tl.constexpr,
     WIDTHS: tl.constexpr,
     SYMBOLS: tl.constexpr,
-    ROWS: tl.constexpr,
+    WARPS: tl.constexpr,
     BALLOT: tl.constexpr,
 ):
-    plane = tl.program_id(1)
-    stream = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    lane = tl.arange(0, LANES)[None, :]
+    plane = tl.program_id(0)
+    thread = tl.arange(0, WARPS * LANES)
+    stream, lane = tl.program_id(1) * WARPS + thread // LANES, thread % LANES
     mine = stream < streams
     job = plane * streams + stream
-    x = tl.full((ROWS, LANES), START, tl.uint32)
+    x = tl.full((WARPS * LANES,), START, tl.uint32)
     # Written from the end of the room to its front, so that a decoder reads forwards.
     end = words + (job + 1).to(tl.int64) * room
-    at = tl.full((ROWS, LANES), 0, tl.int32)
+    at = tl.full((WARPS * LANES,), 0, tl.int32)
     group = GROUPS - 1
     while group >= 0:
         channel = (stream * GROUPS + group) * LANES + lane
@@ -208,7 +211,7 @@ def _encode(
             # freq << (32 - SLOT_BITS - low) does not fit 32 bits where freq is all of the slots; none is.
             emit = real & (x >= (freq << (32 - SLOT_BITS - low)))
             need = emit.to(tl.int32)
-            before, given = _turns(need, BALLOT)
+            before, given = _turns(need, WARPS, LANES, BALLOT)
             # A lane's word stands in front of those of higher lanes, which a decoder reads later.
             at -= given
             tl.store(end + at + before, (x & 0xFFFF).to(tl.uint16), mask=emit)
@@ -220,22 +223,21 @@ def _encode(
             t -= 1
         group -= 1
     tl.store(states + job * LANES + lane, x, mask=mine)
-    tl.store(counts + job + lane, -at, mask=mine & (lane == 0))
+    tl.store(counts + job, -at, mask=mine & (lane == 0))
 
 
 def _grid(planes: int, streams: int) -> tuple[tuple[int, int], dict[str, Any]]:
     """The programs for so many streams, and what all kernels are launched with."""
-    rows = min(_ROWS, triton.next_power_of_2(streams))
-    interpreted = isinstance(_turns, InterpretedFunction)
-    return (triton.cdiv(streams, rows), planes), {
+    warps = min(_WARPS, triton.next_power_of_2(streams))
+    return (planes, triton.cdiv(streams, warps)), {
         "LANES": LANES,
         "START": START,
         "HALF": HALF,
         "SLOT_BITS": SLOT_BITS,
         "WIDTHS": WIDTHS,
-        "ROWS": rows,
-        "BALLOT": not interpreted,
-        "num_warps": rows,
+        "WARPS": warps,
+        "BALLOT": not isinstance(_turns, InterpretedFunction),
+        "num_warps": warps,
     }
 
 
