@@ -1,6 +1,11 @@
 """The Triton kernels in Triton's interpreter: what they encode and decode is bit for bit what numba does."""
 
 import importlib
+import json
+import os
+import re
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -122,3 +127,18 @@ def test_values_are_the_same(
     )
     found = rows.view(torch.int32 if dtype == "float32" else torch.int16).numpy().view(element)
     assert (found == expected).all()
+
+
+def test_a_warp_votes_for_its_own_stream() -> None:
+    """The ballot counts on neighbouring elements being one warp's threads; nothing in Triton promises that."""
+    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.codec.compiled"], env=environ, stdout=subprocess.PIPE, check=True, timeout=300
+    )
+    for line in done.stdout.splitlines():
+        name, code = json.loads(line)
+        assert "vote.sync.ballot" in code, name
+        layouts = re.findall(r"^#\S+ = #ttg\.blocked<.*>$", code, re.MULTILINE)
+        assert len(layouts) == 1, name
+        assert "sizePerThread = [1], threadsPerWarp = [32]" in layouts[0], name
+        assert "convert_layout" not in code, name
