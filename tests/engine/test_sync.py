@@ -175,6 +175,25 @@ def test_the_planner_leaves_to_prefill_what_it_does_faster(tmp_path: Path) -> No
         assert retrieved(engine, tokens) == 64
 
 
+def test_a_tier_that_was_slow_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cairn.engine.probe.INTERVAL_S", 0.0)
+    with make_engine(8, tmp_path) as engine:
+        prompts = [prompt(seed, 32) for seed in range(4)]
+        for tokens in prompts:
+            stored(engine, tokens)
+            assert engine.flush(10)
+        for n in (100, 1000):
+            engine.observe_prefill(n, 0, n * 1.0)
+            engine.cost.observe_load("disk", n * 1000, n * 1e3)
+        for _ in range(1000):  # what is brought up pushes others out of DRAM, so there is always something below
+            for tokens in prompts:
+                retrieved(engine, tokens)
+            if engine.get_stats()["hit_tokens"].get("disk"):
+                break
+        assert engine.get_stats()["hit_tokens"]["disk"] > 0
+        assert engine.get_stats()["miss_tokens"]["cheaper_to_recompute"] > 0
+
+
 def test_results_speak_the_callers_language() -> None:
     torch = pytest.importorskip("torch")
     with make_engine(8) as engine:

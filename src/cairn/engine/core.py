@@ -19,6 +19,7 @@ from cairn.engine.base import BlockStore
 from cairn.engine.layers import LayerStore
 from cairn.engine.local import open_local
 from cairn.engine.rehearsal import rehearse
+from cairn.engine.probe import Probes
 from cairn.engine.stage import COPY_BYTES, Span, Stage
 from cairn.engine.writing import Writing
 from cairn.errors import ClosedError, GeometryError, InputError
@@ -96,6 +97,7 @@ class EngineCore:
             self._store = open_node(address, self.config, self.geometry, self.metrics, self.cost)
         else:
             self._store = open_local(self.config, self.geometry, self.metrics, self.cost, arena)
+        self._probes = Probes(self._store, self.geometry.block_bytes)
         self._copier = CpuCopier(self.geometry, self.config.engine.copy_threads)
         self._layers = ThreadPoolExecutor(_WORKERS, "cairn-layers")
         self._root = namespace.digest()
@@ -233,6 +235,8 @@ class EngineCore:
         if self.config.engine.planner:
             wanted = plan_load(segments, chain.tokens, self.geometry.token_bytes, self.cost, start=begin).tokens
         deadline = self.deadline(timeout)
+        if begin + wanted <= held.dram * block:
+            self._probes.look(keys, held, deadline)
         hold = self._store.hold(keys[: (begin + wanted) // block], deadline=deadline)
         span = Span(begin, len(keys) * block, chain.tokens, total - begin - wanted)
         return Stage(hold, self._copier, self._layers, self.metrics, self.cost, span, deadline)

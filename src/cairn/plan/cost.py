@@ -129,7 +129,8 @@ class LoadCost:
     """Load time of n bytes from one tier: t = latency + n / bandwidth."""
 
     def __init__(self) -> None:
-        self._fit = OnlineFit(2)
+        # A tier's speed changes with what else uses it: few observations, so that it is soon noticed.
+        self._fit = OnlineFit(2, window=16)
 
     @property
     def ready(self) -> bool:
