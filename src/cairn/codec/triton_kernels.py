@@ -1,9 +1,9 @@
 """`cachegen`'s streams in Triton, the same bits as the CPU's. Imports triton: import it only where a GPU is used.
 
 A warp decodes a stream: 32 lanes, a lane a thread, as `rans` lays it out; a program has WARPS of them, tensors of
-[WARPS * 32], because a multiprocessor holds more warps than programs. Which of the next words is its own a lane learns from how
-many lanes before it need one: a ballot. Values go straight into the rows, so nothing is kept between decoding and the
-cache.
+[WARPS * 32], because a multiprocessor holds more warps than programs. Which of the next words is its own a lane learns
+from how many lanes before it need one: a ballot. Values go straight into the rows, so nothing is kept between decoding
+and the cache.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"

@@ -18,8 +18,8 @@ from cairn.engine.arguments import like, mask_start, slot_array
 from cairn.engine.base import BlockStore
 from cairn.engine.layers import LayerStore
 from cairn.engine.local import open_local
-from cairn.engine.rehearsal import rehearse
 from cairn.engine.probe import Probes
+from cairn.engine.rehearsal import rehearse
 from cairn.engine.stage import COPY_BYTES, Span, Stage
 from cairn.engine.writing import Writing
 from cairn.errors import ClosedError, GeometryError, InputError
