@@ -103,10 +103,10 @@ def test_prefetch_brings_the_disks_blocks_up(tmp_path: Path) -> None:
     with make_engine(64, tmp_path) as engine:
         stored(engine, tokens)
     with make_engine(64, tmp_path) as engine:
-        assert engine._store.match(engine.chain(tokens).keys) == (0, (("disk", 16),))
+        assert engine._store.match(engine.chain(tokens).keys)[:2] == (0, (("disk", 16),))
         task = engine.prefetch_async(tokens)
         assert engine.wait([task])[task].status is TaskStatus.SUCCESS
-        assert engine._store.match(engine.chain(tokens).keys) == (16, (("disk", 16),))
+        assert engine._store.match(engine.chain(tokens).keys)[:2] == (16, (("disk", 16),))
         assert "hit_tokens" not in engine.get_stats() or engine.get_stats()["hit_tokens"] == {}
         at_rest(engine)
 

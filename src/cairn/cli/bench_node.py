@@ -232,6 +232,7 @@ def load(address: str) -> None:
             writing = engine.reserve(chains[turn % 64])
             if writing:
                 with writing.access() as memory:
+                    assert isinstance(memory, np.ndarray)
                     if memory is not None:
                         memory[writing.rows, :64] = turn % 256
                 writing.commit(len(writing.rows))

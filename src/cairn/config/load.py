@@ -20,6 +20,8 @@ from cairn.config.schema import Config, KeyPath, default_text, is_secret, sectio
 from cairn.errors import ConfigError
 
 _OVERRIDE = ""
+#: Variables that may be written shorter; the long form wins.
+_SHORT: dict[str, KeyPath] = {"CAIRN_LOG_LEVEL": ("engine", "log_level")}
 
 
 class _Value(NamedTuple):
@@ -102,6 +104,9 @@ def _read(path: Path) -> Mapping[Any, Any]:
 def _from_environ(environ: Mapping[str, str]) -> Iterator[tuple[KeyPath, _Value]]:
     """Ours is what has a `__` or begins with a section's name. Other CAIRN_* variables are not meant for us: Kubernetes
     makes CAIRN_SERVICE_HOST for a service called cairn."""
+    for name, key in _SHORT.items():
+        if name in environ:
+            yield key, _Value(_parse_value(name, environ[name]), name)
     for name, text in environ.items():
         if not name.startswith("CAIRN_"):
             continue

@@ -55,6 +55,10 @@ def _addresses(value: object) -> object:
     return value
 
 
+def _upper(value: object) -> object:
+    return value.upper() if isinstance(value, str) else value
+
+
 def _secret(value: object) -> object:
     """YAML makes numbers of digits; what was meant cannot be told any more."""
     if value is not None and not isinstance(value, str | SecretStr):
@@ -71,6 +75,14 @@ Size = Annotated[
         {"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"type": "string", "pattern": f"^{PATTERN}$"}]}
     ),
 ]
+#: As Size, where none at all has a meaning.
+SizeOrNone = Annotated[
+    int,
+    BeforeValidator(parse_size),
+    PlainSerializer(_dump_size, return_type=int | str),
+    Field(ge=0, le=1 << 60),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": f"^{PATTERN}$"}]}),
+]
 Directory = Annotated[Path, BeforeValidator(_directory)]
 #: A URL, whose password is not for people to read.
 StoreUrl = Annotated[str, Field(min_length=1), PlainSerializer(_dump_url, return_type=str, when_used="unless-none")]
@@ -86,7 +98,7 @@ Threads = Annotated[int, Field(ge=1, le=64)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Worth = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 Secret = Annotated[SecretStr, BeforeValidator(_secret)]
-Level = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+Level = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)]
 Policy = Literal["lru", "s3fifo", "tenure"]
 
 
@@ -101,6 +113,18 @@ class Cpu(Section):
 
     size: Size = Field(default=1 << 30, description="Bytes of the arena.")
     policy: Policy = Field(default="tenure", description="Eviction policy.")
+
+
+class Vram(Section):
+    """VRAM that engines of one host share through its node: see node.md. Size and device are each engine's own."""
+
+    size: SizeOrNone = Field(default=0, description="Bytes of VRAM that this engine donates; 0: it shares none.")
+    device: str = Field(
+        default="cuda",
+        pattern=r"^(cuda(:\d+)?|stand-in)$",
+        description="Where: cuda (torch's current device), cuda:N, or stand-in, host memory for tests without a GPU.",
+    )
+    policy: Policy = Field(default="tenure", description="Eviction policy; the node's counts.")
 
 
 class Disk(Section):
@@ -152,6 +176,7 @@ class Remote(Section):
 class Storage(Section):
     """The tiers, from the fastest to the largest."""
 
+    vram: Vram = Vram()
     cpu: Cpu = Cpu()
     disk: Disk = Disk()
     remote: Remote = Remote()

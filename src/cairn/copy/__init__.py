@@ -1,7 +1,7 @@
 """Copies between an engine's paged KV cache and rows of block memory. Knows nothing of tiers."""
 
-from cairn.copy.base import Copier
+from cairn.copy.base import Copier, DeviceRows, RowMemory
 from cairn.copy.cpu import CpuCopier
 from cairn.copy.paged import LAYOUTS, PagedKV, TokenSlots
 
-__all__ = ["LAYOUTS", "Copier", "CpuCopier", "PagedKV", "TokenSlots"]
+__all__ = ["LAYOUTS", "Copier", "CpuCopier", "DeviceRows", "PagedKV", "RowMemory", "TokenSlots"]

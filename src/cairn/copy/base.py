@@ -1,6 +1,7 @@
 """The contract of a copier: paged KV cache <-> rows of block memory."""
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -9,13 +10,30 @@ from cairn.copy.paged import PagedKV, TokenSlots
 from cairn.kv import KVGeometry
 
 
-class Copier(ABC):
-    """Moves KV blocks between an engine's paged cache and rows of host memory.
+class DeviceRows(NamedTuple):
+    """Rows in a GPU's memory, this one's or a peer's that is mapped here: `rows` of `stride` bytes from `address` on.
 
-    memory: uint8 [rows, stride], each row at least `geometry.block_bytes`; a row holds a block as
+    peer: another device holds them. Whoever made it keeps the memory mapped while it is used.
+    """
+
+    address: int
+    rows: int
+    stride: int
+    peer: bool
+
+
+#: Where rows stand: host memory, uint8 [rows, stride], or a device's.
+RowMemory = npt.NDArray[np.uint8] | DeviceRows
+
+
+class Copier(ABC):
+    """Moves KV blocks between an engine's paged cache and rows of host or device memory.
+
+    memory: [rows, stride], each row at least `geometry.block_bytes`; a row holds a block as
     [layer, plane, token, head, dim] (or an engine's opaque pages, layer by layer). rows: int32 [n]. slots: int64
     [n * block_tokens], where each token stands in the paged cache; negative: that token is left as it is.
     layers: which layers to move, all by default. Calls return when the bytes have moved. Thread-safe for disjoint rows.
+    Raises InputError for memory that the copier cannot reach, StorageError where the device fails.
     """
 
     def __init__(self, geometry: KVGeometry) -> None:
@@ -26,7 +44,7 @@ class Copier(ABC):
         self,
         kv: PagedKV,
         slots: TokenSlots,
-        memory: npt.NDArray[np.uint8],
+        memory: RowMemory,
         rows: npt.NDArray[np.int32],
         layers: range | None = None,
     ) -> None:
@@ -37,8 +55,20 @@ class Copier(ABC):
         self,
         kv: PagedKV,
         slots: TokenSlots,
-        memory: npt.NDArray[np.uint8],
+        memory: RowMemory,
         rows: npt.NDArray[np.int32],
         layers: range | None = None,
     ) -> None:
         """Rows -> paged cache. Raises InputError for slots outside the cache."""
+
+    def register(self, memory: npt.NDArray[np.uint8]) -> None:  # noqa: B027 - as below: a CPU has nothing to do
+        """Makes copies from and to this host memory fast, where there is a way; until `release` or `close`."""
+
+    def release(self, memory: npt.NDArray[np.uint8]) -> None:  # noqa: B027
+        """Undoes `register`, once no copy is under way. Idempotent."""
+
+    def prepare(self, kv: PagedKV, *, direct: bool = False) -> None:  # noqa: B027
+        """Takes and compiles what copies for `kv` need, so that no request pays for it. direct: rows may be in VRAM."""
+
+    def close(self) -> None:  # noqa: B027
+        """Waits for what is under way and gives everything back. Idempotent."""

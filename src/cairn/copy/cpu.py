@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from cairn.copy.base import Copier
+from cairn.copy.base import Copier, DeviceRows, RowMemory
 from cairn.copy.memory import fence, move_bytes, stream_lines
 from cairn.copy.paged import PagedKV, TokenSlots
 from cairn.errors import InputError
@@ -106,7 +106,7 @@ class CpuCopier(Copier):
         self,
         kv: PagedKV,
         slots: TokenSlots,
-        memory: npt.NDArray[np.uint8],
+        memory: RowMemory,
         rows: npt.NDArray[np.int32],
         layers: range | None = None,
     ) -> None:
@@ -116,7 +116,7 @@ class CpuCopier(Copier):
         self,
         kv: PagedKV,
         slots: TokenSlots,
-        memory: npt.NDArray[np.uint8],
+        memory: RowMemory,
         rows: npt.NDArray[np.int32],
         layers: range | None = None,
     ) -> None:
@@ -130,12 +130,14 @@ class CpuCopier(Copier):
         self,
         kv: PagedKV,
         slots: TokenSlots,
-        memory: npt.NDArray[np.uint8],
+        memory: RowMemory,
         rows: npt.NDArray[np.int32],
         layers: range | None,
         *,
         into_rows: bool,
     ) -> None:
+        if isinstance(memory, DeviceRows) or kv.device >= 0:
+            raise InputError("the CPU copier cannot reach a GPU's memory: name the GPU as storage.vram.device")
         tokens = self.geometry.block_tokens
         if len(slots) != len(rows) * tokens:
             raise InputError(f"{len(slots)} slots for {len(rows)} blocks: each block needs {tokens}")

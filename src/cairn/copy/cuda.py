@@ -1,4 +1,6 @@
-"""The CUDA copier: the copy engines for what is long, a kernel and a staging ring for what is short."""
+"""The CUDA copier: the copy engines for what is long, a kernel and a staging ring for what is short; rows in VRAM are
+moved by the kernel alone.
+"""
 
 from collections.abc import Callable, Iterator
 from threading import Lock
@@ -8,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cairn.copy import driver
-from cairn.copy.base import Copier
+from cairn.copy.base import Copier, DeviceRows, RowMemory
 from cairn.copy.paged import PagedKV, TokenSlots
 from cairn.copy.pieces import merge, plan, vector_shape, word_bytes
 from cairn.errors import InputError
@@ -16,7 +18,9 @@ from cairn.kv import KVGeometry
 
 #: From here on a piece is worth a copy of its own: as fast as staging, without a kernel (H200).
 BREAK_EVEN = 256 << 10
-PATHS = ("auto", "pieces", "staged")
+PATHS = ("auto", "pieces", "staged", "direct")
+#: How short pieces come from a peer's VRAM: "staged" by the copy engines, or "direct" by a kernel that reads it.
+PEER_PATH = "staged"
 #: The first part of a call is small, so that the bus is busy while the rest is planned (about 0.2 ms a part); each
 #: next one is larger.
 _FIRST_BYTES, _GROWTH = 16 << 20, 2
@@ -24,6 +28,10 @@ _FIRST_BYTES, _GROWTH = 16 << 20, 2
 #: costs the host about 0.1 ms to enqueue, most of it to launch the kernel.
 _STAGING_BYTES, _STAGING_BUFFERS = 48 << 20, 2
 _PROGRAMS = 64
+#: NVLink is eight times as fast as the bus, so that enqueueing a part must pay for more bytes.
+_PEER_STAGING_BYTES = 128 << 20
+#: Programs of a kernel that waits for VRAM itself, a few for each multiprocessor.
+_DIRECT_PROGRAMS = 528
 
 
 class Enqueued(NamedTuple):
@@ -86,8 +94,9 @@ class CudaCopier(Copier):
 
     Gathers run on streams of their own, as do scatters, so both directions of the bus are busy at once. `register` the
     rows' memory first: pinned memory is several times faster, and without it the enqueueing calls may block.
-    path: how bytes move; "auto" chooses by the length of the pieces. "pieces": one copy a piece, many in one call;
-    "staged": whole rows to and from staging memory on the device, and a kernel between it and the paged cache.
+    path: how bytes move; "auto" chooses by the length of the pieces and by where the rows are. "pieces": one copy a
+    piece, many in one call; "staged": whole rows to and from staging memory on the device, and a kernel between it and
+    the paged cache; "direct": a kernel between the paged cache and rows in VRAM ("staged" for host memory).
 
     Thread-safe for disjoint rows. Holds staging memory on the device (96 MiB a direction) from `prepare` or the first
     staged copy on. Raises ImportError without torch and triton, StorageError when the driver refuses.
@@ -106,41 +115,56 @@ class CudaCopier(Copier):
             self._context = driver.current_context()
         self._path = path
         self._store, self._load = _Lane(torch, self._device), _Lane(torch, self._device)
-        self._pinned: dict[int, tuple[int, bool]] = {}
+        self._pinned: dict[int, tuple[npt.NDArray[np.uint8], bool]] = {}
 
     def register(self, memory: npt.NDArray[np.uint8]) -> None:
-        """Pins memory (uint8 [rows, stride], contiguous, at a page's start) until `close`; up to 0.5 s a GiB."""
-        address, size = memory.ctypes.data, memory.nbytes
+        """Pins memory (uint8 [rows, stride], contiguous, at a page's start) until `release` or `close`; up to 0.5 s a
+        GiB.
+        """
+        address = memory.ctypes.data
         if address not in self._pinned:
             with self._torch.cuda.device(self._device):
                 driver.use(self._context)
-                self._pinned[address] = (size, driver.pin(address, size))
+                # A new dict: copies look into the old one meanwhile.
+                self._pinned = {**self._pinned, address: (memory, driver.pin(address, memory.nbytes))}
 
-    def prepare(self, kv: PagedKV) -> None:
-        """Takes the staging memory and compiles for `kv`, so that no request pays for either."""
+    def release(self, memory: npt.NDArray[np.uint8]) -> None:
+        """Waits for what is under way, and unpins memory that `register` has pinned. Idempotent."""
+        address = memory.ctypes.data
+        with self._store.lock, self._load.lock, self._torch.cuda.device(self._device):
+            ours = self._pinned.get(address, (memory, False))[1]
+            self._pinned = {at: entry for at, entry in self._pinned.items() if at != address}
+            for lane in (self._store, self._load):
+                lane.synchronize()
+            if ours:
+                driver.use(self._context)
+                driver.unpin(address)
+
+    def prepare(self, kv: PagedKV, *, direct: bool = False) -> None:
+        """Takes the staging memory and compiles for `kv`, so that no request pays for either. direct: rows may be in
+        VRAM.
+        """
         none, span = np.empty(0, np.int64), range(self.geometry.layers)
         with self._torch.cuda.device(self._device):
             for lane, into_rows in ((self._store, True), (self._load, False)):
                 lane.staging(self.geometry.block_bytes)
                 with self._torch.cuda.stream(lane.kernels):
                     self._kernel(kv, none, span, into_rows)(0, 0, lane.buffer()[1])
+                    if direct:
+                        self._kernel(kv, none, span, into_rows, none)(0, 0, 0)
 
     def close(self) -> None:
         """Waits for what is under way and unpins what `register` has pinned. Idempotent."""
         for lane in (self._store, self._load):
             lane.synchronize()
-        with self._torch.cuda.device(self._device):
-            driver.use(self._context)
-            for address, (_, ours) in self._pinned.items():
-                if ours:
-                    driver.unpin(address)
-        self._pinned.clear()
+        for memory, _ in list(self._pinned.values()):
+            self.release(memory)
 
     def gather(
         self,
         kv: PagedKV,
         slots: TokenSlots,
-        memory: npt.NDArray[np.uint8],
+        memory: RowMemory,
         rows: npt.NDArray[np.int32],
         layers: range | None = None,
     ) -> None:
@@ -151,7 +175,7 @@ class CudaCopier(Copier):
         self,
         kv: PagedKV,
         slots: TokenSlots,
-        memory: npt.NDArray[np.uint8],
+        memory: RowMemory,
         rows: npt.NDArray[np.int32],
         layers: range | None = None,
     ) -> None:
@@ -162,7 +186,7 @@ class CudaCopier(Copier):
         self,
         kv: PagedKV,
         slots: TokenSlots,
-        memory: npt.NDArray[np.uint8],
+        memory: RowMemory,
         rows: npt.NDArray[np.int32],
         layers: range | None = None,
         after: Any = None,
@@ -178,7 +202,7 @@ class CudaCopier(Copier):
         self,
         kv: PagedKV,
         slots: TokenSlots,
-        memory: npt.NDArray[np.uint8],
+        memory: RowMemory,
         rows: npt.NDArray[np.int32],
         layers: range | None = None,
         after: Any = None,
@@ -191,7 +215,7 @@ class CudaCopier(Copier):
         lane: _Lane,
         kv: PagedKV,
         slots: TokenSlots,
-        memory: npt.NDArray[np.uint8],
+        memory: RowMemory,
         rows: npt.NDArray[np.int32],
         layers: range | None,
         after: Any,
@@ -206,8 +230,9 @@ class CudaCopier(Copier):
         kv.check_slots(slots, tokens)
         slots = np.ascontiguousarray(slots, np.int64)
         span = layers if layers is not None else range(self.geometry.layers)
-        starts = memory.ctypes.data + rows.astype(np.int64) * memory.strides[0]
-        pinned = self._is_pinned(memory)
+        address, stride = (memory.address, memory.stride) if isinstance(memory, DeviceRows) else _placed(memory)
+        starts = address + rows.astype(np.int64) * stride
+        pinned = isinstance(memory, DeviceRows) or self._is_pinned(memory)
         with self._torch.cuda.device(self._device), lane.lock:
             driver.use(self._context)
             if after is not None:
@@ -215,10 +240,15 @@ class CudaCopier(Copier):
                 lane.kernels.wait_event(after)
             begin = lane.mark(lane.copies)
             try:
-                if self._in_pieces(kv, slots, span):
+                path = self._way(memory, kv, slots, span)
+                if path == "pieces":
                     self._pieces(lane, kv, slots, starts, span, pinned, into_rows)
                     return Enqueued(begin, lane.mark(lane.copies))
-                self._staged(lane, kv, slots, starts, span, pinned, into_rows)
+                if path == "direct":
+                    self._direct(lane, kv, slots, starts, span, into_rows)
+                    return Enqueued(begin, lane.mark(lane.kernels))
+                most = _PEER_STAGING_BYTES if isinstance(memory, DeviceRows) else 0
+                self._staged(lane, kv, slots, starts, span, pinned, into_rows, most)
                 # What comes last in every part has waited for all else of it.
                 return Enqueued(begin, lane.mark(lane.copies if into_rows else lane.kernels))
             except BaseException:
@@ -228,11 +258,23 @@ class CudaCopier(Copier):
 
     def _is_pinned(self, memory: npt.NDArray[np.uint8]) -> bool:
         first = memory.ctypes.data
-        return any(at <= first and first + memory.nbytes <= at + size for at, (size, _) in self._pinned.items())
+        return any(at <= first and first + memory.nbytes <= at + own.nbytes for at, (own, _) in self._pinned.items())
 
-    def _in_pieces(self, kv: PagedKV, slots: TokenSlots, span: range) -> bool:
+    def _way(self, memory: RowMemory, kv: PagedKV, slots: TokenSlots, span: range) -> str:
+        """How bytes move: one of PATHS, but "auto"."""
+        if not isinstance(memory, DeviceRows):
+            short = "staged"
+        elif memory.peer:
+            short = PEER_PATH
+        else:
+            short = "direct"
         if self._path != "auto":
-            return self._path == "pieces"
+            return "staged" if self._path == "direct" and not isinstance(memory, DeviceRows) else self._path
+        if short == "direct":
+            return short
+        return "pieces" if self._long_pieces(kv, slots, span) else short
+
+    def _long_pieces(self, kv: PagedKV, slots: TokenSlots, span: range) -> bool:
         sample = slots[: 4 * self.geometry.block_tokens]  # requests are alike all along; planning all costs more
         blocks = len(sample) // self.geometry.block_tokens
         # Rows that do not touch: what merges in one call may not merge in the next.
@@ -264,8 +306,9 @@ class CudaCopier(Copier):
         span: range,
         pinned: bool,
         into_rows: bool,
+        part_bytes: int,
     ) -> None:
-        """Rows move whole between host and staging, while a kernel works on the parts before and behind."""
+        """Rows move whole between their memory and staging, while a kernel works on the parts before and behind."""
         tokens, width = self.geometry.block_tokens, len(span) * self.geometry.layer_bytes
         holes = (slots.reshape(-1, tokens) < 0).any(axis=1)
         if into_rows and holes.any():
@@ -274,7 +317,7 @@ class CudaCopier(Copier):
                 lane, kv, slots.reshape(-1, tokens)[holes].reshape(-1), starts[holes], span, pinned, into_rows=True
             )
             slots, starts = slots.reshape(-1, tokens)[~holes].reshape(-1), starts[~holes]
-        most = lane.staging(width)
+        most = lane.staging(max(width, part_bytes))
         first_stream, last_stream = (lane.kernels, lane.copies) if into_rows else (lane.copies, lane.kernels)
         with self._torch.cuda.stream(lane.kernels):
             kernel = self._kernel(kv, slots, span, into_rows)
@@ -296,23 +339,49 @@ class CudaCopier(Copier):
                     kernel(first, stop, staging)
                 lane.freed[number].record(last_stream)
 
-    def _kernel(self, kv: PagedKV, slots: TokenSlots, span: range, into_rows: bool) -> Callable[[int, int, int], None]:
-        """The kernel for blocks first..stop of `slots` and the address of their staged rows; on the current stream."""
+    def _direct(
+        self,
+        lane: _Lane,
+        kv: PagedKV,
+        slots: TokenSlots,
+        starts: npt.NDArray[np.int64],
+        span: range,
+        into_rows: bool,
+    ) -> None:
+        """One kernel between the paged cache and rows that the device reaches by itself."""
+        with self._torch.cuda.stream(lane.kernels):
+            first = span.start * self.geometry.layer_bytes
+            self._kernel(kv, slots, span, into_rows, starts + first)(0, len(starts), 0)
+
+    def _kernel(
+        self,
+        kv: PagedKV,
+        slots: TokenSlots,
+        span: range,
+        into_rows: bool,
+        starts: npt.NDArray[np.int64] | None = None,
+    ) -> Callable[[int, int, int], None]:
+        """The kernel for blocks first..stop of `slots` and the address of their staged rows; on the current stream.
+
+        starts: int64 [blocks], rows that are not staged but stand there.
+        """
         from cairn.copy import triton_kernel
 
         heads, head_bytes = vector_shape(kv, self.geometry)
         tokens, width = self.geometry.block_tokens, len(span) * self.geometry.layer_bytes
         bases = np.ascontiguousarray(kv.bases[span.start : span.stop].reshape(-1))
         # Torch reuses the pinned upload buffer only after the event of its copy: the ring is its allocator's.
-        upload = self._torch.from_numpy(np.concatenate([bases, slots])).pin_memory()
+        scattered = np.empty(0, np.int64) if starts is None else starts
+        upload = self._torch.from_numpy(np.concatenate([bases, scattered, slots])).pin_memory()
         table = upload.to(self._device, non_blocking=True)
-        word = word_bytes(kv, np.array([width], np.int64), self.geometry)
+        word = word_bytes(kv, np.append(scattered, width), self.geometry)
+        lead = len(bases) + len(scattered)
 
         def run(first: int, stop: int, staging: int) -> None:
             triton_kernel.move(
                 table[: len(bases)],
-                table[len(bases) + first * tokens :],
-                staging,
+                table[lead + first * tokens :],
+                staging if starts is None else table[len(bases) + first : lead],
                 blocks=stop - first,
                 strides=(kv.page_stride, kv.token_stride, kv.head_stride, width),
                 page_tokens=kv.page_tokens,
@@ -320,11 +389,16 @@ class CudaCopier(Copier):
                 heads=heads,
                 head_bytes=head_bytes,
                 word=word,
-                programs=_PROGRAMS,
+                programs=_PROGRAMS if starts is None else _DIRECT_PROGRAMS,
                 into_rows=into_rows,
             )
 
         return run
+
+
+def _placed(memory: npt.NDArray[np.uint8]) -> tuple[int, int]:
+    """Address and stride of rows in host memory."""
+    return memory.ctypes.data, memory.strides[0]
 
 
 def _parts(blocks: int, width: int, most: int | None = None) -> Iterator[tuple[int, int]]:

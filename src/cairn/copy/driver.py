@@ -13,6 +13,9 @@ from cairn.errors import StorageError
 _STREAM_ORDER = 1
 _PORTABLE_AND_MAPPED = 3
 _ALREADY_REGISTERED = 712
+_ENABLE_PEER_ACCESS = 1
+#: Bytes of a CUDA IPC handle.
+HANDLE_BYTES = 64
 #: srcAccessOrder, two location hints (kind, id each), flags: CUmemcpyAttributes as int32 [6].
 _ATTRIBUTES = np.array([_STREAM_ORDER, 0, 0, 0, 0, 0], np.int32)
 _FIRST = np.zeros(1, np.uint64)
@@ -59,6 +62,46 @@ def pin(address: int, size: int) -> bool:
 def unpin(address: int) -> None:
     """Undoes `pin`. Raises StorageError."""
     _check(_library().cuMemHostUnregister(ctypes.c_void_p(address)), "unpinning host memory")
+
+
+class _Handle(ctypes.Structure):
+    """CUipcMemHandle, which the driver takes by value."""
+
+    _fields_ = (("raw", ctypes.c_byte * HANDLE_BYTES),)
+
+
+def allocate(size: int) -> int:
+    """The address of new device memory, an allocation of its own, so that it can be exported. Raises StorageError."""
+    address = ctypes.c_uint64()
+    _check(_library().cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(size)), f"taking {size} bytes of VRAM")
+    return address.value
+
+
+def free(address: int) -> None:
+    """Gives back what `allocate` gave. Nobody may have it mapped any more. Raises StorageError."""
+    _check(_library().cuMemFree_v2(ctypes.c_uint64(address)), "giving VRAM back")
+
+
+def export(address: int) -> bytes:
+    """The handle by which another process of this host maps an allocation. Raises StorageError."""
+    handle = _Handle()
+    _check(_library().cuIpcGetMemHandle(ctypes.byref(handle), ctypes.c_uint64(address)), "exporting VRAM")
+    return bytes(handle)
+
+
+def map_handle(handle: bytes) -> int:
+    """The address of another process's allocation here, whichever device holds it. Raises StorageError."""
+    address = ctypes.c_uint64()
+    status = _library().cuIpcOpenMemHandle_v2(
+        ctypes.byref(address), _Handle.from_buffer_copy(handle), ctypes.c_uint(_ENABLE_PEER_ACCESS)
+    )
+    _check(status, "mapping another process's VRAM")
+    return address.value
+
+
+def unmap(address: int) -> None:
+    """Undoes `map_handle`. Raises StorageError."""
+    _check(_library().cuIpcCloseMemHandle(ctypes.c_uint64(address)), "unmapping another process's VRAM")
 
 
 def copy_batch(pieces: Pieces, stream: int, *, into_rows: bool, pinned: bool) -> None:

@@ -14,11 +14,12 @@ _POINTERS = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
 # Not specialized: each new combination would be compiled while a request waits.
 @triton.jit(
     do_not_specialize=["rows", "page_stride", "token_stride", "head_stride", "row_stride", "jobs", "planes"],
-    do_not_specialize_on_alignment=["bases", "slots"],
+    do_not_specialize_on_alignment=["bases", "slots", "starts"],
 )
 def _move(
     bases,
     slots,
+    starts,
     rows,
     page_stride,
     token_stride,
@@ -33,6 +34,7 @@ def _move(
     WORD_BYTES: tl.constexpr,
     WORD: tl.constexpr,
     INTO_ROWS: tl.constexpr,
+    SCATTERED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     plane_words: tl.constexpr = BLOCK_TOKENS * HEADS * HEAD_WORDS
@@ -50,7 +52,8 @@ def _move(
         slot = tl.where(kept, slot, 0)
         place = slot // PAGE_TOKENS * page_stride + slot % PAGE_TOKENS * token_stride
         outside = tl.load(bases + plane) + place + head * head_stride + word % HEAD_WORDS * WORD_BYTES
-        inside = rows + row * row_stride + (plane * plane_words + word).to(tl.int64) * WORD_BYTES
+        start = tl.load(starts + row) if SCATTERED else rows + row * row_stride
+        inside = start + (plane * plane_words + word).to(tl.int64) * WORD_BYTES
         if INTO_ROWS:
             source, target = outside, inside
         else:
@@ -63,7 +66,7 @@ def _move(
 def move(
     bases: Any,
     slots: Any,
-    rows: int,
+    rows: Any,
     *,
     blocks: int,
     strides: tuple[int, int, int, int],
@@ -78,15 +81,18 @@ def move(
     """Enqueues a copy of `blocks` blocks on the current stream, by at most `programs` programs at a time.
 
     Torch tensors on the device: bases int64 [planes], slots int64 [blocks * block_tokens] (negative: left out). rows:
-    the address of the first row, which holds exactly these planes. strides: page, token, head, row, in bytes. `word`:
-    see `pieces.word_bytes`. Every address must be one the device can reach. No blocks: only compiles.
+    the address of the first row (an int), or a tensor int64 [blocks] with the address of each; from there on a row
+    holds exactly these planes. strides: page, token, head, row, in bytes. `word`: see `pieces.word_bytes`. Every
+    address must be one the device can reach. No blocks: only compiles.
     """
+    scattered = not isinstance(rows, int)
     words = block_tokens * heads * head_bytes // word
     jobs = blocks * bases.numel() * triton.cdiv(words, _BLOCK)
     _move[(min(programs, max(1, jobs)),)](
         bases,
         slots,
-        rows,
+        rows if scattered else slots,
+        0 if scattered else rows,
         *strides,
         jobs,
         bases.numel(),
@@ -97,6 +103,7 @@ def move(
         WORD_BYTES=word,
         WORD=_POINTERS[word],
         INTO_ROWS=into_rows,
+        SCATTERED=scattered,
         BLOCK=_BLOCK,
         num_warps=8,
     )

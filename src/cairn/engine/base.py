@@ -11,21 +11,30 @@ from cairn.kv import Keys
 
 
 class Held(NamedTuple):
-    """How many leading blocks of a chain are held: `dram` in DRAM; below: in each lower tier or those above it, by its
-    name, from the fastest on.
+    """How many leading blocks of a chain are held: `dram` in DRAM; below: in each lower tier or those above it up to
+    DRAM, by its name, from the fastest on; vram: in VRAM, own or a peer's, as far as this engine can read it.
+
+    own: in the VRAM that this engine writes to; None: it writes to DRAM.
     """
 
     dram: int
     below: tuple[tuple[str, int], ...] = ()
+    vram: int = 0
+    own: int | None = None
 
     @property
     def total(self) -> int:
         """In any tier."""
-        return self.below[-1][1] if self.below else self.dram
+        return max(self.vram, self.below[-1][1] if self.below else self.dram)
+
+    @property
+    def stored(self) -> int:
+        """Those that a write would find in their place."""
+        return self.dram if self.own is None else self.own
 
 
 class BlockStore(ABC):
-    """Blocks by key, with DRAM rows as the only place where their bytes are touched.
+    """Blocks by key; their bytes are touched in DRAM rows alone, or in VRAM where an engine has some (`VramStore`).
 
     Two-phase writes go through a `Writing`, reads through a `Hold`; both give access to the arena. Keys are those of a
     chain from its first block on, uint64 [n, 2]. Thread-safe; nothing here raises for what happens inside.

@@ -75,7 +75,7 @@ class CacheEngine(EngineCore):
         """Finds what is not stored yet; returns the task and bool [n], the tokens (of whole blocks) it would store."""
         chain = self._chain(token_ids, namespace)
         block = self.geometry.block_tokens
-        held = self._store.match(chain.keys).dram * block
+        held = self._store.match(chain.keys).stored * block
         start = max(held, mask_start(token_mask, chain.tokens))
         task = Task(chain, start, max(start, len(chain) * block), self._run_put)
         return self._add(task), task.result(TaskStatus.UNREADY, task.stop).mask

@@ -2,6 +2,7 @@
 one.
 """
 
+import logging
 import math
 import threading
 import time
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from cairn.config import Config
-from cairn.copy import CpuCopier, PagedKV, TokenSlots
+from cairn.copy import Copier, CpuCopier, PagedKV, TokenSlots
 from cairn.engine.arguments import like, mask_start, slot_array
 from cairn.engine.base import BlockStore
 from cairn.engine.layers import LayerStore
@@ -22,15 +23,17 @@ from cairn.engine.probe import Probes
 from cairn.engine.rehearsal import rehearse
 from cairn.engine.stage import COPY_BYTES, Span, Stage
 from cairn.engine.writing import Writing
-from cairn.errors import ClosedError, GeometryError, InputError
+from cairn.errors import ClosedError, ConfigError, GeometryError, InputError, StorageError
 from cairn.index import POLICIES
 from cairn.index.journal import Journal
 from cairn.kv import KeyChain, KVGeometry, Namespace
-from cairn.observe.log import setup_logging
+from cairn.observe.log import log_once, setup_logging
 from cairn.observe.metrics import Figures, Metrics
 from cairn.observe.reasons import Reason
 from cairn.plan import CostModel, Segment, Work, plan_load
 from cairn.tier.arena import Arena
+
+logger = logging.getLogger(__name__)
 
 #: A paged cache as a caller has it: a PagedKV, the tensors of the registered layout, or None for the registered cache.
 KVCaches = PagedKV | Sequence[Any] | None
@@ -52,6 +55,19 @@ def open_node(address: str, config: Config, geometry: KVGeometry, metrics: Metri
         metrics=metrics,
         cost=cost,
     )
+
+
+def open_vram(
+    address: str | None, config: Config, geometry: KVGeometry, metrics: Metrics, cost: CostModel
+) -> tuple[BlockStore, Copier]:
+    """The node's store with this process's VRAM before it, and what copies there: see `VramStore`."""
+    from cairn.engine.vram_store import open_vram_store
+
+    if address is None:
+        raise ConfigError(
+            "storage.vram.size: VRAM is shared through the host's node; set node.address, or the size to 0"
+        )
+    return open_vram_store(address, config, geometry, metrics, cost)
 
 
 class Stored(NamedTuple):
@@ -93,12 +109,16 @@ class EngineCore:
         self.cost = CostModel()
         address = node or self.config.node.address
         self._store: BlockStore
-        if address:
-            self._store = open_node(address, self.config, self.geometry, self.metrics, self.cost)
+        self._copier: Copier
+        if self.config.storage.vram.size:
+            self._store, self._copier = open_vram(address, self.config, self.geometry, self.metrics, self.cost)
         else:
-            self._store = open_local(self.config, self.geometry, self.metrics, self.cost, arena)
+            self._copier = CpuCopier(self.geometry, self.config.engine.copy_threads)
+            if address:
+                self._store = open_node(address, self.config, self.geometry, self.metrics, self.cost)
+            else:
+                self._store = open_local(self.config, self.geometry, self.metrics, self.cost, arena)
         self._probes = Probes(self._store, self.geometry.block_bytes)
-        self._copier = CpuCopier(self.geometry, self.config.engine.copy_threads)
         self._layers = ThreadPoolExecutor(_WORKERS, "cairn-layers")
         self._root = namespace.digest()
         self._kv: PagedKV | None = None
@@ -111,6 +131,7 @@ class EngineCore:
         """Names the paged cache that calls without `kvcaches` mean; see `PagedKV.from_tensors` for layouts."""
         self._layout = layout
         self._kv = self._paged(kvcaches)
+        self._copier.prepare(self._kv, direct=self.config.storage.vram.size > 0)
         return self._kv
 
     def chain(
@@ -132,7 +153,8 @@ class EngineCore:
         self._check_open()
         if len(key) != 16:
             raise InputError(f"key of {len(key)} bytes: a block key has 16")
-        return 1 if self._store.match(np.frombuffer(key, np.uint64).reshape(1, 2)).total else -1
+        held = self._store.match(np.frombuffer(key, np.uint64).reshape(1, 2))
+        return 0 if held.vram else 1 if held.total else -1
 
     def store(
         self,
@@ -224,10 +246,9 @@ class EngineCore:
         keys = chain.keys[:stop_block]
         block, begin = self.geometry.block_tokens, min(first_token, len(keys) * self.geometry.block_tokens)
         held = self._store.match(keys)
-        in_dram = max(begin, held.dram * block)
-        total = max(in_dram, held.total * block)
-        segments, done = [Segment("dram", in_dram - begin)], in_dram
-        for tier, blocks in held.below:
+        total, done = max(begin, held.total * block), begin
+        segments = []
+        for tier, blocks in (("vram", held.vram), ("dram", held.dram), *held.below):
             upto = max(done, blocks * block)
             segments.append(Segment(tier, upto - done))
             done = upto
@@ -326,7 +347,8 @@ class EngineCore:
         block = self.geometry.block_tokens
         writing = self.reserve(chain, -(-start // block))
         if writing is None:
-            return Stored(0, self._store.match(chain.keys).dram * block)
+            held = self._store.match(chain.keys)
+            return Stored(0, max(held.dram, held.stored) * block)
         step = max(1, COPY_BYTES // self.geometry.block_bytes)
         first, rows = writing.first, writing.rows
         new = done = 0
@@ -342,9 +364,12 @@ class EngineCore:
                         break
                     self._copier.gather(kv, slots[begin : begin + len(piece) * block], memory, piece)
                 size = len(piece) * self.geometry.block_bytes
-                self.metrics.transferred("dram", "store", size, time.monotonic() - started)
+                self.metrics.transferred(writing.tier, "store", size, time.monotonic() - started)
                 new += writing.commit(len(piece))
                 done += len(piece)
+        except StorageError as error:
+            log_once(logger, "gather", f"a copy failed: {error}")
+            reason = Reason.IO_ERROR
         finally:
             writing.end()
         self._skipped(len(rows) - done, reason)

@@ -1,5 +1,6 @@
 """A reader's hold on the leading blocks of a prompt: pinned in DRAM, the missing ones on their way up from below."""
 
+import logging
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -8,15 +9,21 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from cairn.copy import Copier, PagedKV, TokenSlots
+from cairn.errors import StorageError
 from cairn.index import PrefixIndex
 from cairn.kv import Keys
 from cairn.node.base import Home, Memory
+from cairn.observe.log import log_once
 from cairn.observe.reasons import Reason
 from cairn.tier.base import Outcomes
+
+logger = logging.getLogger(__name__)
 
 #: Told once for each tier, when all batches are in: (tier, blocks brought up, seconds it took).
 Landed = Callable[[str, int, float], None]
@@ -37,6 +44,13 @@ class _Batch:
     def outcomes(self) -> Outcomes:
         """Of a finished read. A tier's future never fails; one that does all the same has brought nothing."""
         return [Reason.IO_ERROR] * len(self.ids) if self.future.exception() else self.future.result()
+
+
+class Run(NamedTuple):
+    """Blocks up to `stop` are read from memory of one kind: "dram", whichever tier they came from, or "vram"."""
+
+    tier: str
+    stop: int
 
 
 class Hold(ABC):
@@ -76,6 +90,30 @@ class Hold(ABC):
     @abstractmethod
     def release(self) -> None:
         """Gives the pins back. Idempotent."""
+
+    def run(self, block: int) -> Run:  # noqa: ARG002 - the contract
+        """Where `block` is read from, and how far that goes."""
+        return Run("dram", len(self.keys))
+
+    def scatter(
+        self, copier: Copier, kv: PagedKV, slots: TokenSlots, blocks: range, layers: range | None = None
+    ) -> bool:
+        """Copies blocks of one `run`, of those that are there, into a paged cache; see `Copier`.
+
+        False: they are held no more, or cannot be had. Then it is not known what is in the slots, the hold stops short,
+        and it knows why. Raises InputError for slots outside the cache.
+        """
+        with self.access() as memory:
+            if memory is None:
+                self.stop_short(Reason.NODE_AWAY)
+                return False
+            try:
+                copier.scatter(kv, slots, memory, self.ids[blocks.start : blocks.stop], layers)
+            except StorageError as error:
+                log_once(logger, "scatter", f"a copy failed: {error}")
+                self.stop_short(Reason.IO_ERROR)
+                return False
+        return True
 
     def stop_short(self, reason: Reason) -> None:
         """No more blocks than those expected so far will come, for this reason."""

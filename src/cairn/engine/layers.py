@@ -4,18 +4,13 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
-from contextlib import AbstractContextManager
-
-import numpy as np
-import numpy.typing as npt
 
 from cairn.copy import Copier, PagedKV, TokenSlots
 from cairn.engine.writing import Writing
 from cairn.errors import InputError
-from cairn.node.base import Memory
 
-#: Gives the arena while its rows may be touched, or None: see `Hold.access`.
-Access = Callable[[], AbstractContextManager[Memory | None]]
+#: Copies these layers of all blocks; False: they cannot be had any more.
+CopyLayers = Callable[[range], bool]
 
 #: Layers are copied in groups that grow up to this share of them: the first is there soonest, and the thread that
 #: computes is interrupted less often.
@@ -26,22 +21,12 @@ class LayerLoad:
     """Copies held blocks into the paged cache in the background, layer after layer.
 
     `wait(layer)` before the layer's attention reads the cache. The rows stay held by whoever started the load, who must
-    `close` it before releasing them. Thread-safe.
+    `close` it before releasing them. finished: told how long it took. Thread-safe.
     """
 
-    def __init__(
-        self,
-        executor: Executor,
-        copier: Copier,
-        kv: PagedKV,
-        slots: TokenSlots,
-        access: Access,
-        rows: npt.NDArray[np.int32],
-        finished: Callable[[float], None],
-    ) -> None:
-        self.layers = copier.geometry.layers
-        self._copier = copier
-        self._kv, self._slots, self._access, self._rows = kv, slots, access, rows
+    def __init__(self, executor: Executor, layers: int, copy: CopyLayers, finished: Callable[[float], None]) -> None:
+        self.layers = layers
+        self._copy = copy
         self._finished = finished
         self._stop = False
         self._done = 0
@@ -72,10 +57,8 @@ class LayerLoad:
                 if self._stop:
                     return
                 group = range(self._done, min(self.layers, self._done + size))
-                with self._access() as memory:
-                    if memory is None:
-                        return
-                    self._copier.scatter(self._kv, self._slots, memory, self._rows, group)
+                if not self._copy(group):
+                    return
                 with self._changed:
                     self._done = group.stop
                     self._changed.notify_all()

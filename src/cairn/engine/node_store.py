@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 
+from cairn.copy import RowMemory
 from cairn.engine.base import BlockStore, Held
 from cairn.engine.hold import Hold
 from cairn.engine.writing import Writing
@@ -47,10 +48,11 @@ class NodeHold(Hold):
         super().__init__(keys, _NO_ROWS, link.home if link else None)
         self.reason = reason
         self._link = link
-        self._number = number
+        self.number = number
         self._landed = landed
         self._spans: list[tuple[str, int, int]] = []
         self._early: dict[int, wire.Progress] = {}
+        self._arrived = 0
         self._settled = link is None
         self._started = time.monotonic()
         self._released = False
@@ -78,7 +80,7 @@ class NodeHold(Hold):
                 return
             self._released = True
         if self._link:
-            self._link.end(self._number)
+            self._link.end(self.number)
 
     def told(self, reply: wire.Reply | None) -> None:
         """What the node says of this hold, in any order; None: it will say no more."""
@@ -86,27 +88,28 @@ class NodeHold(Hold):
             if not self._settled:
                 if isinstance(reply, wire.Progress):
                     self._early[reply.first] = reply
-                    while not self._settled and self.ready in self._early:
-                        self._apply(self._early.pop(self.ready))
+                    while not self._settled and self._arrived in self._early:
+                        self._apply(self._early.pop(self._arrived))
                 elif reply is None:
                     self.stop_short(Reason.NODE_AWAY)
                     self._settled = True
             if self._settled and self._link:
-                self._link.forget(self._number)
+                self._link.forget(self.number)
             self._changed.notify_all()
 
     def _apply(self, news: wire.Progress) -> None:
         rows = rows_of(news.rows)
-        at = self.ready
+        at = self._arrived
         self.ids[at : at + len(rows)] = rows
         for tier, count in news.tiers:
             self._spans.append((tier, at, count))
             if tier != "dram" and count:
                 self._landed(tier, count, time.monotonic() - self._started)
             at += count
-        if self.ready == 0:
+        if self._arrived == 0:
             self.resident = sum(count for tier, count in news.tiers if tier == "dram")
-        self.ready += len(rows)
+        self._arrived += len(rows)
+        self.ready = max(self.ready, self._arrived)
         if news.reason:
             self.stop_short(_reason(news.reason))
         self._settled = news.settled
@@ -128,7 +131,7 @@ class NodeWriting(Writing):
             self._link = None
             self.first, self.rows, self.reason = 0, _NO_ROWS, Reason.NODE_AWAY
 
-    def access(self) -> AbstractContextManager[Memory | None]:
+    def access(self) -> AbstractContextManager[RowMemory | None]:
         return self._link.passage() if self._link else nullcontext(None)
 
     def commit(self, count: int) -> int:
@@ -204,11 +207,8 @@ class NodeStore(BlockStore):
         link = self._link()
         if link is None or not len(keys):
             return NodeHold(keys, None, 0, self._landed, Reason.NODE_AWAY if link is None else None)
-        number = self._client.number()
-        hold = NodeHold(keys, link, number, self._landed)
-        link.expect(number, hold.told)
-        seconds = max(0.0, deadline - time.monotonic())
-        hold.told(link.call(wire.Take(number, link.welcome.session, number, raw_of(keys[:MAX_BLOCKS]), seconds)))
+        hold = NodeHold(keys, link, self._client.number(), self._landed)
+        self._take(hold, link, keys, deadline)
         return hold
 
     def write(self, keys: Keys, *, namespace: bytes) -> NodeWriting:
@@ -245,6 +245,12 @@ class NodeStore(BlockStore):
         self._client.close()
 
     # --- parts ---------------------------------------------------------------------------------------------------
+
+    def _take(self, hold: NodeHold, link: Link, keys: Keys, deadline: float) -> None:
+        """Has the node pin and bring up what the hold is about, and tell it."""
+        number, seconds = hold.number, max(0.0, deadline - time.monotonic())
+        link.expect(number, hold.told)
+        hold.told(link.call(wire.Take(number, link.welcome.session, number, raw_of(keys[:MAX_BLOCKS]), seconds)))
 
     def _link(self) -> Link | None:
         """The session, if one stands."""

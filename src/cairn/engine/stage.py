@@ -1,6 +1,9 @@
-"""A stage: a prompt's leading blocks, planned, brought up and held in DRAM, ready to be copied into a paged cache."""
+"""A stage: a prompt's leading blocks, planned, brought up and held in DRAM (or VRAM), ready to be copied into a paged
+cache.
+"""
 
 import time
+from collections.abc import Iterator
 from concurrent.futures import Executor
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -33,7 +36,7 @@ class Span(NamedTuple):
 
 
 class Stage:
-    """Leading blocks of one prompt, kept in DRAM until `release` (a context manager does it).
+    """Leading blocks of one prompt, kept where they are until `release` (a context manager does it).
 
     What is copied is copied while it is held, so it is right; what could not be brought up in time is simply not part
     of the stage. Tokens before `span.start` are the caller's and their slots are never written. On release, what was
@@ -118,17 +121,15 @@ class Stage:
         step = max(1, COPY_BYTES // self._copier.geometry.block_bytes)
         done = first
         while done < stop and not self._hold.cancel.is_set():
-            ready = min(stop, self._hold.wait_beyond(done, self.deadline), done + step)
+            run = self._hold.run(done)
+            ready = min(stop, self._hold.wait_beyond(done, self.deadline), done + step, run.stop)
             if ready <= done or (done > first and time.monotonic() > self.deadline):
                 break
             started = time.monotonic()
             part = slots[(done - first) * self._block : (ready - first) * self._block]
-            with self._hold.access() as memory:
-                if memory is None:
-                    self._hold.stop_short(Reason.NODE_AWAY)
-                    break
-                self._copier.scatter(kv, part, memory, self._hold.ids[done:ready])
-            self._copied(ready - done, time.monotonic() - started)
+            if not self._hold.scatter(self._copier, kv, part, range(done, ready)):
+                break
+            self._copied(run.tier, ready - done, time.monotonic() - started)
             done = ready
         self._loaded = max(self._loaded, done * self._block)
         return self._loaded
@@ -138,15 +139,25 @@ class Stage:
         first, slots = self._whole_blocks(slots)
         stop = max(first, min(self.blocks, first + len(slots) // self._block))
         self._loaded = max(self._loaded, stop * self._block)
-        self._layer_load = LayerLoad(
-            self._executor,
-            self._copier,
-            kv,
-            slots[: (stop - first) * self._block],
-            self._hold.access,
-            self._hold.ids[first:stop],
-            lambda seconds: self._copied(stop - first, seconds),
-        )
+        runs = list(self._runs(first, stop))
+
+        def copy(layers: range) -> bool:
+            return all(
+                self._hold.scatter(
+                    self._copier,
+                    kv,
+                    slots[(blocks.start - first) * self._block : (blocks.stop - first) * self._block],
+                    blocks,
+                    layers,
+                )
+                for _, blocks in runs
+            )
+
+        def finished(seconds: float) -> None:
+            for tier, blocks in runs:
+                self._copied(tier, len(blocks), seconds * len(blocks) / (stop - first))
+
+        self._layer_load = LayerLoad(self._executor, self._copier.geometry.layers, copy, finished)
         return self._layer_load
 
     @property
@@ -201,10 +212,18 @@ class Stage:
         count = max(0, min(self.span.blocks_end // self._block - first, len(slots) // self._block))
         return first, slots[: count * self._block]
 
-    def _copied(self, blocks: int, seconds: float) -> None:
+    def _runs(self, first: int, stop: int) -> Iterator[tuple[str, range]]:
+        """Blocks first..stop by the memory they are read from."""
+        while first < stop:
+            run = self._hold.run(first)
+            upto = min(stop, run.stop)
+            yield run.tier, range(first, upto)
+            first = upto
+
+    def _copied(self, tier: str, blocks: int, seconds: float) -> None:
         size = blocks * self._copier.geometry.block_bytes
-        self._metrics.transferred("dram", "load", size, seconds)
-        self._cost.observe_load("dram", size, seconds)
+        self._metrics.transferred(tier, "load", size, seconds)
+        self._cost.observe_load(tier, size, seconds)
 
     def _count(self) -> None:
         span = self.span

@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 import numpy.typing as npt
 
-from cairn.index import PrefixIndex
+from cairn.copy import RowMemory
+from cairn.index import PrefixIndex, Reservation
 from cairn.kv import Keys
 from cairn.node.base import Home, Memory
 from cairn.observe.reasons import Reason
@@ -21,8 +22,10 @@ class Writing(ABC):
 
     Nothing of it can be found before its commit. The block before the next one to commit is pinned all the while, so
     that making room for the tail never evicts the head it hangs from. Owned by one request; `end` is idempotent.
-    `reason`: why there are fewer rows than blocks. `home`: see `Home`.
+    `reason`: why there are fewer rows than blocks. `home`: see `Home`. `tier`: where the rows are.
     """
+
+    tier: str = "dram"
 
     first: int
     rows: npt.NDArray[np.int32]
@@ -30,8 +33,8 @@ class Writing(ABC):
     home: Home | None = None
 
     @abstractmethod
-    def access(self) -> AbstractContextManager[Memory | None]:
-        """The arena, in which `rows` may be written while the context lasts. None: they are this writer's no more."""
+    def access(self) -> AbstractContextManager[RowMemory | None]:
+        """The memory, in which `rows` may be written while the context lasts. None: they are this writer's no more."""
 
     @abstractmethod
     def commit(self, count: int) -> int:
@@ -47,30 +50,17 @@ class LocalWriting(Writing):
 
     def __init__(self, index: PrefixIndex, keys: Keys, committed: Committed, memory: Memory) -> None:
         self._memory = memory
-        self._index = index
-        self._keys = keys
         self._committed = committed
-        self._done = 0
-        self.first = index.touch(keys)
-        self._parent = index.pin(keys[max(0, self.first - 1) : self.first], use=False)
-        lost = self.first > 0 and not len(self._parent)
-        self.rows = index.reserve(0 if lost else len(keys) - self.first)
+        self._reservation = Reservation(index, keys)
+        self.first, self.rows = self._reservation.first, self._reservation.rows
 
     def access(self) -> AbstractContextManager[Memory | None]:
         return nullcontext(self._memory)
 
     def commit(self, count: int) -> int:
-        start, stop = self.first + self._done, self.first + self._done + count
-        new = int(np.count_nonzero(self._index.commit(self._keys, start, self.rows[self._done : self._done + count])))
-        self._done += count
-        last = self._index.pin(self._keys[stop - 1 : stop], use=False)
-        self._index.unpin(self._parent)
-        self._parent = last
-        self._committed(stop, new)
+        new = self._reservation.commit(count)
+        self._committed(self._reservation.published, new)
         return new
 
     def end(self) -> None:
-        self._index.free(self.rows[self._done :])
-        self._done = len(self.rows)
-        self._index.unpin(self._parent)
-        self._parent = self._parent[:0]
+        self._reservation.end()

@@ -3,6 +3,7 @@
 from cairn.index.base import EvictionPolicy
 from cairn.index.lru import LRU
 from cairn.index.prefix import PrefixIndex
+from cairn.index.reservation import Reservation
 from cairn.index.s3fifo import S3FIFO
 from cairn.index.tenure import Tenure
 
@@ -12,4 +13,4 @@ POLICIES: dict[str, type[EvictionPolicy]] = {policy.name: policy for policy in (
 #: The policy to use unless there is a reason for another.
 DEFAULT_POLICY = Tenure.name
 
-__all__ = ["DEFAULT_POLICY", "LRU", "POLICIES", "S3FIFO", "EvictionPolicy", "PrefixIndex", "Tenure"]
+__all__ = ["DEFAULT_POLICY", "LRU", "POLICIES", "S3FIFO", "EvictionPolicy", "PrefixIndex", "Reservation", "Tenure"]

@@ -114,7 +114,7 @@ class Link:
 
     def told(self, reply: wire.Reply) -> None:
         """Something has come by itself."""
-        if isinstance(reply, wire.Progress | wire.Answered | wire.Flushed):
+        if isinstance(reply, wire.Progress | wire.Answered | wire.Flushed | wire.Retired):
             told = self._waiting.get(reply.number)
             if told:
                 told(reply)

@@ -12,9 +12,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from cairn.config import Config
 from cairn.errors import StorageError
+from cairn.index import POLICIES
 from cairn.kv import KVGeometry
 from cairn.node.base import OpenStore, PoolStore
 from cairn.node.segments import Segments
+from cairn.node.vram import VramDirectory
 from cairn.tier.arena import Arena
 from cairn.tier.dram import arena_shape
 
@@ -24,15 +26,18 @@ log = logging.getLogger(__name__)
 class Pool:
     """The blocks of one geometry. sessions: those that use it, ended ones that are still waited for included.
 
-    idle_since: when the last one ended, monotonic.
+    idle_since: when the last one ended, monotonic. vram: what is in its clients' VRAM; retired: see `VramDirectory`.
     """
 
-    def __init__(self, config: Config, geometry: KVGeometry, name: str, open_store: OpenStore) -> None:
+    def __init__(
+        self, config: Config, geometry: KVGeometry, name: str, open_store: OpenStore, retired: Callable[[int], None]
+    ) -> None:
         """Takes and faults in the arena, and opens what is below it: seconds for a large one. Raises CairnError."""
         own = config_of_pool(config, geometry)
         self.geometry = geometry
         self.arena = name
         self.slots, self.stride = arena_shape(geometry.block_bytes, own.storage.cpu.size)
+        self.vram = VramDirectory(POLICIES[own.storage.vram.policy], retired)
         self.sessions = 0
         self.idle_since = time.monotonic()
         arena = Arena.shared(name, self.slots, self.stride)
@@ -45,6 +50,7 @@ class Pool:
 
     def close(self, timeout: float) -> None:
         """Flushes what is below, and takes the arena's name away. Waits for the disk."""
+        self.vram.close()
         self.store.close(timeout)
         Arena.unlink(self.arena)
 
@@ -52,11 +58,19 @@ class Pool:
 class Pools:
     """All pools of a node. For its loop alone; what takes time is done by a thread, which calls `done` after it."""
 
-    def __init__(self, config: Config, segments: Segments, open_store: OpenStore, done: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        segments: Segments,
+        open_store: OpenStore,
+        done: Callable[[], None],
+        retired: Callable[[int], None],
+    ) -> None:
         self._config = config
         self._segments = segments
         self._open_store = open_store
         self._done = done
+        self._retired = retired
         self._pools: dict[KVGeometry, Pool] = {}
         self._opening: dict[KVGeometry, Future[Pool]] = {}
         self._numbers = 0
@@ -107,7 +121,7 @@ class Pools:
             if leaving:
                 log.info("pool of %s gives way", leaving.geometry)
                 leaving.close(config.engine.timeout_s)
-            return Pool(config, geometry, name, self._open_store)
+            return Pool(config, geometry, name, self._open_store, self._retired)
 
         self._opening[geometry] = self._opener.submit(task)
         self._opening[geometry].add_done_callback(lambda _: self._done())

@@ -3,6 +3,7 @@
     cairn-node-ID.lock      flock-ed by the node as long as it lives
     cairn-node-ID.arena-N   one a pool
     cairn-node-ID.gate-N    one a session
+    cairn-node-ID.life-N    one a donation of VRAM
 
 ID is drawn anew by every node, so that a name never means another memory than it did. Taking a name away takes nothing
 from those who have the segment mapped: a client of a dead node goes on in an arena that is nobody else's.
@@ -56,6 +57,10 @@ class Segments:
     def gate(self, number: int) -> str:
         """A gate's name."""
         return f"{_PREFIX}{self.id}.gate-{number}"
+
+    def life(self, number: int) -> str:
+        """The name of a donation's page."""
+        return f"{_PREFIX}{self.id}.life-{number}"
 
     def close(self) -> None:
         """Takes all names away. Idempotent."""

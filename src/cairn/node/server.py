@@ -65,7 +65,7 @@ class Node:
         except BaseException:
             self._give_back()
             raise
-        self._pools = Pools(config, self._segments, open_store, self._nudge)
+        self._pools = Pools(config, self._segments, open_store, self._nudge, self._retired)
         self._flusher = ThreadPoolExecutor(_FLUSHERS, "cairn-node-flush")
         self._sessions: dict[int, Session] = {}
         self._lingering: list[Session] = []
@@ -86,6 +86,10 @@ class Node:
             wire.End: self._end,
             wire.Beat: self._beat,
             wire.Bye: self._bye,
+            wire.Donate: self._donate,
+            wire.Withdraw: self._withdraw,
+            wire.TakeVram: self._take_vram,
+            wire.ReserveVram: self._reserve_vram,
         }
 
     def run(self) -> None:
@@ -198,8 +202,10 @@ class Node:
     def _match(self, sender: bytes, request: wire.Match) -> None:
         session = self._session(sender, request)
         if session:
-            held = session.pool.store.match(keys_of(request.keys))
-            self._send(sender, wire.Matched(request.call, held.dram, list(held.below)))
+            keys = keys_of(request.keys)
+            held = session.pool.store.match(keys)
+            in_vram = session.pool.vram.match(session.number, keys)
+            self._send(sender, wire.Matched(request.call, held.dram, list(held.below), *in_vram))
 
     def _take(self, sender: bytes, request: wire.Take) -> None:
         session = self._session(sender, request)
@@ -246,6 +252,7 @@ class Node:
         session = self._session(sender, request)
         if session:
             tiers = {tier: dict(figures) for tier, figures in session.pool.figures().items()}
+            tiers["vram"] = session.pool.vram.figures()
             self._send(sender, wire.Figures(request.call, {**tiers, "node": self.figures()}))
 
     def _flush(self, sender: bytes, request: wire.Flush) -> None:
@@ -279,6 +286,47 @@ class Node:
         if session:
             self._over(session)
         self._send(sender, wire.Gone(0))
+
+    # --- VRAM ----------------------------------------------------------------------------------------------------
+
+    def _donate(self, sender: bytes, request: wire.Donate) -> None:
+        session = self._session(sender, request)
+        if session:
+            assert self._segments
+            self._gates += 1
+            self._numbers += 1
+            name = self._segments.life(self._gates)
+            session.pool.vram.donate(session.number, self._numbers, request, HOME / name)
+            self._send(sender, wire.Donated(request.call, self._numbers, name))
+
+    def _withdraw(self, sender: bytes, request: wire.Withdraw) -> None:
+        session = self._session(sender, request)
+        if session:
+            session.withdrawn = session.pool.vram.retire(session.number) or session.withdrawn
+            pins = session.withdrawn.index.pinned if session.withdrawn else 0
+            self._send(sender, wire.Withdrawn(request.call, pins))
+
+    def _take_vram(self, sender: bytes, request: wire.TakeVram) -> None:
+        session = self._session(sender, request)
+        if session:
+            session.check_new(request.number)
+            hold = session.vram_holds[request.number] = session.pool.vram.take(session.number, keys_of(request.keys))
+            self._send(sender, wire.TakenVram(request.call, hold.parts))
+
+    def _reserve_vram(self, sender: bytes, request: wire.ReserveVram) -> None:
+        session = self._session(sender, request)
+        if session:
+            session.check_new(request.number)
+            reservation = session.pool.vram.reserve(session.number, keys_of(request.keys))
+            if reservation is None:
+                self._send(sender, wire.Reserved(request.call, 0, bytearray()))
+                return
+            session.writings[request.number] = Written(reservation)
+            self._send(sender, wire.Reserved(request.call, reservation.first, raw_of(reservation.rows)))
+
+    def _retired(self, donation: int) -> None:
+        for session in self._sessions.values():
+            self._tell(session, wire.Retired(donation))
 
     # --- what goes out by itself ---------------------------------------------------------------------------------
 
@@ -321,6 +369,7 @@ class Node:
         self._lingering = [session for session in self._lingering if not _given_back(session)]
 
     def _over(self, session: Session) -> None:
+        session.pool.vram.retire(session.number)
         if not _given_back(session):
             self._lingering.append(session)
 

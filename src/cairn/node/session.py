@@ -6,6 +6,7 @@ from typing import Final
 from cairn.node.base import PoolHold, PoolWriting
 from cairn.node.gate import Gate
 from cairn.node.pools import Pool
+from cairn.node.vram import Donation, VramHold
 from cairn.node.wire import Progress, WireError, raw_of
 
 #: Holds, reservations and questions that a session may have at a time.
@@ -68,6 +69,8 @@ class Session:
         self.seen = time.monotonic()
         self.hears: bytes | None = None
         self.holds: dict[int, Held] = {}
+        self.vram_holds: dict[int, VramHold] = {}
+        self.withdrawn: Donation | None = None
         self.writings: dict[int, Written] = {}
         self.asked: set[int] = set()
         self.flushing: set[int] = set()
@@ -75,9 +78,10 @@ class Session:
 
     def check_new(self, number: int) -> None:
         """Raises WireError for a number that cannot be given to something new."""
-        if any(number in used for used in (self.holds, self.writings, self.asked, self.flushing)):
+        in_use = (self.holds, self.vram_holds, self.writings, self.asked, self.flushing)
+        if any(number in used for used in in_use):
             raise WireError(f"number {number} is in use")
-        if len(self.holds) + len(self.writings) + len(self.asked) + len(self.flushing) >= MAX_NUMBERS:
+        if sum(len(used) for used in in_use) >= MAX_NUMBERS:
             raise WireError(f"more than {MAX_NUMBERS} holds and reservations at a time")
 
     def end(self, number: int) -> None:
@@ -85,6 +89,9 @@ class Session:
         held = self.holds.pop(number, None)
         if held:
             held.hold.release()
+        in_vram = self.vram_holds.pop(number, None)
+        if in_vram:
+            in_vram.release()
         written = self.writings.pop(number, None)
         if written:
             written.writing.end()
@@ -92,7 +99,7 @@ class Session:
 
     def give_back(self) -> None:
         """Everything. Only behind a gate that is closed, with nobody inside."""
-        for number in [*self.holds, *self.writings]:
+        for number in [*self.holds, *self.vram_holds, *self.writings]:
             self.end(number)
         self.gate.remove()
         self.pool.sessions -= 1

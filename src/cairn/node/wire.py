@@ -125,7 +125,52 @@ class Bye(_Message, tag=11):
     session: _Number
 
 
-Request = Hello | Match | Take | Reserve | Commit | Ask | Stats | Flush | End | Beat | Bye
+class Donate(_Call, tag=30):
+    """Gives the pool a segment of VRAM, in the place of what the session had given before. handle: by which a device
+    maps it; owner: see `cairn.node.life.process_token`. Answered by Donated.
+    """
+
+    slots: Annotated[int, msgspec.Meta(ge=1, le=1 << 26)]
+    stride: Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
+    handle: Annotated[bytes, msgspec.Meta(max_length=256)]
+    owner: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+
+
+class Withdraw(_Call, tag=31):
+    """Takes the session's segment out of the directory; answered by Withdrawn."""
+
+
+class TakeVram(_Call, tag=32):
+    """Pins the chain's leading blocks that are in VRAM under `number`; answered by TakenVram."""
+
+    number: _Number
+    keys: _Keys
+
+
+class ReserveVram(_Call, tag=33):
+    """Slots of the session's own segment for what that lacks of the chain, under `number`; answered by Reserved."""
+
+    number: _Number
+    keys: _Keys
+
+
+Request = (
+    Hello
+    | Match
+    | Take
+    | Reserve
+    | Commit
+    | Ask
+    | Stats
+    | Flush
+    | End
+    | Beat
+    | Bye
+    | Donate
+    | Withdraw
+    | TakeVram
+    | ReserveVram
+)
 
 
 # --- from the node ----------------------------------------------------------------------------------------------------
@@ -159,11 +204,13 @@ class Refused(_Message, tag=3):
 
 
 class Matched(_Message, tag=4):
-    """See `cairn.engine.base.Held`."""
+    """See `cairn.engine.base.Held`. vram: leading blocks in VRAM, whosesoever; own: those in the session's segment."""
 
     call: _Number
     dram: _Number
     below: list[tuple[_Text, _Number]]
+    vram: _Number = 0
+    own: _Number = 0
 
 
 class Progress(_Message, tag=5):
@@ -224,8 +271,63 @@ class Gone(_Message, tag=12):
     call: _Number
 
 
+class VramPart(_Message):
+    """The next blocks of a chain are rows of a donation: its number, its segment, and the name of its page (`Life`)."""
+
+    donation: _Number
+    slots: _Number
+    stride: _Number
+    handle: bytes
+    owner: bytes
+    life: _Text
+    rows: _Rows
+
+
+class Donated(_Message, tag=30):
+    """A donation's number, and the name of its page."""
+
+    call: _Number
+    donation: _Number
+    life: _Text
+
+
+class Withdrawn(_Message, tag=31):
+    """pins: how many slots others still read."""
+
+    call: _Number
+    pins: _Number
+
+
+class TakenVram(_Message, tag=32):
+    """Where the leading blocks are, in order."""
+
+    call: _Number
+    parts: list[VramPart]
+
+
+class Retired(_Message, tag=33):
+    """A donation is over, and who has its segment mapped must unmap it. number: the donation's. Comes by itself."""
+
+    number: _Number
+
+
 Reply = (
-    Welcome | Wait | Refused | Matched | Progress | Reserved | Committed | Answered | Figures | Flushed | Beaten | Gone
+    Welcome
+    | Wait
+    | Refused
+    | Matched
+    | Progress
+    | Reserved
+    | Committed
+    | Answered
+    | Figures
+    | Flushed
+    | Beaten
+    | Gone
+    | Donated
+    | Withdrawn
+    | TakenVram
+    | Retired
 )
 
 _encoder = msgspec.msgpack.Encoder()

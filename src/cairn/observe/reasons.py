@@ -22,5 +22,6 @@ class Reason(StrEnum):
     CHEAPER_TO_RECOMPUTE = "cheaper_to_recompute"  # the planner expects prefill to be faster than loading
     PARTIAL_BLOCK = "partial_block"  # fewer tokens than a block
     NODE_AWAY = "node_away"  # the host's node does not answer, or has taken back what was held
+    OWNER_GONE = "owner_gone"  # the process in whose VRAM it was is gone, or has taken its segment back
     INTERNAL = "internal"  # a bug in Cairn; the log has it once
     CLOSED = "closed"  # the engine is shutting down

@@ -25,4 +25,10 @@ def config_of(extra: dict[str, Any]) -> Config:
             if key in settings or (isinstance(nested, dict) and flag in nested):
                 raise ConfigError(f"{flag} and {key}: must stand once; take one out")
             settings[key] = settings.pop(flag)
-    return load_config(path, overrides=settings)
+    config = load_config(path, overrides=settings)
+    if config.storage.vram.size:
+        raise ConfigError(
+            f"storage.vram.size={config.storage.vram.size}: must be 0 under vLLM, whose workers do not share VRAM yet; "
+            "take it out"
+        )
+    return config

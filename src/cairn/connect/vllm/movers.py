@@ -3,7 +3,6 @@
 import time
 from abc import ABC, abstractmethod
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -133,10 +132,11 @@ class CpuMover(Mover):
         return store
 
     def load_layers(self, slots: TokenSlots, rows: Rows) -> Layers:
-        return _CpuLayers(LayerLoad(self._pool, self._copier, self.kv, slots, self._access, rows, lambda _: None))
+        def copy(layers: range) -> bool:
+            self._copier.scatter(self.kv, slots, self.memory, rows, layers)
+            return True
 
-    def _access(self) -> AbstractContextManager[npt.NDArray[np.uint8]]:
-        return nullcontext(self.memory)
+        return _CpuLayers(LayerLoad(self._pool, self._copier.geometry.layers, copy, lambda _: None))
 
     def settle_stores(self) -> None:
         for store in self._stores:

@@ -1,0 +1,185 @@
+"""This process's part in the VRAM pool: the segment that it donates, and those of its peers that it has mapped."""
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cairn.copy import RowMemory
+from cairn.node import wire
+from cairn.node.client import Link
+from cairn.node.life import Life, process_token
+from cairn.node.segments import path_of
+from cairn.observe.log import log_once
+from cairn.tier.vram import Device, Segment
+
+log = logging.getLogger(__name__)
+
+#: Donations that could not be mapped are remembered, so that no request tries again; up to so many.
+_REFUSED = 1024
+#: Between two looks whether peers have let go of the segment, at the end, seconds.
+_LOOK_S = 0.005
+
+
+class Source:
+    """A donation whose rows can be read here, and written where it is this process's own.
+
+    What was copied out of it is right only if `sound` says so afterwards. Thread-safe.
+    """
+
+    def __init__(self, number: int, segment: Segment, life: Life, *, own: bool) -> None:
+        self.number = number
+        self.segment = segment
+        self._life = life
+        self._own = own
+        self._users = 0
+        self._over = False
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def using(self) -> Iterator[RowMemory | None]:
+        """A context in which the memory stays mapped; None: it is over."""
+        with self._changed:
+            usable = not self._over and not self._life.over()
+            self._users += usable
+        try:
+            yield self.segment.memory if usable else None
+        finally:
+            if usable:
+                with self._changed:
+                    self._users -= 1
+                    self._settle()
+
+    def sound(self) -> bool:
+        """Whether all that was copied until now was what the directory says: see `Life`."""
+        return not self._over and self._life.sound()
+
+    def over(self) -> bool:
+        return self._over or self._life.over()
+
+    def retire(self) -> None:
+        """Nobody can use it any more; it is unmapped as soon as nobody does. The own segment stays. Idempotent."""
+        with self._changed:
+            if self._own:
+                self._life.end()
+            self._over = True
+            self._settle()
+
+    def settled(self, timeout: float) -> bool:
+        """Waits until nobody uses it after `retire`; False if that was not in time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._users == 0, timeout)
+
+    def _settle(self) -> None:
+        if self._over and not self._users:
+            self._life.close()
+            if not self._own:
+                self.segment.close()
+            self._changed.notify_all()
+
+
+class SharedVram:
+    """Owns the segment, whose size and rows it chooses, and the mappings. Thread-safe.
+
+    Under one session of the node the segment is one donation. A new session means a new one, once nobody copies under
+    the old one any more; before that, the old one is ended for whoever still reads it.
+    """
+
+    def __init__(self, device: Device, slots: int, stride: int) -> None:
+        """Raises StorageError where the device has not that much."""
+        self._device = device
+        self._segment = device.take(slots, stride)
+        self._lock = threading.Lock()
+        self._own: tuple[Link, Source] | None = None
+        self._mapped: dict[int, Source] = {}
+        self._refused: set[int] = set()
+
+    def donated(self, link: Link) -> Source | None:
+        """The segment as this session's donation, made if need be; None: the node has not taken it (yet)."""
+        with self._lock:
+            if self._own:
+                of, own = self._own
+                if of is link and not own.over():
+                    return own
+                own.retire()
+                if not own.settled(0.0):
+                    return None
+                self._own = None
+            own_or_none = self._donate(link)
+            if own_or_none:
+                self._own = link, own_or_none
+            return own_or_none
+
+    def source(self, link: Link, part: wire.VramPart) -> Source | None:
+        """Where the rows of a part are, mapped if need be; None: they cannot be reached."""
+        number = part.donation
+        with self._lock:
+            if self._own and self._own[1].number == number:
+                return self._own[1]
+            found = self._mapped.get(number)
+            if found or number in self._refused:
+                return found
+            found = self._map(part)
+            if found is None:
+                return None
+            self._mapped[number] = found
+        # Outside of the lock: for a session that is over it is told at once.
+        link.expect(number, lambda _: self._retired(number))
+        return found
+
+    def close(self, link: Link | None, timeout: float) -> None:
+        """Takes the segment out of the pool, waits within `timeout` until nobody reads it, and gives it back."""
+        deadline = time.monotonic() + timeout
+        while link and link.alive:
+            reply = link.call(wire.Withdraw(0, link.welcome.session))
+            if not isinstance(reply, wire.Withdrawn) or not reply.pins or time.monotonic() > deadline:
+                break
+            time.sleep(_LOOK_S)
+        for number in list(self._mapped):
+            self._retired(number)
+        with self._lock:
+            own, self._own = self._own, None
+            if own:
+                own[1].retire()
+                own[1].settled(max(0.0, deadline - time.monotonic()))
+            self._segment.close()
+
+    def _donate(self, link: Link) -> Source | None:
+        segment = self._segment
+        given = wire.Donate(0, link.welcome.session, segment.slots, segment.stride, segment.handle, process_token())
+        reply = link.call(given)
+        if not isinstance(reply, wire.Donated):
+            return None
+        life = None
+        try:
+            life = Life(path_of(reply.life), reply.donation, process_token())
+            life.hold()
+        except OSError as error:
+            if life:
+                life.close()
+            log_once(log, "donate", f"VRAM cannot be shared: {error}")
+            return None
+        return Source(reply.donation, segment, life, own=True)
+
+    def _map(self, part: wire.VramPart) -> Source | None:
+        life = None
+        try:
+            life = Life(path_of(part.life), part.donation, part.owner)
+            segment = self._device.map(part.handle, part.slots, part.stride)
+        except OSError as error:
+            log_once(log, "map", f"a peer's VRAM cannot be mapped: {error}")
+            if life:
+                life.close()
+            if len(self._refused) >= _REFUSED:
+                self._refused.clear()
+            self._refused.add(part.donation)
+            return None
+        return Source(part.donation, segment, life, own=False)
+
+    def _retired(self, number: int) -> None:
+        """The node's word: a peer's donation is over."""
+        with self._lock:
+            source = self._mapped.pop(number, None)
+        if source:
+            source.retire()

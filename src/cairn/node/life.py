@@ -1,0 +1,97 @@
+"""A segment's life: whether the memory that a process has donated may still be believed.
+
+A page of shared memory a donation, made by the node, with one word: the donation's number, or 0 once it is over. The
+node ends it when it takes the donation out of its directory; the owner ends it before it uses the memory under another
+session. And the owner holds a record lock (fcntl) on the page, which the kernel drops when the owner dies, before it
+closes the dead process's devices, which is when VRAM goes back to the driver. Records' locks go when a descriptor is
+closed, and not with the last reference to it, as flock's do: that gives the order.
+
+So whoever has copied out of a segment, and then finds the word unchanged and the lock held, has copied what was there.
+"""
+
+import fcntl
+import mmap
+import os
+import secrets
+import struct
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from cairn.errors import StorageError
+
+_BYTES: Final = 4096
+_FLOCK: Final = "hhqqi4x"  # struct flock: type, whence, start, length, pid
+
+_token: tuple[int, bytes] = (0, b"")
+
+
+def process_token() -> bytes:
+    """16 bytes that name this process: record locks do not tell a process of its own."""
+    global _token
+    if _token[0] != os.getpid():  # the first call, or the first after a fork
+        _token = os.getpid(), secrets.token_bytes(16)
+    return _token[1]
+
+
+class Life:
+    """One mapping of a donation's page. owner: the `process_token` of the process that has made the donation.
+
+    Thread-safe, but for `close`. Raises StorageError or OSError where there is no such page.
+    """
+
+    def __init__(self, path: Path, number: int, owner: bytes, *, make: bool = False) -> None:
+        self.path = path
+        self.number = number
+        self._own = owner == process_token()
+        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if make else 0), 0o600)
+        try:
+            if make:
+                os.posix_fallocate(self._fd, 0, _BYTES)
+            elif os.fstat(self._fd).st_size != _BYTES:
+                raise StorageError(f"{path}: is no page of a node")
+            self._word = np.frombuffer(mmap.mmap(self._fd, _BYTES), np.int64)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        if make:
+            self._word[0] = number
+
+    def hold(self) -> None:
+        """The owner's part: from now on it counts as alive. Raises OSError if another process holds it."""
+        fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def end(self) -> None:
+        """From now on nothing that is read there is believed."""
+        self._word[0] = 0
+
+    def sound(self) -> bool:
+        """Whether all that was read until now was right: the donation is not over, and its owner lives."""
+        return int(self._word[0]) == self.number and (self._own or self._held())
+
+    def over(self) -> bool:
+        """Whether the donation is known to be over."""
+        return int(self._word[0]) != self.number
+
+    def _held(self) -> bool:
+        asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        try:
+            found = fcntl.fcntl(self._fd, fcntl.F_GETLK, asked)
+        except OSError:
+            return False
+        return bool(struct.unpack(_FLOCK, found)[0] != fcntl.F_UNLCK)
+
+    def close(self) -> None:
+        """Gives it back; the owner's counts as dead then. Idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def remove(self) -> None:
+        """The node's part: ends it and takes it away."""
+        self.end()
+        with suppress(FileNotFoundError):
+            self.path.unlink()
+        self.close()

@@ -1,0 +1,140 @@
+"""The VRAM metadata manager: which blocks of a pool are in which process's VRAM. Bytes it never sees.
+
+Every process may donate one segment. Each has an index of its own, so each is prefix-closed by itself: what a process
+had is gone in one step when it dies, and takes nobody else's blocks along. A chain is found in at most two places, the
+asker's own segment and the peer's that reaches furthest.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from cairn.index import EvictionPolicy, PrefixIndex, Reservation
+from cairn.index.slots import SlotIds
+from cairn.kv import Keys
+from cairn.node.life import Life
+from cairn.node.wire import Donate, VramPart, raw_of
+
+
+class Donation:
+    """One segment, as long as its owner's session lasts. number: its generation; none is used twice."""
+
+    def __init__(self, number: int, given: Donate, life: Path, policy: type[EvictionPolicy]) -> None:
+        """Raises OSError where its page cannot be made."""
+        self.number = number
+        self.given = given
+        self.index = PrefixIndex(given.slots, policy)
+        self.life = Life(life, number, given.owner, make=True)
+
+    def part(self, rows: SlotIds) -> VramPart:
+        given = self.given
+        name = self.life.path.name
+        return VramPart(self.number, given.slots, given.stride, given.handle, given.owner, name, raw_of(rows))
+
+
+class VramHold:
+    """Slots pinned for a reader, in one or two segments."""
+
+    def __init__(self, pinned: list[tuple[Donation, SlotIds]]) -> None:
+        self._pinned = pinned
+
+    @property
+    def parts(self) -> list[VramPart]:
+        return [donation.part(rows) for donation, rows in self._pinned]
+
+    def release(self) -> None:
+        for donation, rows in self._pinned:
+            donation.index.unpin(rows)
+        self._pinned = []
+
+
+class VramDirectory:
+    """The donations of one pool, by the session that made them. For the node's loop alone.
+
+    retired: told the number of each donation that is over. What a dead process had donated is never handed out: its
+    life is looked at each time.
+    """
+
+    def __init__(self, policy: type[EvictionPolicy], retired: Callable[[int], None]) -> None:
+        self._policy = policy
+        self._retired = retired
+        self._donations: dict[int, Donation] = {}
+        self._dead = 0
+        self._evicted = 0
+
+    def donate(self, session: int, number: int, given: Donate, life: Path) -> Donation:
+        """Takes a segment in, and what the session had given before out. Raises OSError."""
+        self.retire(session)
+        donation = self._donations[session] = Donation(number, given, life, self._policy)
+        return donation
+
+    def retire(self, session: int) -> Donation | None:
+        """Forgets what a session has donated; from now on nobody is handed it, nor believes what he reads there."""
+        donation = self._donations.pop(session, None)
+        if donation:
+            self._evicted += donation.index.evicted
+            donation.life.remove()
+            self._retired(donation.number)
+        return donation
+
+    def match(self, session: int, keys: Keys) -> tuple[int, int]:
+        """How many leading blocks are in VRAM, and in the session's own segment."""
+        own, peer = self._find(session, keys)
+        held = own[1] if own else 0
+        return max(held, peer[1] if peer else 0), held
+
+    def take(self, session: int, keys: Keys) -> VramHold:
+        """Pins the leading blocks: those in the session's own segment there, those beyond it in a peer's."""
+        own, peer = self._find(session, keys)
+        pinned, upto = [], 0
+        for found in (own, peer):
+            if found and found[1] > upto:
+                rows = found[0].index.pin(keys[upto : found[1]])
+                pinned.append((found[0], rows))
+                upto += len(rows)
+        return VramHold(pinned)
+
+    def reserve(self, session: int, keys: Keys) -> Reservation | None:
+        """Slots of the session's own segment; None if it has none, or one that cannot take all that it lacks."""
+        donation = self._donations.get(session)
+        if donation is None or len(keys) > donation.index.capacity:
+            return None
+        reservation = Reservation(donation.index, keys)
+        if reservation.first + len(reservation.rows) == len(keys):
+            return reservation
+        reservation.end()
+        return None
+
+    def close(self) -> None:
+        for session in list(self._donations):
+            self.retire(session)
+
+    def figures(self) -> dict[str, float]:
+        """What it says of itself, all segments together."""
+        indexes = [donation.index for donation in self._donations.values()]
+        given = [donation.given for donation in self._donations.values()]
+        return {
+            "segments": len(indexes),
+            "capacity_bytes": sum(one.slots * one.stride for one in given),
+            "capacity_blocks": sum(index.capacity for index in indexes),
+            "resident_blocks": sum(len(index) for index in indexes),
+            "pinned_blocks": sum(index.pinned for index in indexes),
+            "reserved_blocks": sum(index.occupancy().reserved for index in indexes),
+            "evicted_blocks_total": self._evicted + sum(index.evicted for index in indexes),
+            "dead_segments_total": self._dead,
+        }
+
+    def _find(self, session: int, keys: Keys) -> tuple[tuple[Donation, int] | None, tuple[Donation, int] | None]:
+        """(own, peer): the session's own segment, and the peer's that reaches furthest, each with how far it does."""
+        own, peer = None, None
+        for number, donation in list(self._donations.items()):
+            held = donation.index.match(keys)
+            if not held:
+                continue
+            if not donation.life.sound():
+                self._dead += 1
+                self.retire(number)
+            elif number == session:
+                own = donation, held
+            elif peer is None or (held, -donation.index.pinned) > (peer[1], -peer[0].index.pinned):
+                peer = donation, held
+        return own, peer

@@ -1,0 +1,79 @@
+"""A segment's life: believed while nobody has ended it and its owner lives, however that ends."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cairn.node.life import Life, process_token
+
+_OWNER = """
+import sys
+from pathlib import Path
+from cairn.node.life import Life
+life = Life(Path({path!r}), 5, {token!r})
+life.hold()
+print("held", flush=True)
+sys.stdin.read()
+"""
+TOKEN = b"somebody else's."
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Life:
+    return Life(tmp_path / "life", 5, TOKEN, make=True)
+
+
+def owner(page: Life) -> "subprocess.Popen[str]":
+    code = _OWNER.format(path=str(page.path), token=TOKEN)
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_it_lives_as_long_as_its_owner(page: Life) -> None:
+    reader = Life(page.path, 5, TOKEN)
+    assert not reader.sound(), "nobody holds it yet"
+    process = owner(page)
+    assert reader.sound()
+    assert page.sound()
+    with pytest.raises(OSError):
+        reader.hold()
+    process.kill()
+    process.communicate()
+    assert not reader.sound()
+    assert not reader.over(), "nobody has said so"
+
+
+def test_who_ends_it_is_believed(page: Life) -> None:
+    process = owner(page)
+    reader, other = Life(page.path, 5, TOKEN), Life(page.path, 6, TOKEN)
+    assert not other.sound(), "another generation"
+    page.remove()
+    assert reader.over()
+    assert not reader.sound()
+    assert not page.path.exists()
+    process.communicate()
+
+
+def test_a_process_of_its_own(tmp_path: Path) -> None:
+    page = Life(tmp_path / "life", 9, process_token(), make=True)
+    assert page.sound(), "this process lives"
+    page.end()
+    assert not page.sound()
+    token = process_token()
+    child = os.fork()
+    if not child:
+        os._exit(process_token() == token)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "a fork is another process"
+
+
+def test_no_page(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Life(tmp_path / "none", 1, TOKEN)
+    (tmp_path / "other").write_bytes(b"x")
+    with pytest.raises(OSError, match="no page"):
+        Life(tmp_path / "other", 1, TOKEN)
