@@ -20,8 +20,8 @@ PAGES = 64
 EMPTY = 0xDEAD
 
 #: What a client tells of itself, by place in its array of doubles.
-CALLS, HITS, STORED, WRONG, LONGEST_S, STOPS, LINKED, REFUSED = range(8)
-FIGURES = 8
+CALLS, HITS, STORED, WRONG, LONGEST_S, STOPS, LINKED, REFUSED, IN_VRAM, OWNER_GONE = range(10)
+FIGURES = 10
 
 
 def tokens_of(rng: np.random.Generator) -> npt.NDArray[np.uint32]:
@@ -54,9 +54,9 @@ class Cache:
         for layer, tensor in enumerate(self.tensors):
             tensor[:, self.pages[: len(blocks)]] = blocks[:, layer].swapaxes(0, 1)
 
-    def holds(self, blocks: npt.NDArray[np.uint16], loaded: int) -> bool:
-        """Whether the first `loaded` blocks are there, and nothing else was touched."""
-        rest = self.pages[loaded:]
+    def holds(self, blocks: npt.NDArray[np.uint16], loaded: int, beyond: bool) -> bool:
+        """Whether the first `loaded` blocks are there, and nothing else was touched, or nothing `beyond` the prompt."""
+        rest = self.pages[len(blocks) if beyond else loaded :]
         return all(
             (tensor[:, self.pages[:loaded]] == blocks[:loaded, layer].swapaxes(0, 1)).all()
             and (tensor[:, rest] == EMPTY).all()
@@ -64,10 +64,11 @@ class Cache:
         )
 
 
-def client(address: str, seed: int, told: "SynchronizedArray[float]") -> None:
-    """Works until it is killed."""
+def client(address: str, seed: int, vram_blocks: int, told: "SynchronizedArray[float]") -> None:
+    """Works until it is killed. vram_blocks: what it donates, on the stand-in."""
     rng = np.random.default_rng(seed)
-    settings = load_config(environ={}, overrides={"engine.planner": False, "engine.copy_threads": 1})
+    vram = {"storage.vram.size": vram_blocks * GEOMETRY.block_bytes, "storage.vram.device": "stand-in"}
+    settings = load_config(environ={}, overrides={"engine.planner": False, "engine.copy_threads": 1, **vram})
     engine = CacheEngine(Namespace(model="m", geometry=GEOMETRY), settings, node=address)
     while True:
         step(engine, rng, told)
@@ -76,6 +77,7 @@ def client(address: str, seed: int, told: "SynchronizedArray[float]") -> None:
 def step(engine: CacheEngine, rng: np.random.Generator, told: Any) -> None:
     tokens, cache = tokens_of(rng), Cache(rng)
     chain = engine.chain(tokens)
+    figures: Any = engine.metrics
     blocks, slots, action = blocks_of(chain), cache.slots(len(tokens)), rng.integers(10)
 
     def timed(call: Any) -> Any:
@@ -95,7 +97,9 @@ def step(engine: CacheEngine, rng: np.random.Generator, told: Any) -> None:
         mask = timed(lambda: engine.retrieve(chain, None, cache.tensors, slots, timeout=timeout))
         loaded = int(np.count_nonzero(mask))
         told[HITS] += loaded
-        if loaded % BLOCK or not cache.holds(blocks, loaded // BLOCK):
+        # What was copied out of VRAM and then not believed is not reported, but it was written.
+        beyond = told[OWNER_GONE] != figures.miss_tokens.value(reason="owner_gone")
+        if loaded % BLOCK or not cache.holds(blocks, loaded // BLOCK, beyond):
             told[WRONG] += 1
     elif action == 8:
         cache.fill(blocks)
@@ -113,6 +117,7 @@ def step(engine: CacheEngine, rng: np.random.Generator, told: Any) -> None:
         if rng.random() < 0.5:
             engine.cancel([task])
         timed(lambda: engine.wait([task], timeout=1.0))
-    figures: Any = engine.metrics
     told[LINKED] = engine._store._client.links  # type: ignore[attr-defined]
     told[REFUSED] = figures.miss_tokens.value(reason="node_away")
+    told[IN_VRAM] = figures.hit_tokens.value(tier="vram")
+    told[OWNER_GONE] = figures.miss_tokens.value(reason="owner_gone")

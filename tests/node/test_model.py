@@ -18,14 +18,15 @@ from .rig import ThreadNode, address_in
 
 
 class ClientEngine(CacheEngine):
-    """An engine with a node of its own: both end together."""
+    """An engine with a node of its own: both end together. vram: blocks of its segment."""
 
-    def __init__(self, home: Path, dram: int, disk: bool, size: int) -> None:
+    def __init__(self, home: Path, dram: int, disk: bool, size: int, vram: int = 0) -> None:
         overrides: dict[str, object] = {"storage.cpu.size": dram * SLOT, "storage.disk.threads": 2}
         if disk:
             overrides |= {"storage.disk.path": str(home), "storage.disk.size": size}
         self.node = ThreadNode(address_in(home), **overrides)
-        super().__init__(namespace(), load_config(environ={}), node=address_in(home))
+        own = {"storage.vram.size": vram * SLOT, "storage.vram.device": "stand-in"}
+        super().__init__(namespace(), load_config(environ={}, overrides=own), node=address_in(home))
 
     def close(self, timeout: float | None = None) -> None:
         super().close(timeout)
@@ -59,3 +60,18 @@ class NodeModel(EngineModel):
 
 NodeModel.TestCase.settings = settings(max_examples=10, stateful_step_count=20, deadline=None)
 TestNodeModel = NodeModel.TestCase
+
+
+class VramModel(NodeModel):
+    """The same with VRAM before DRAM. That a store went to VRAM is all that is certain of it, so nothing persists."""
+
+    @initialize(dram=st.sampled_from([2, 12, 40]), disk=st.booleans(), vram=st.sampled_from([1, 4, 12, 40]))
+    def start(self, dram: int, disk: bool, vram: int) -> None:
+        self.home = Path(tempfile.mkdtemp(prefix="cairn-model-"))
+        self.make = lambda: ClientEngine(self.home, dram, disk, 1 << 20, vram)
+        self.persistent = False
+        self.engine = self.make()
+
+
+VramModel.TestCase.settings = NodeModel.TestCase.settings
+TestVramModel = VramModel.TestCase

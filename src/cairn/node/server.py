@@ -119,6 +119,7 @@ class Node:
         """Tells the clients, flushes within `timeout`, and gives everything back. After `run` has ended."""
         for session in self._sessions.values():
             session.gate.close()
+            session.pool.vram.retire(session.number)
             self._tell(session, wire.Gone(0))
         self._router.close(linger=200)
         self._flusher.shutdown(wait=False, cancel_futures=True)

@@ -8,6 +8,7 @@ import secrets
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from cairn.copy import Copier, CpuCopier
 from cairn.errors import StorageError
@@ -18,11 +19,12 @@ _PREFIX = "cairn-vram-"
 
 
 class _MemorySegment(Segment):
+    memory: npt.NDArray[np.uint8]
+
     def __init__(self, descriptor: int, handle: bytes, slots: int, stride: int) -> None:
         super().__init__(slots, stride)
         self.handle = handle
         self._descriptor = descriptor
-        # Lives as long as anyone has a view of it, which a closed segment's last copy may.
         self.memory = np.frombuffer(mmap.mmap(descriptor, slots * stride), np.uint8).reshape(slots, stride)
         self._address = int(self.memory.ctypes.data)
 
@@ -34,6 +36,7 @@ class _MemorySegment(Segment):
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+            self.memory = self.memory[:0].copy()  # the mapping goes with the last view of it
 
 
 class StandIn(Device):
