@@ -29,7 +29,7 @@ _FIRST_BYTES, _GROWTH = 16 << 20, 2
 _STAGING_BYTES, _STAGING_BUFFERS = 48 << 20, 2
 _PROGRAMS = 64
 #: NVLink is eight times as fast as the bus, so that enqueueing a part must pay for more bytes.
-_PEER_STAGING_BYTES = 128 << 20
+_PEER_STAGING_BYTES, _PEER_FIRST_BYTES = 128 << 20, 64 << 20
 #: Programs of a kernel that waits for VRAM itself, a few for each multiprocessor.
 _DIRECT_PROGRAMS = 528
 
@@ -247,8 +247,10 @@ class CudaCopier(Copier):
                 if path == "direct":
                     self._direct(lane, kv, slots, starts, span, into_rows)
                     return Enqueued(begin, lane.mark(lane.kernels))
-                most = _PEER_STAGING_BYTES if isinstance(memory, DeviceRows) else 0
-                self._staged(lane, kv, slots, starts, span, pinned, into_rows, most)
+                sizes = (_FIRST_BYTES, 0)
+                if isinstance(memory, DeviceRows):
+                    sizes = (_PEER_FIRST_BYTES, _PEER_STAGING_BYTES)
+                self._staged(lane, kv, slots, starts, span, pinned, into_rows, sizes)
                 # What comes last in every part has waited for all else of it.
                 return Enqueued(begin, lane.mark(lane.copies if into_rows else lane.kernels))
             except BaseException:
@@ -306,9 +308,12 @@ class CudaCopier(Copier):
         span: range,
         pinned: bool,
         into_rows: bool,
-        part_bytes: int,
+        sizes: tuple[int, int],
     ) -> None:
-        """Rows move whole between their memory and staging, while a kernel works on the parts before and behind."""
+        """Rows move whole between their memory and staging, while a kernel works on the parts before and behind.
+
+        sizes: bytes of the first part, and of the largest if the staging buffers must be larger for it.
+        """
         tokens, width = self.geometry.block_tokens, len(span) * self.geometry.layer_bytes
         holes = (slots.reshape(-1, tokens) < 0).any(axis=1)
         if into_rows and holes.any():
@@ -317,11 +322,11 @@ class CudaCopier(Copier):
                 lane, kv, slots.reshape(-1, tokens)[holes].reshape(-1), starts[holes], span, pinned, into_rows=True
             )
             slots, starts = slots.reshape(-1, tokens)[~holes].reshape(-1), starts[~holes]
-        most = lane.staging(max(width, part_bytes))
+        most = lane.staging(max(width, sizes[1]))
         first_stream, last_stream = (lane.kernels, lane.copies) if into_rows else (lane.copies, lane.kernels)
         with self._torch.cuda.stream(lane.kernels):
             kernel = self._kernel(kv, slots, span, into_rows)
-            for first, stop in _parts(len(starts), width, most):
+            for first, stop in _parts(len(starts), width, most, sizes[0]):
                 number, staging = lane.buffer()
                 outside = starts[first:stop] + span.start * self.geometry.layer_bytes
                 inside = staging + np.arange(stop - first, dtype=np.int64) * width
@@ -401,9 +406,11 @@ def _placed(memory: npt.NDArray[np.uint8]) -> tuple[int, int]:
     return memory.ctypes.data, memory.strides[0]
 
 
-def _parts(blocks: int, width: int, most: int | None = None) -> Iterator[tuple[int, int]]:
-    """Cuts `blocks` blocks of `width` bytes into parts that grow, up to `most` bytes: (first, stop) of each."""
-    first, size = 0, _FIRST_BYTES
+def _parts(blocks: int, width: int, most: int | None = None, begin: int | None = None) -> Iterator[tuple[int, int]]:
+    """Cuts `blocks` blocks of `width` bytes into parts that grow from `begin` up to `most` bytes: (first, stop) of
+    each.
+    """
+    first, size = 0, begin or _FIRST_BYTES
     while first < blocks:
         stop = min(blocks, first + max(1, (size if most is None else min(size, most)) // width))
         yield first, stop

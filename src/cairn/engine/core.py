@@ -21,7 +21,7 @@ from cairn.engine.layers import LayerStore
 from cairn.engine.local import open_local
 from cairn.engine.probe import Probes
 from cairn.engine.rehearsal import rehearse
-from cairn.engine.stage import COPY_BYTES, Span, Stage
+from cairn.engine.stage import COPY_BYTES, VRAM_COPY_BYTES, Span, Stage
 from cairn.engine.writing import Writing
 from cairn.errors import ClosedError, ConfigError, GeometryError, InputError, StorageError
 from cairn.index import POLICIES
@@ -349,7 +349,8 @@ class EngineCore:
         if writing is None:
             held = self._store.match(chain.keys)
             return Stored(0, max(held.dram, held.stored) * block)
-        step = max(1, COPY_BYTES // self.geometry.block_bytes)
+        most = VRAM_COPY_BYTES if writing.tier == "vram" else COPY_BYTES
+        step = max(1, most // self.geometry.block_bytes)
         first, rows = writing.first, writing.rows
         new = done = 0
         reason = Reason.TIMEOUT

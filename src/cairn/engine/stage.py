@@ -19,8 +19,10 @@ from cairn.observe.metrics import Metrics
 from cairn.observe.reasons import Reason
 from cairn.plan import CostModel
 
-#: Bytes copied between two looks at the deadline.
+#: Bytes copied between two looks at the deadline: 10 ms from DRAM on a CPU, 40 ms over NVLink, where every call costs
+#: as much as 100 MiB.
 COPY_BYTES = 64 << 20
+VRAM_COPY_BYTES = 16 << 30
 
 
 class Span(NamedTuple):
@@ -118,10 +120,11 @@ class Stage:
         """
         first, slots = self._whole_blocks(slots)
         stop = first + len(slots) // self._block
-        step = max(1, COPY_BYTES // self._copier.geometry.block_bytes)
         done = first
         while done < stop and not self._hold.cancel.is_set():
             run = self._hold.run(done)
+            most = VRAM_COPY_BYTES if run.tier == "vram" else COPY_BYTES
+            step = max(1, most // self._copier.geometry.block_bytes)
             ready = min(stop, self._hold.wait_beyond(done, self.deadline), done + step, run.stop)
             if ready <= done or (done > first and time.monotonic() > self.deadline):
                 break
