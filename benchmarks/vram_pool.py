@@ -14,6 +14,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -122,8 +123,10 @@ def node_process(address: str, dram: int, pipe: Any) -> None:
     config = load_config(environ={}, overrides={"storage.cpu.size": dram, "node.lease_s": 60, **policies})
     prepare(config)
     node = Node(config, address, open_pool)
+    signal.signal(signal.SIGTERM, lambda *_: node.stop())
     pipe.send("listening")
     node.run()
+    node.close(10)
 
 
 def engine_process(address: str, index: int, stand_in: bool, blocks: int, pipe: Any) -> None:
@@ -226,7 +229,10 @@ class Child:
         self.begin(*asked)
         return self.answer()
 
-    def kill(self) -> None:
+    def end(self) -> None:
+        """In order, so that nothing stays in /dev/shm; else by force."""
+        self.process.terminate()
+        self.process.join(20)
         self.process.kill()
         self.process.join()
 
@@ -242,8 +248,8 @@ def children() -> Iterator[Callable[..., Child]]:
     try:
         yield make
     finally:
-        for child in made:
-            child.kill()
+        for child in reversed(made):
+            child.end()
 
 
 def plain_copies(stand_in: bool, sizes: list[int]) -> dict[str, Any]:

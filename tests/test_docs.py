@@ -1,5 +1,6 @@
 """What the documentation shows runs, and what it links to is there."""
 
+import json
 import re
 import subprocess
 import sys
@@ -46,6 +47,28 @@ def test_the_offline_example_of_a_fleet() -> None:
         "just sent to b: 128 tokens count as held there",
         "a has cleared its cache: now b is best, with 205",
     ]
+
+
+def test_the_example_of_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the stand-in, where there are no GPUs."""
+    monkeypatch.setenv("CAIRN_LOG_LEVEL", "info")
+    command = [sys.executable, str(ROOT / "examples" / "cross_gpu_store_retrieve.py")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240)
+    listening, stored, found = ran.stdout.splitlines()
+    assert listening == "listening"
+    assert "stored 1888 of 1900 tokens" in stored
+    assert found.endswith("found it in VRAM, retrieved 1888 tokens, hits by tier {'vram': 1888}, right: True")
+    assert "INFO cairn.node.pools: pool of KVGeometry(layers=8" in ran.stderr
+
+
+def test_the_benchmark_of_the_vram_pool(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "vram_pool.py"), "--stand-in", "--blocks", "2"]
+    subprocess.run([*command, "--out", tmp_path / "out.json"], capture_output=True, check=True, timeout=240)
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [run["layout"] for run in found["runs"]] == ["cross_layer", "nhd"]
+    assert all(run["right"] and run["hit_tokens"] == {"vram": 32 * 11} for run in found["runs"])
+    assert found["dram"]["right"]
+    assert found["dram"]["hit_tokens"] == {"dram": 32 * 4}
 
 
 def test_the_scorer_for_a_scheduler() -> None:

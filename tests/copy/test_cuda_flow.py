@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cairn.copy import CpuCopier, PagedKV
+from cairn.copy import CpuCopier, DeviceRows, PagedKV
 from cairn.errors import InputError, StorageError
 from cairn.kv import KVGeometry
 from tests.copy.fake_cuda import FakeCuda, install
@@ -65,6 +65,52 @@ def test_every_path_copies_what_the_cpu_copier_copies(
     getattr(copier, name)(on_device(tensors), slots, memory, rows, layers)
     assert all((a == b).all() for a, b in zip([*tensors, memory], expected, strict=True))
     assert bool(device.batches) == pinned
+    copier.close()
+    assert not device.pinned
+
+
+@pytest.mark.parametrize("device", [1, 2], indirect=True)
+@pytest.mark.parametrize("path", cuda.PATHS)
+@pytest.mark.parametrize("peer", [False, True])
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize("layers", [None, range(1, 3)])
+@pytest.mark.parametrize("into_rows", [True, False])
+def test_rows_in_vram(
+    device: FakeCuda,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    peer: bool,
+    holes: bool,
+    layers: range | None,
+    into_rows: bool,
+) -> None:
+    monkeypatch.setattr(cuda, "_PEER_STAGING_BYTES", 3 * G.block_bytes)
+    monkeypatch.setattr(cuda, "_PEER_FIRST_BYTES", G.block_bytes)
+    tensors, slots, memory, rows = case(4)
+    before = [array.copy() for array in [*tensors, memory]]
+    if holes:
+        slots[[0, 7]] = -1
+    name = "gather" if into_rows else "scatter"
+    getattr(CpuCopier(G), name)(PagedKV.from_tensors(tensors, "nhd", G), slots, memory, rows, layers)
+    expected = [array.copy() for array in [*tensors, memory]]
+    for array, old in zip([*tensors, memory], before, strict=True):
+        array[...] = old
+    copier = cuda.CudaCopier(G, path=path)
+    copier.prepare(on_device(tensors), direct=True)
+    in_vram = DeviceRows(memory.ctypes.data, len(memory), memory.strides[0], peer)
+    getattr(copier, name)(on_device(tensors), slots, in_vram, rows, layers)
+    assert all((a == b).all() for a, b in zip([*tensors, memory], expected, strict=True))
+    copier.close()
+
+
+def test_memory_that_is_released_is_not_pinned_any_more(device: FakeCuda) -> None:
+    copier = cuda.CudaCopier(G)
+    first, second = (np.zeros((4, 64), np.uint8) for _ in range(2))
+    for memory in (first, second, first):
+        copier.register(memory)
+    copier.release(first)
+    copier.release(first)
+    assert device.pinned == {second.ctypes.data}
     copier.close()
     assert not device.pinned
 
@@ -135,6 +181,8 @@ def test_what_does_not_fit_is_refused(device: FakeCuda) -> None:
     memory, rows = np.zeros((1, G.block_bytes), np.uint8), np.zeros(1, np.int32)
     with pytest.raises(InputError, match="path='sideways'"):
         cuda.CudaCopier(G, path="sideways")
+    with pytest.raises(InputError, match=r"storage\.vram\.device"):
+        CpuCopier(G).gather(dataclasses.replace(kv, device=0), np.arange(4), memory, rows)
     with pytest.raises(InputError, match="device -1"):
         cuda.CudaCopier(G).gather(kv, np.arange(4), memory, rows)
     with pytest.raises(InputError, match="3 slots"):

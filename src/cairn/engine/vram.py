@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 #: Donations that could not be mapped are remembered, so that no request tries again; up to so many.
 _REFUSED = 1024
+#: What others are given at least to end the copies that they are at, seconds.
+_GRACE_S = 1.0
 #: Between two looks whether peers have let go of the segment, at the end, seconds.
 _LOOK_S = 0.005
 
@@ -125,21 +127,27 @@ class SharedVram:
                 return None
             self._mapped[number] = found
         # Outside of the lock: for a session that is over it is told at once.
-        link.expect(number, lambda _: self._retired(number))
+        link.expect(number, lambda _: self._retired(link, number))
+        if found.over():
+            self._retired(link, number)  # the node's word may have come before
         return found
 
     def close(self, link: Link | None, timeout: float) -> None:
-        """Takes the segment out of the pool, waits within `timeout` until nobody reads it, and gives it back."""
-        deadline = time.monotonic() + timeout
+        """Takes the segment out of the pool, waits until nobody reads it, `timeout` or a second at most, and gives it
+        back.
+        """
+        deadline = time.monotonic() + max(timeout, _GRACE_S)
         while link and link.alive:
             reply = link.call(wire.Withdraw(0, link.welcome.session))
             if not isinstance(reply, wire.Withdrawn) or not reply.pins or time.monotonic() > deadline:
                 break
             time.sleep(_LOOK_S)
-        for number in list(self._mapped):
-            self._retired(number)
         with self._lock:
+            mapped, self._mapped = self._mapped, {}
             own, self._own = self._own, None
+        for source in mapped.values():
+            source.retire()
+        with self._lock:
             if own:
                 own[1].retire()
                 own[1].settled(max(0.0, deadline - time.monotonic()))
@@ -177,8 +185,9 @@ class SharedVram:
             return None
         return Source(part.donation, segment, life, own=False)
 
-    def _retired(self, number: int) -> None:
+    def _retired(self, link: Link, number: int) -> None:
         """The node's word: a peer's donation is over."""
+        link.forget(number)
         with self._lock:
             source = self._mapped.pop(number, None)
         if source:

@@ -23,7 +23,7 @@ from cairn.kv import Keys, KVGeometry
 from cairn.node import wire
 from cairn.node.base import Memory
 from cairn.node.client import Link
-from cairn.node.wire import MAX_BLOCKS, raw_of, rows_of
+from cairn.node.wire import MAX_BLOCKS, MAX_DONATED, raw_of, rows_of
 from cairn.observe.log import log_once
 from cairn.observe.metrics import Metrics
 from cairn.observe.reasons import Reason
@@ -246,7 +246,7 @@ def open_vram_store(
 ) -> tuple[VramStore, Copier]:
     """The store of an engine that shares VRAM, and its copier. Raises ConfigError or StorageError."""
     stride = round_up(geometry.block_bytes, PAGE)
-    slots = config.storage.vram.size // stride
+    slots = min(config.storage.vram.size // stride, MAX_DONATED)
     if slots < 1:
         raise ConfigError(
             f"storage.vram.size={config.storage.vram.size}: must hold at least one KV block of {stride} bytes, or be 0"

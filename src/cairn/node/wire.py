@@ -24,6 +24,9 @@ VERSION: Final = 1
 #: Blocks of a chain that the node takes in one call. A longer prompt is served up to there.
 MAX_BLOCKS: Final = 1 << 16
 
+#: Slots of a donation: the node's records of them take 300 MiB.
+MAX_DONATED: Final = 1 << 22
+
 #: Bytes of the largest frame in either direction: a chain's keys take half of it.
 MAX_FRAME: Final = 2 << 20
 
@@ -130,7 +133,7 @@ class Donate(_Call, tag=30):
     maps it; owner: see `cairn.node.life.process_token`. Answered by Donated.
     """
 
-    slots: Annotated[int, msgspec.Meta(ge=1, le=1 << 26)]
+    slots: Annotated[int, msgspec.Meta(ge=1, le=MAX_DONATED)]
     stride: Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
     handle: Annotated[bytes, msgspec.Meta(max_length=256)]
     owner: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
