@@ -61,6 +61,16 @@ def test_the_environment_is_read_at_the_call(monkeypatch: pytest.MonkeyPatch) ->
     assert load_config().storage.disk.threads == 7
 
 
+def test_the_log_level_has_a_short_name_and_the_long_one_wins(tmp_path: Path) -> None:
+    path = tmp_path / "cairn.yaml"
+    path.write_text("engine: {log_level: ERROR}")
+    environ = {"CAIRN_LOG_LEVEL": "debug"}
+    assert load_config(path, environ).engine.log_level == "DEBUG"
+    assert load_config(path, environ | {"CAIRN_ENGINE__LOG_LEVEL": "INFO"}).engine.log_level == "INFO"
+    with pytest.raises(ConfigError, match=r"engine\.log_level='LOUD' \(in CAIRN_LOG_LEVEL\)"):
+        load_config(environ={"CAIRN_LOG_LEVEL": "LOUD"})
+
+
 def test_values_are_yaml_in_every_source() -> None:
     environ = {
         "CAIRN_ENGINE__PLANNER": "false",
@@ -101,7 +111,7 @@ def test_variables_of_others_are_left_alone(name: str) -> None:
     [
         ("storage: {cpu: {sise: 1}}", "storage.cpu.sise (in cairn.yaml): unknown key; did you mean storage.cpu.size?"),
         ("storge: {cpu: 1}", "storge (in cairn.yaml): unknown key; did you mean storage?"),
-        ("storage: 5", "storage=5 (in cairn.yaml): must be a section with the keys cpu, disk, remote"),
+        ("storage: 5", "storage=5 (in cairn.yaml): must be a section with the keys vram, cpu, disk, remote"),
         ("qqq: 5", "qqq (in cairn.yaml): unknown key; the sections are storage, engine, index, cluster, node"),
         ("- 5", "cairn.yaml: must hold sections (storage:, engine:), not a list"),
         ("engine: {}\nengine: {}", "cairn.yaml: must be YAML: 'engine' stands twice, line 2, column 1"),

@@ -13,7 +13,7 @@ Settings come from, the later one winning: the defaults below; a YAML file (hand
 environment variables; overrides (`--set KEY=VALUE` on the command line, `overrides=` in `load_config`). Values are YAML
 everywhere. Sizes are bytes, or a number with KiB, MiB, GiB or TiB. An unknown key or a value that breaks its rule ends
 in one line that says which, where it came from and what would be right; `cairn config check FILE` tells beforehand.
-`cairn config show` prints what is in force.
+`cairn config show` prints what is in force. `CAIRN_LOG_LEVEL` is short for `CAIRN_ENGINE__LOG_LEVEL`.
 
 The file with every default:
 

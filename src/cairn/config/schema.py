@@ -30,7 +30,7 @@ KeyPath = tuple[str, ...]
 
 
 def _dump_size(size: int, info: SerializationInfo) -> int | str:
-    return format_size(size) if info.context == "text" else size
+    return format_size(size) if info.context == "text" and size else size
 
 
 def _dump_url(url: str, info: SerializationInfo) -> str:

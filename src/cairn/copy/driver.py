@@ -16,6 +16,8 @@ _ALREADY_REGISTERED = 712
 _ENABLE_PEER_ACCESS = 1
 #: Bytes of a CUDA IPC handle.
 HANDLE_BYTES = 64
+#: What is exported is whole pages: a smaller allocation may share its page with another, and would export that too.
+_PAGE = 2 << 20
 #: srcAccessOrder, two location hints (kind, id each), flags: CUmemcpyAttributes as int32 [6].
 _ATTRIBUTES = np.array([_STREAM_ORDER, 0, 0, 0, 0, 0], np.int32)
 _FIRST = np.zeros(1, np.uint64)
@@ -72,8 +74,8 @@ class _Handle(ctypes.Structure):
 
 def allocate(size: int) -> int:
     """The address of new device memory, an allocation of its own, so that it can be exported. Raises StorageError."""
-    address = ctypes.c_uint64()
-    _check(_library().cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(size)), f"taking {size} bytes of VRAM")
+    address, pages = ctypes.c_uint64(), -(-size // _PAGE) * _PAGE
+    _check(_library().cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(pages)), f"taking {size} bytes of VRAM")
     return address.value
 
 
