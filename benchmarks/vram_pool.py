@@ -19,22 +19,11 @@ import statistics
 import sys
 import tempfile
 import time
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-try:
-    import yaml  # noqa: F401
-except ImportError:  # only files and command lines need it, and GPU machines may lack it
-    stub = types.ModuleType("yaml")
-    for name in ("SafeLoader", "MappingNode", "ScalarNode"):
-        setattr(stub, name, type(name, (), {}))
-    stub.YAMLError = type("YAMLError", (Exception,), {})  # type: ignore[attr-defined]
-    stub.MarkedYAMLError = type("MarkedYAMLError", (stub.YAMLError,), {})  # type: ignore[attr-defined]
-    sys.modules["yaml"] = stub
 
 import numpy as np
 import torch

@@ -70,7 +70,7 @@ def served_model(vllm_config: Any, kv_cache_config: Any) -> Served:
         model=model.served_model_name if isinstance(model.served_model_name, str) else model.model,
         geometry=replace(own, layers=sum(layers), kv_heads=own.kv_heads * ranks),
         revision=_revision(vllm_config),
-        layout=f"vllm:{_platform()}:{_layout(kv_cache_config)}:tp{ranks}:pp{'+'.join(map(str, layers))}",
+        layout=f"vllm:{_platform()}:{_layout(vllm_config, kv_cache_config)}:tp{ranks}:pp{'+'.join(map(str, layers))}",
     )
     name = hashlib.blake2s(str(vllm_config.kv_transfer_config.engine_id).encode(), digest_size=12).hexdigest()
     shards = tuple(replace(own, layers=count) for count in layers for _ in range(ranks))
@@ -106,13 +106,21 @@ def stage_layers(model: Any, parallel: Any, own: int) -> list[int]:
     return layers
 
 
-def _layout(kv_cache_config: Any) -> str:
-    """The order of dimensions inside a page, as far as vLLM names it: since 0.32 in the config, once by a function."""
+def _layout(vllm_config: Any, kv_cache_config: Any) -> str:
+    """The order of dimensions inside a page, as far as vLLM names it: since 0.32 in the config, once by a function,
+    which asks for the current config; the scheduler has none where workers are other processes.
+    """
+    named = getattr(kv_cache_config, "kv_cache_layout", None)
+    if named:
+        return str(named)
+    from vllm.config import set_current_vllm_config
     from vllm.v1.attention.backends import utils
 
-    named = getattr(kv_cache_config, "kv_cache_layout", None)
     ask = getattr(utils, "get_kv_cache_layout", None)
-    return str(named or (ask() if ask else "default"))
+    if ask is None:
+        return "default"
+    with set_current_vllm_config(vllm_config):
+        return str(ask())
 
 
 def _platform() -> str:
