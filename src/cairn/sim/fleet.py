@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cairn.index import DEFAULT_POLICY, POLICIES, PrefixIndex
-from cairn.plan.schedule import Ask, InstanceView, Scheduler, Send, Wait
+from cairn.plan.schedule import Ask, InstanceView, Scheduler, Send, Wait, WaitingRoom
 from cairn.sim.instance import SHARED, Job, SimInstance
 from cairn.sim.machine import H200_8B, Machine
 from cairn.sim.trace import Keys, Trace
@@ -85,7 +85,9 @@ class FleetSim:
         self._events: list[tuple[float, _Kind, int]] = []
         self._chains: list[Keys] = [keys for _, keys in trace.chains()]
         self._asks: dict[int, Ask] = {}
+        self._room = WaitingRoom()
         self._open = 0
+        self._until = [0.0] * settings.instances
         self._first = np.full(len(trace), np.nan)
         self._last = np.full(len(trace), np.nan)
         self._loaded = 0
@@ -100,7 +102,7 @@ class FleetSim:
         steps = {
             _Kind.STEP: self._step,
             _Kind.REPORT: self._report,
-            _Kind.RETRY: self._ask,
+            _Kind.RETRY: self._retry,
             _Kind.ARRIVAL: self._ask,
         }
         while self._open:
@@ -119,14 +121,30 @@ class FleetSim:
     def _ask(self, number: int, now: float) -> None:
         request = self._request(number)
         choice = self._scheduler.choose(request, self._view, now)
+        if isinstance(choice, Wait):
+            self._wait(request, choice.until_s, now)
+            return
+        self._room.remove(request)
         if isinstance(choice, Send):
             self._asks[number] = request
             self._scheduler.sent(request, choice, now)
             self._submit(number, int(choice.instance_id), now)
-        elif isinstance(choice, Wait):
-            self._push(max(choice.until_s, np.nextafter(now, np.inf)), _Kind.RETRY, number)
         else:
             self._open -= 1
+
+    def _wait(self, request: Ask, until: float, now: float) -> None:
+        until = max(until, float(np.nextafter(now, np.inf)))
+        before = self._room.next()
+        self._room.put(request, until)
+        if before is None or until < before:
+            self._push(until, _Kind.RETRY, 0)
+
+    def _retry(self, _: int, now: float) -> None:
+        for request in self._room.due(now):
+            self._ask(int(request.id), now)
+        after = self._room.next()
+        if after is not None:
+            self._push(after, _Kind.RETRY, 0)
 
     def _request(self, number: int) -> Ask:
         keys, trace, settings = self._chains[number], self._trace, self._settings
@@ -154,16 +172,18 @@ class FleetSim:
     def _submit(self, number: int, to: int, now: float) -> None:
         trace, one = self._trace, self._instances[to]
         one.submit(Job(number, self._chains[number], int(trace.input_tokens[number]), int(trace.output_tokens[number])))
-        if not one.busy:
+        if not one.computing:
             self._begin(to, now)
 
     def _begin(self, which: int, now: float) -> None:
         until = self._instances[which].begin(now)
-        self._instances[which].busy = until is not None
         if until is not None:
+            self._until[which] = until
             self._push(until, _Kind.STEP, which)
 
     def _step(self, which: int, now: float) -> None:
+        if now != self._until[which]:  # it waited for a load, and something else came first
+            return
         first, last = self._instances[which].end(now)
         for job in first:
             self._first[job.number] = now

@@ -43,7 +43,7 @@ class SimInstance:
     def __init__(self, machine: Machine, policy: type[EvictionPolicy], shared: PrefixIndex | None) -> None:
         self.cost = CostModel()
         self.index = PrefixIndex(machine.blocks, policy)
-        self.busy = False
+        self.computing = False  # between `begin` and `end`; False while it only waits for a load
         self.computed_tokens = 0
         self._machine = machine
         self._shared = shared
@@ -68,7 +68,10 @@ class SimInstance:
         self._waiting.append(job)
 
     def begin(self, now: float) -> float | None:
-        """Begins a step, or waits for a load: when that will be over. None: there is nothing to do."""
+        """Begins a step, or waits for a load: when that will be over. None: there is nothing to do.
+
+        While it only waits, `begin` may be called again.
+        """
         self._admit(now)
         batch = len(self._decoding)
         left, attended = max(0, self._machine.chunk - batch), 0.0
@@ -82,12 +85,14 @@ class SimInstance:
             if left == 0:
                 break
         self.computed_tokens += computed
-        if computed == 0 and batch == 0:
+        self.computing = computed > 0 or batch > 0
+        if not self.computing:
             return self._loading[0][0] if self._loading else None
         return now + self._machine.step_s(computed, attended, batch, self._read)
 
     def end(self, now: float) -> tuple[list[Job], list[Job]]:
         """Ends what `begin` began: the jobs that have their first token now, and those that have their last."""
+        self.computing = False
         self._steps += 1
         self._read += len(self._decoding)
         first: list[Job] = []

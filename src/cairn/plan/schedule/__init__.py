@@ -3,6 +3,7 @@
 from cairn.plan.schedule.base import Ask, Choice, InstanceView, Scheduler, Send, Shed, Wait
 from cairn.plan.schedule.simple import LeastLoaded, PrefixAware, RoundRobin
 from cairn.plan.schedule.slo import SloAware, SloSettings
+from cairn.plan.schedule.waiting import WaitingRoom
 
 #: Schedulers by the name that a configuration gives them.
 SCHEDULERS: dict[str, type[RoundRobin] | type[LeastLoaded] | type[PrefixAware] | type[SloAware]] = {
@@ -27,4 +28,5 @@ __all__ = [
     "SloAware",
     "SloSettings",
     "Wait",
+    "WaitingRoom",
 ]

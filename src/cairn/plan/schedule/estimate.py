@@ -46,6 +46,8 @@ ESTIMATE = np.dtype(
         ("load_s", np.float64),
         ("compute_s", np.float64),
         ("tpot_s", np.float64),
+        ("move_s", np.float64),  # to bring the prompt's KV here through the shared tier, but what is held
+        ("kv_share", np.float64),  # of its KV memory that is taken; 0 where that is not known
         ("missing", np.int64),  # tokens to compute
         ("known", np.bool_),  # whether prefills as long have been seen: else a guess, or 0
         ("room", np.bool_),  # whether its KV memory takes one more of this size
@@ -63,22 +65,23 @@ FleetFit = npt.NDArray[np.float64]
 def queue_seconds(books: Books, slot: int, now: float) -> float:
     """Prefill seconds ahead of a request that comes now; the head's elapsed part is off, at most all of it."""
     book = books[slot]
-    own = book.pending_s - min(max(now - book.since, 0.0), book.head_s)
-    foreign = book.foreign_s - max(now - book.reported_at, 0.0) if book.foreign_s > 0 else 0.0
+    own: float = book.pending_s - min(max(now - book.since, 0.0), book.head_s)
+    foreign: float = book.foreign_s - max(now - book.reported_at, 0.0) if book.foreign_s > 0 else 0.0
     return max(own, 0.0) + max(foreign, 0.0)
 
 
 @kernel
 def _compute(a: float, b: float, c: float, prompt: int, split: int) -> float:
     n = max(1, prompt - split)
-    return float(a + b * n + c * n * (prompt - n + n / 2))
+    seconds: float = a + b * n + c * n * (prompt - n + n / 2)
+    return seconds
 
 
 @kernel
 def estimate(
     books: Books,
     slots: Slots,
-    held: npt.NDArray[np.float64],
+    held: npt.NDArray[np.int64],
     fleet: FleetFit,
     prompt: int,
     answer: int,
@@ -94,7 +97,7 @@ def estimate(
         split, load, best_load, best_split = 0, 0.0, 0.0, 0
         best = _compute(a, b, c, prompt, 0) * slow
         for tier in range(_N):
-            tokens = int(held[i, tier])
+            tokens = held[i, tier]
             if tokens == 0:
                 continue
             split += tokens
@@ -110,5 +113,7 @@ def estimate(
         beside = book.decoding + book.foreign_decoding
         out[i].tpot_s = book.decode[0] + book.decode[1] * (beside + 1)
         out[i].missing = max(1, prompt - best_split)
+        out[i].move_s = book.latency_s[_N - 1] + book.token_s[_N - 1] * max(0, prompt - split)
+        out[i].kv_share = book.kv_used / book.kv_tokens if book.kv_tokens else 0.0
         out[i].known = prompt <= max(book.known, fleet[3])
         out[i].room = book.kv_tokens == 0 or book.kv_used + prompt + answer <= book.kv_tokens or book.requests == 0

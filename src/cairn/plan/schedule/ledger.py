@@ -5,7 +5,7 @@ only adds what it shows beyond them: the requests of other replicas of the servi
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,13 +21,14 @@ _FORGET = 0.9
 _SLOW = 4.0
 """That ratio's bound, either way."""
 
-_FLEET_WINDOW, _FLEET_EVERY = 256, 16
-"""Prefills that the fleet's fit is over, and after how many new ones it is made anew."""
+_EVERY, _FLEET_EVERY = 4, 16
+"""After how many new prefills a fit is made anew: an instance's own, and the fleet's."""
+
+_FLEET_WINDOW = 256
+"""Prefills that the fleet's fit is over."""
 
 _SPARE = 64
 """Instances that are away and yet remembered, beside as many as are there: they may come back."""
-
-_NOTHING: Mapping[str, int] = {}
 _TIER_ROWS = {tier: row for row, tier in enumerate(TIERS)}
 
 
@@ -58,6 +59,8 @@ class _Life:
     decode: OnlineFit = field(default_factory=lambda: OnlineFit(2))
     took: float = 0.0
     predicted: float = 0.0
+    prefills: int = 0
+    answers: int = 0
 
 
 class Ledger:
@@ -70,7 +73,7 @@ class Ledger:
         self._flights: dict[str, _Flight] = {}
         self._free: list[int] = []
         self._fleet = RecomputeCost(_FLEET_WINDOW)
-        self._fleet_seen = 0
+        self._prefills = 0
         self._fleet_fit: FleetFit = np.zeros(4)
 
     def slots(self, view: Sequence[InstanceView]) -> Slots:
@@ -90,13 +93,17 @@ class Ledger:
 
     def estimates(self, request: Ask, slots: Slots, now: float) -> Estimates:
         """What each of the instances would make of `request` [len(slots)] of ESTIMATE."""
-        held = np.zeros((len(slots), len(TIERS)))
+        width = len(TIERS)
+        flat = [0] * (len(slots) * width)  # a list is filled faster than an array
         if request.held:
             for i, slot in enumerate(slots.tolist()):
-                for tier, tokens in request.held.get(self._lives[slot].id, _NOTHING).items():
-                    held[i, _TIER_ROWS[tier]] = tokens
+                held = request.held.get(self._lives[slot].id)
+                if held:
+                    for tier, tokens in held.items():
+                        flat[i * width + _TIER_ROWS[tier]] = tokens
+        table = np.array(flat, np.int64).reshape(-1, width)
         out = np.empty(len(slots), ESTIMATE)
-        estimate(self._books, slots, held, self._fleet_fit, request.prompt_tokens, request.max_tokens, now, out)
+        estimate(self._books, slots, table, self._fleet_fit, request.prompt_tokens, request.max_tokens, now, out)
         return out
 
     def in_flight(self, slots: Slots) -> npt.NDArray[np.int64]:
@@ -141,10 +148,11 @@ class Ledger:
         flight = self._flights.get(request.id)
         if flight is not None and flight.first is not None and tokens > 1:
             beside = (flight.beside + int(self._books["decoding"][flight.decode])) / 2
-            fit = self._lives[flight.decode].decode
-            fit.observe((1.0, beside), (now - flight.first) / (tokens - 1))
-            if fit.ready:
-                self._books["decode"][flight.decode] = fit.coefficients()
+            life = self._lives[flight.decode]
+            life.decode.observe((1.0, beside), (now - flight.first) / (tokens - 1))
+            life.answers += 1
+            if life.decode.ready and _renews(life.answers, _EVERY):
+                self._books["decode"][flight.decode] = life.decode.coefficients()
         self.failed(request, now)
 
     def failed(self, request: Ask, now: float) -> None:
@@ -228,9 +236,11 @@ class Ledger:
         if flight.clean and took > 0:
             life.cost.recompute.observe(flight.missing, flight.context, took)
             self._fleet.observe(flight.missing, flight.context, took)
-            self._fleet_seen += 1
-            self._fit(flight.prefill)
-            if self._fleet.ready and (self._fleet_seen % _FLEET_EVERY == 0 or self._fleet_seen < _FLEET_EVERY):
+            life.prefills += 1
+            self._prefills += 1
+            if _renews(life.prefills, _EVERY):
+                self._fit(flight.prefill)
+            if _renews(self._prefills, _FLEET_EVERY) and self._fleet.ready:
                 self._fleet_fit[:3], self._fleet_fit[3] = self._fleet.coefficients(), self._fleet.horizon
 
     def _fit(self, slot: int) -> None:
@@ -238,3 +248,8 @@ class Ledger:
         if cost.ready:
             self._books["prefill"][slot] = cost.coefficients()
             self._books["known"][slot] = cost.horizon
+
+
+def _renews(seen: int, every: int) -> bool:
+    """Whether a fit is to be made anew: at each of the first observations, then at one in `every`."""
+    return seen <= every or seen % every == 0

@@ -9,6 +9,7 @@ for it too. So a prefix draws requests to its holder as long as the queue there 
 that another instance computes it, and then holds it too.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,20 +19,23 @@ import numpy.typing as npt
 
 from cairn.plan.schedule.base import Ask, Choice, InstanceView, Send, Shed, Wait
 from cairn.plan.schedule.estimate import Estimates
-from cairn.plan.schedule.picking import Booked, able, least, nobody
+from cairn.plan.schedule.picking import Booked, least, nobody
+from cairn.plan.schedule.sides import Sides
+
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SloSettings:
-    """margin: predicted TTFTs are taken as so much longer. burden: see above. queue_s: of prefill at an instance at
-    most; beyond it requests wait here, where the one with the least slack is next. late_s: how long a request waits for
-    room that could not meet its SLO on an idle instance either. late_pressure: share of the fleet's SLO that may be
-    queued for such a request to be let in.
+    """margin: predicted TTFTs are taken as so many times longer. burden: see above.
+
+    A request that could not meet its SLO on an idle instance either is let in where nobody queues, while at most
+    `late_pressure` of the seconds that the SLO allows are queued in the fleet; it waits `late_s` for that at most.
+    recheck_s: the tick at which all who wait are asked for again.
     """
 
     margin: float = 1.1
     burden: float = 1.0
-    queue_s: float = 1.0
     late_s: float = 20.0
     late_pressure: float = 0.1
     recheck_s: float = 0.05
@@ -43,43 +47,58 @@ class SloAware(Booked):
     def __init__(self, settings: SloSettings | None = None) -> None:
         super().__init__()
         self._settings = settings or SloSettings()
+        self._sides = Sides()
 
     def choose(self, request: Ask, view: Sequence[InstanceView], now: float) -> Choice:
         self._turn += 1
-        here, _ = able(view)
+        here = [one for one in view if one.available]
         if not here:
             return nobody()
-        slots = self._ledger.slots(here)
-        found = self._ledger.estimates(request, slots, now)
-        s = self._settings
-        waited = now - request.arrived
-        ttft = found["ttft_s"]
+        found = self._ledger.estimates(request, self._ledger.slots(here), now)
         fits = (found["tpot_s"] <= request.tbt_slo_s) & found["room"]
-        in_time = (waited + s.margin * ttft <= request.ttft_slo_s) | ~found["known"]
-        short = found["queue_s"] <= s.queue_s
-        best = self._best(found, fits & in_time & short)
-        if best >= 0:
-            return Send(here[best].id, None, float(ttft[best]))
-        idle = s.margin * float((found["load_s"] + found["compute_s"]).min())
+        ttft = now - request.arrived + self._settings.margin * found["ttft_s"]
+        in_time = (ttft <= request.ttft_slo_s) | ~found["known"]
+        send = self._send(request, here, found, fits, in_time, now)
+        if send:
+            return send
+        idle = self._settings.margin * float((found["load_s"] + found["compute_s"]).min())
         if idle > request.ttft_slo_s:
             return self._late(request, here, found, fits, now)
-        if waited + idle > request.ttft_slo_s or not (in_time.any()):
+        if not in_time.any():
             return Shed(max(1.0, float(found["queue_s"].min())), "its first token would come too late")
-        return Wait(now + s.recheck_s)
+        return self._wait(now)
 
-    def _late(
-        self, request: Ask, here: Sequence[InstanceView], found: Estimates, fits: npt.NDArray[np.bool_], now: float
-    ) -> Choice:
+    def _late(self, request: Ask, here: Sequence[InstanceView], found: Estimates, fits: Mask, now: float) -> Choice:
         s = self._settings
         pressure = float(np.minimum(found["queue_s"] / request.ttft_slo_s, 1.0).mean())
         if pressure <= s.late_pressure:
-            best = self._best(found, fits & (found["queue_s"] <= 0))
-            if best >= 0:
-                return Send(here[best].id, None, float(found["ttft_s"][best]))
+            send = self._send(request, here, found, fits, found["queue_s"] <= 0, now)
+            if send:
+                return send
         if now - request.arrived >= s.late_s:
             return Shed(s.late_s, "it is too long for its SLO, and the fleet is busy")
-        return Wait(min(now + 4 * s.recheck_s, request.arrived + s.late_s))
+        return self._wait(now)
 
-    def _best(self, found: Estimates, allowed: npt.NDArray[np.bool_]) -> int:
-        score = np.where(allowed, found["ttft_s"] + self._settings.burden * found["compute_s"], np.inf)
-        return least(score, self._turn)
+    def _wait(self, now: float) -> Wait:
+        """Until the next tick, one for all who wait, so that the one with the least slack is asked for first."""
+        tick = self._settings.recheck_s
+        return Wait((math.floor(now / tick) + 1) * tick)
+
+    def _send(
+        self, request: Ask, here: Sequence[InstanceView], found: Estimates, fits: Mask, in_time: Mask, now: float
+    ) -> Send | None:
+        """The cheapest way that is allowed. fits: where it may decode; in_time: where it may be computed."""
+        cost = found["ttft_s"] + self._settings.burden * found["compute_s"]
+        sides = self._sides.of(here, found, request, now)
+        if sides is None:
+            best = least(np.where(fits & in_time, cost, np.inf), self._turn)
+            return Send(here[best].id, None, float(found["ttft_s"][best])) if best >= 0 else None
+        whole = least(np.where(sides.whole & fits & in_time, cost, np.inf), self._turn)
+        first = least(np.where(sides.prefill & in_time, cost, np.inf), self._turn)
+        then = least(np.where(sides.decode & fits, found["move_s"] + found["tpot_s"], np.inf), self._turn)
+        apart = cost[first] + found["move_s"][then] if first >= 0 and then >= 0 else np.inf
+        if whole >= 0 and cost[whole] <= apart:
+            return Send(here[whole].id, None, float(found["ttft_s"][whole]))
+        if apart == np.inf:
+            return None
+        return Send(here[then].id, here[first].id, float(found["ttft_s"][first] + found["move_s"][then]))
