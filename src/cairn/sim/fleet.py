@@ -5,6 +5,7 @@ of caches, and first and last tokens as they come.
 """
 
 import heapq
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -55,6 +56,24 @@ class Outcome:
     def good(self, ttft_slo_s: float, tbt_slo_s: float) -> int:
         """Requests within both bounds."""
         return int(np.count_nonzero((self.ttft_s <= ttft_slo_s) & (self.tbt_s <= tbt_slo_s)))
+
+
+class _Held(Mapping[str, Mapping[str, int]]):
+    """What the global index would say of a prompt; looked up when a scheduler asks for it."""
+
+    def __init__(self, keys: Keys, instances: Sequence[SimInstance], shared: PrefixIndex | None, block: int) -> None:
+        self._keys, self._instances, self._block = keys, instances, block
+        self._in_shared = shared.match(keys) if shared else 0
+
+    def __getitem__(self, name: str) -> Mapping[str, int]:
+        own = self._instances[int(name)].index.match(self._keys)
+        return {"vram": own * self._block, SHARED: max(0, self._in_shared - own) * self._block}
+
+    def __iter__(self) -> Iterator[str]:
+        return map(str, range(len(self._instances)))
+
+    def __len__(self) -> int:
+        return len(self._instances)
 
 
 class _Kind(IntEnum):
@@ -152,22 +171,11 @@ class FleetSim:
             id=str(number),
             prompt_tokens=int(trace.input_tokens[number]),
             arrived=float(self._arrived[number]),
-            held=self._held(keys),
+            held=_Held(keys, self._instances, self._shared, settings.machine.block_tokens),
             ttft_slo_s=settings.ttft_slo_s,
             tbt_slo_s=settings.tbt_slo_s,
             max_tokens=int(trace.output_tokens[number]),
         )
-
-    def _held(self, keys: Keys) -> dict[str, dict[str, int]]:
-        """What the global index would say."""
-        block = self._settings.machine.block_tokens
-        shared = self._shared.match(keys) if self._shared is not None else 0
-        held = {}
-        for i, one in enumerate(self._instances):
-            own = one.index.match(keys)
-            if own or shared:
-                held[str(i)] = {"vram": own * block, SHARED: max(0, shared - own) * block}
-        return held
 
     def _submit(self, number: int, to: int, now: float) -> None:
         trace, one = self._trace, self._instances[to]

@@ -51,6 +51,7 @@ ESTIMATE = np.dtype(
         ("missing", np.int64),  # tokens to compute
         ("known", np.bool_),  # whether prefills as long have been seen: else a guess, or 0
         ("room", np.bool_),  # whether its KV memory takes one more of this size
+        ("idle", np.bool_),  # whether nobody is there
     ]
 )
 
@@ -116,4 +117,5 @@ def estimate(
         out[i].move_s = book.latency_s[_N - 1] + book.token_s[_N - 1] * max(0, prompt - split)
         out[i].kv_share = book.kv_used / book.kv_tokens if book.kv_tokens else 0.0
         out[i].known = prompt <= max(book.known, fleet[3])
-        out[i].room = book.kv_tokens == 0 or book.kv_used + prompt + answer <= book.kv_tokens or book.requests == 0
+        out[i].room = book.kv_tokens == 0 or book.kv_used + prompt + answer <= book.kv_tokens
+        out[i].idle = book.requests + book.foreign == 0

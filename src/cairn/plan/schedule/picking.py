@@ -37,15 +37,19 @@ def nobody(retry_after_s: float = 1.0) -> Shed:
 
 
 @kernel
-def least(scores: npt.NDArray[np.float64], turn: int) -> int:
-    """The index of the least score; among equals the first from `turn` on, cyclically. -1: all are infinite."""
-    best, count = -1, len(scores)
+def least(scores: npt.NDArray[np.float64], turn: int, tie: float = 0.0) -> int:
+    """The index of the least score; of those no more than `tie` above it the first from `turn` on, cyclically.
+
+    -1: all are infinite.
+    """
     low = np.inf
-    for step in range(count):
-        i = (turn + step) % count
-        if scores[i] < low:
-            low, best = scores[i], i
-    return best
+    for score in scores:
+        low = min(low, score)
+    for step in range(len(scores)):
+        i = (turn + step) % len(scores)
+        if scores[i] <= low + tie and scores[i] < np.inf:
+            return i
+    return -1
 
 
 class Booked:

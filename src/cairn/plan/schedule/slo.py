@@ -22,6 +22,9 @@ from cairn.plan.schedule.estimate import Estimates
 from cairn.plan.schedule.picking import Booked, least, nobody
 from cairn.plan.schedule.sides import Sides
 
+_TIE_S = 0.005
+"""Predictions as close as this are equal: nobody notices, and measurements are no better."""
+
 Mask = npt.NDArray[np.bool_]
 
 
@@ -35,7 +38,7 @@ class SloSettings:
     """
 
     margin: float = 1.1
-    burden: float = 1.0
+    burden: float = 0.5
     late_s: float = 20.0
     late_pressure: float = 0.1
     recheck_s: float = 0.05
@@ -55,7 +58,8 @@ class SloAware(Booked):
         if not here:
             return nobody()
         found = self._ledger.estimates(request, self._ledger.slots(here), now)
-        fits = (found["tpot_s"] <= request.tbt_slo_s) & found["room"]
+        # An idle instance always fits: it will not get better, and only what is sent there tells what it can do.
+        fits = (found["tpot_s"] <= request.tbt_slo_s) & found["room"] | found["idle"]
         ttft = now - request.arrived + self._settings.margin * found["ttft_s"]
         in_time = (ttft <= request.ttft_slo_s) | ~found["known"]
         send = self._send(request, here, found, fits, in_time, now)
@@ -77,11 +81,11 @@ class SloAware(Booked):
                 return send
         if now - request.arrived >= s.late_s:
             return Shed(s.late_s, "it is too long for its SLO, and the fleet is busy")
-        return self._wait(now)
+        return self._wait(now, 10)
 
-    def _wait(self, now: float) -> Wait:
+    def _wait(self, now: float, ticks: int = 1) -> Wait:
         """Until the next tick, one for all who wait, so that the one with the least slack is asked for first."""
-        tick = self._settings.recheck_s
+        tick = ticks * self._settings.recheck_s
         return Wait((math.floor(now / tick) + 1) * tick)
 
     def _send(
@@ -91,11 +95,11 @@ class SloAware(Booked):
         cost = found["ttft_s"] + self._settings.burden * found["compute_s"]
         sides = self._sides.of(here, found, request, now)
         if sides is None:
-            best = least(np.where(fits & in_time, cost, np.inf), self._turn)
+            best = least(np.where(fits & in_time, cost, np.inf), self._turn, _TIE_S)
             return Send(here[best].id, None, float(found["ttft_s"][best])) if best >= 0 else None
-        whole = least(np.where(sides.whole & fits & in_time, cost, np.inf), self._turn)
-        first = least(np.where(sides.prefill & in_time, cost, np.inf), self._turn)
-        then = least(np.where(sides.decode & fits, found["move_s"] + found["tpot_s"], np.inf), self._turn)
+        whole = least(np.where(sides.whole & fits & in_time, cost, np.inf), self._turn, _TIE_S)
+        first = least(np.where(sides.prefill & in_time, cost, np.inf), self._turn, _TIE_S)
+        then = least(np.where(sides.decode & fits, found["move_s"] + found["tpot_s"], np.inf), self._turn, _TIE_S)
         apart = cost[first] + found["move_s"][then] if first >= 0 and then >= 0 else np.inf
         if whole >= 0 and cost[whole] <= apart:
             return Send(here[whole].id, None, float(found["ttft_s"][whole]))
