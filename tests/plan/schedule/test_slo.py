@@ -27,10 +27,10 @@ def test_the_expected_ttft_is_queue_and_what_is_missing() -> None:
 
 
 def test_a_hit_is_worth_a_queue_as_long_as_what_it_saves() -> None:
-    """The holder saves 800 of 1,000 tokens, twice over with a burden of 1: it may be 1.6 s behind, not 1.7."""
+    """The holder saves 800 of 1,000 tokens: it may be 0.8 s behind."""
     held = {"0": {"vram": 800}}
-    for queue, expected in ((1500, "0"), (1700, "1")):
-        scheduler, view = warm(2, burden=1.0)
+    for queue, expected in ((750, "0"), (850, "1")):
+        scheduler, view = warm(2)
         first = ask("first", queue + 100, held={"0": {"vram": 100}}, slo=60)
         assert send(scheduler, first, view, 0.0).instance_id == "0"
         assert send(scheduler, ask("r", 1000, held=held, slo=60), view, 0.0).instance_id == expected
@@ -41,7 +41,7 @@ def test_a_hot_prefix_is_replicated() -> None:
     scheduler, view = warm(8)
     held = {"0": {"vram": 900}}
     chosen = [send(scheduler, ask(f"r{i}", 1000, held=held), view, 0.0).instance_id for i in range(20)]
-    assert chosen[:10] == ["0"] * 10
+    assert chosen[:9] == ["0"] * 9
     second = next(name for name in chosen if name != "0")
     held[second] = {"vram": 900}
     rest = [send(scheduler, ask(f"s{i}", 1000, at=5.0, held=held), view, 5.0).instance_id for i in range(4)]

@@ -1,12 +1,8 @@
-"""SLO-and-cache-aware scheduling: where a request meets its SLO, and costs the fleet least. The default.
+"""SLO-and-cache-aware scheduling: of the instances where a request meets its SLO, the one that is soonest. The default.
 
-Among the instances that are predicted to meet the request's SLO, the one with the least
-
-    ttft + burden * compute
-
-takes it: `compute`, the prefill that its cache does not save, is counted once more, because all that come later wait
-for it too. So a prefix draws requests to its holder as long as the queue there costs less than computing it anew; after
-that another instance computes it, and then holds it too.
+The predicted TTFT has everything in it: the queue, what the cache holds, what loading the rest ttfts. So a prefix draws
+requests to its holder as long as the queue there ttfts less than computing the prefix anew; after that another instance
+computes it, and from then on holds it too: what is hot is replicated, as often as it is hot.
 """
 
 import math
@@ -26,11 +22,12 @@ _TIE_S = 0.005
 """Predictions as close as this are equal: nobody notices, and measurements are no better."""
 
 Mask = npt.NDArray[np.bool_]
+Seconds = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SloSettings:
-    """margin: predicted TTFTs are taken as so many times longer. burden: see above.
+    """margin: predicted TTFTs are taken as so many times longer.
 
     A request that could not meet its SLO on an idle instance either is let in where nobody queues, while at most
     `late_pressure` of the seconds that the SLO allows are queued in the fleet; it waits `late_s` for that at most.
@@ -38,7 +35,6 @@ class SloSettings:
     """
 
     margin: float = 1.1
-    burden: float = 0.5
     late_s: float = 20.0
     late_pressure: float = 0.1
     recheck_s: float = 0.05
@@ -60,15 +56,15 @@ class SloAware(Booked):
         found = self._ledger.estimates(request, self._ledger.slots(here), now)
         # An idle instance always fits: it will not get better, and only what is sent there tells what it can do.
         fits = (found["tpot_s"] <= request.tbt_slo_s) & found["room"] | found["idle"]
-        ttft = now - request.arrived + self._settings.margin * found["ttft_s"]
-        in_time = (ttft <= request.ttft_slo_s) | ~found["known"]
-        send = self._send(request, here, found, fits, in_time, now)
+        left = (request.ttft_slo_s - (now - request.arrived)) / self._settings.margin
+        slack = np.where(found["known"], left - found["ttft_s"], np.inf)
+        send = self._send(request, here, found, fits, slack, now)
         if send:
             return send
         idle = self._settings.margin * float((found["load_s"] + found["compute_s"]).min())
         if idle > request.ttft_slo_s:
             return self._late(request, here, found, fits, now)
-        if not in_time.any():
+        if slack.max() < 0:
             return Shed(max(1.0, float(found["queue_s"].min())), "its first token would come too late")
         return self._wait(now)
 
@@ -76,7 +72,8 @@ class SloAware(Booked):
         s = self._settings
         pressure = float(np.minimum(found["queue_s"] / request.ttft_slo_s, 1.0).mean())
         if pressure <= s.late_pressure:
-            send = self._send(request, here, found, fits, found["queue_s"] <= 0, now)
+            nobody_queues = np.where(found["queue_s"] <= 0, np.inf, -np.inf)
+            send = self._send(request, here, found, fits, nobody_queues, now)
             if send:
                 return send
         if now - request.arrived >= s.late_s:
@@ -89,20 +86,23 @@ class SloAware(Booked):
         return Wait((math.floor(now / tick) + 1) * tick)
 
     def _send(
-        self, request: Ask, here: Sequence[InstanceView], found: Estimates, fits: Mask, in_time: Mask, now: float
+        self, request: Ask, here: Sequence[InstanceView], found: Estimates, fits: Mask, slack: Seconds, now: float
     ) -> Send | None:
-        """The cheapest way that is allowed. fits: where it may decode; in_time: where it may be computed."""
-        cost = found["ttft_s"] + self._settings.burden * found["compute_s"]
+        """The soonest way that is in time. fits: where it may decode; slack: by how much it would be early."""
+        ttft = found["ttft_s"]
         sides = self._sides.of(here, found, request, now)
         if sides is None:
-            best = least(np.where(fits & in_time, cost, np.inf), self._turn, _TIE_S)
-            return Send(here[best].id, None, float(found["ttft_s"][best])) if best >= 0 else None
-        whole = least(np.where(sides.whole & fits & in_time, cost, np.inf), self._turn, _TIE_S)
-        first = least(np.where(sides.prefill & in_time, cost, np.inf), self._turn, _TIE_S)
-        then = least(np.where(sides.decode & fits, found["move_s"] + found["tpot_s"], np.inf), self._turn, _TIE_S)
-        apart = cost[first] + found["move_s"][then] if first >= 0 and then >= 0 else np.inf
-        if whole >= 0 and cost[whole] <= apart:
-            return Send(here[whole].id, None, float(found["ttft_s"][whole]))
+            best = self._least(ttft, fits & (slack >= 0))
+            return Send(here[best].id, None, float(ttft[best])) if best >= 0 else None
+        whole = self._least(ttft, sides.whole & fits & (slack >= 0))
+        then = self._least(found["move_s"] + found["tpot_s"], sides.decode & fits)
+        first = self._least(ttft, sides.prefill & (slack >= found["move_s"][then]))
+        apart = ttft[first] + found["move_s"][then] if first >= 0 and then >= 0 else np.inf
+        if whole >= 0 and ttft[whole] <= apart:
+            return Send(here[whole].id, None, float(ttft[whole]))
         if apart == np.inf:
             return None
-        return Send(here[then].id, here[first].id, float(found["ttft_s"][first] + found["move_s"][then]))
+        return Send(here[then].id, here[first].id, float(apart))
+
+    def _least(self, seconds: Seconds, allowed: Mask) -> int:
+        return least(np.where(allowed, seconds, np.inf), self._turn, _TIE_S)
