@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tests.sim.test_policies import SLICE
 
+from cairn.errors import InputError
 from cairn.plan.cost import RecomputeCost
 from cairn.plan.schedule import SCHEDULERS, Ask, Choice, InstanceView, RoundRobin, Shed, Wait
 from cairn.sim.fleet import FleetSettings, FleetSim, Outcome
@@ -132,6 +133,14 @@ def test_requests_that_wait_and_requests_that_are_shed() -> None:
     assert np.isnan(outcome.ttft_s[1])
     assert outcome.good(2.0, 0.1) == 2
     assert outcome.good(0.1, 0.1) == 1
+
+
+@pytest.mark.parametrize(
+    ("blocks", "tokens", "says"), [(1, 0, "input_length"), (20, 200, "21 blocks: an instance has 16")]
+)
+def test_traces_that_cannot_be_run(blocks: int, tokens: int, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        run([(0.0, list(range(blocks)), tokens, 1)])
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

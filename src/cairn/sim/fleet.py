@@ -12,6 +12,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
+from cairn.errors import InputError
 from cairn.index import DEFAULT_POLICY, POLICIES, PrefixIndex
 from cairn.plan.schedule import Ask, InstanceView, Scheduler, Send, Wait, WaitingRoom
 from cairn.sim.instance import SHARED, Job, SimInstance
@@ -86,9 +87,13 @@ class _Kind(IntEnum):
 
 
 class FleetSim:
-    """One run. rate: requests a second; the trace's own arrivals are scaled to it."""
+    """One run. rate: requests a second; the trace's own arrivals are scaled to it.
+
+    Raises InputError for a trace without lengths, or with a request that does not fit an instance's KV cache.
+    """
 
     def __init__(self, trace: Trace, scheduler: Scheduler, rate: float, settings: FleetSettings) -> None:
+        _check(trace, settings.machine)
         self._trace, self._scheduler, self._settings = trace, scheduler, settings
         span = max(float(trace.times[-1] - trace.times[0]), 1e-9)
         self._arrived = (trace.times - trace.times[0]) * (len(trace) / rate / span)
@@ -214,3 +219,11 @@ class FleetSim:
 
     def _kv_tokens(self) -> int:
         return self._settings.machine.blocks * self._settings.machine.block_tokens
+
+
+def _check(trace: Trace, machine: Machine) -> None:
+    if not trace.input_tokens.all() or not trace.output_tokens.all():
+        raise InputError("a request of the trace has no tokens: each line needs input_length and output_length above 0")
+    blocks = np.diff(trace.starts) - (-trace.output_tokens // machine.block_tokens)
+    if blocks.max() > machine.blocks:
+        raise InputError(f"a request of {blocks.max()} blocks: an instance has {machine.blocks}; raise machine.blocks")
