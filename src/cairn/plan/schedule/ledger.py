@@ -29,17 +29,22 @@ _FLEET_WINDOW = 256
 
 _SPARE = 64
 """Instances that are away and yet remembered, beside as many as are there: they may come back."""
+
 _TIER_ROWS = {tier: row for row, tier in enumerate(TIERS)}
 
 
 @dataclass(slots=True)
 class _Flight:
-    """A request on its way. prefill, decode: slots; clean: it found an empty queue, and loads nothing."""
+    """A request on its way. prefill, decode: slots; plain_s: compute_s as if `slow` were 1; clean: it found an empty
+    queue, and loads nothing.
+    """
 
     prefill: int
     decode: int
     sent: float
     compute_s: float
+    plain_s: float
+    load_s: float
     missing: int
     context: int
     clean: bool
@@ -112,7 +117,8 @@ class Ledger:
         return requests
 
     def sent(self, request: Ask, choice: Send, now: float) -> None:
-        """Takes in what goes where."""
+        """Takes in what goes where; a request that is known already begins anew."""
+        self.failed(request, now)
         prefill, decode = self._slots[choice.prefill_on or choice.instance_id], self._slots[choice.instance_id]
         found = self.estimates(request, np.array([prefill], np.int64), now)[0]
         queue = self._lives[prefill].queue
@@ -121,6 +127,8 @@ class Ledger:
             decode=decode,
             sent=now,
             compute_s=float(found["compute_s"]),
+            plain_s=float(found["compute_s"] / self._books["slow"][prefill]),
+            load_s=float(found["load_s"]),
             missing=int(found["missing"]),
             context=request.prompt_tokens - int(found["missing"]),
             clean=not queue and not found["load_s"],
@@ -131,15 +139,15 @@ class Ledger:
         if len(queue) == 1:
             self._head(prefill, now)
         self._books["pending_s"][prefill] += flight.compute_s
-        self._books["requests"][decode] += 1
-        self._books["kv_used"][decode] += flight.kv_tokens
+        for slot in {prefill, decode}:
+            self._occupy(slot, 1, flight.kv_tokens)
 
     def first_token(self, request: Ask, now: float) -> None:
         flight = self._flights.get(request.id)
         if flight is None or flight.first is not None:
             return
         self._learn_prefill(flight, now)
-        self._leave_queue(request.id, flight.prefill, now)
+        self._leave_prefill(request.id, flight, now)
         flight.first = now
         self._books["decoding"][flight.decode] += 1
         flight.beside = int(self._books["decoding"][flight.decode])
@@ -161,13 +169,11 @@ class Ledger:
         if flight is None:
             return
         if flight.first is None:
-            self._leave_queue(request.id, flight.prefill, now)
+            self._leave_prefill(request.id, flight, now)
         else:
             self._books["decoding"][flight.decode] -= 1
-        self._books["requests"][flight.decode] -= 1
-        self._books["kv_used"][flight.decode] -= flight.kv_tokens
-        for slot in {flight.prefill, flight.decode}:
-            self._recycle(slot)
+        self._occupy(flight.decode, -1, -flight.kv_tokens)
+        self._recycle(flight.decode)
 
     def _open(self, one: InstanceView) -> int:
         """A slot for a life of an instance. One that came back is another: requests of its last life end in theirs."""
@@ -190,7 +196,7 @@ class Ledger:
     def _recycle(self, slot: int) -> None:
         """Frees the slot of a life that is over, once its last request has ended."""
         life = self._lives[slot]
-        if self._slots.get(life.id) != slot and not self._books["requests"][slot] and not life.queue:
+        if self._slots.get(life.id) != slot and not self._books["requests"][slot] and slot not in self._free:
             self._free.append(slot)
 
     def _forget_absent(self, view: Sequence[InstanceView]) -> None:
@@ -218,20 +224,29 @@ class Ledger:
         self._books["head_s"][slot] = next(iter(self._lives[slot].queue.values()), 0.0)
         self._books["since"][slot] = now
 
-    def _leave_queue(self, request_id: str, slot: int, now: float) -> None:
-        queue = self._lives[slot].queue
+    def _occupy(self, slot: int, requests: int, kv_tokens: int) -> None:
+        self._books["requests"][slot] += requests
+        self._books["kv_used"][slot] += kv_tokens
+
+    def _leave_prefill(self, request_id: str, flight: _Flight, now: float) -> None:
+        slot, queue = flight.prefill, self._lives[flight.prefill].queue
+        at_work = next(iter(queue)) == request_id
         self._books["pending_s"][slot] -= queue.pop(request_id)
         if not queue:
             self._books["pending_s"][slot] = 0.0  # no rounding is carried on
-        self._head(slot, now)
+        if at_work:
+            self._head(slot, now)
+        if slot != flight.decode:
+            self._occupy(slot, -1, -flight.kv_tokens)
+            self._recycle(slot)
 
     def _learn_prefill(self, flight: _Flight, now: float) -> None:
-        """From a first token. The fit learns from requests that found an empty queue, `slow` from all."""
+        """From a first token. The fit learns from requests that found an empty queue, `slow` from all predicted."""
         life, book = self._lives[flight.prefill], self._books[flight.prefill]
-        took = now - max(flight.sent, float(book["since"]))
-        life.took = _FORGET * life.took + took
-        life.predicted = _FORGET * life.predicted + flight.compute_s / float(book["slow"])
-        if life.predicted > 0:
+        took = now - max(flight.sent + flight.load_s, float(book["since"]))
+        if flight.plain_s > 0:
+            life.took = _FORGET * life.took + max(took, 0.0)
+            life.predicted = _FORGET * life.predicted + flight.plain_s
             book["slow"] = min(max(life.took / life.predicted, 1 / _SLOW), _SLOW)
         if flight.clean and took > 0:
             life.cost.recompute.observe(flight.missing, flight.context, took)
