@@ -42,7 +42,7 @@ class Ask:
     priority: int = 0
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class InstanceView:
     """What the caller knows of an instance. The caller keeps one a life of an instance, and updates it between calls.
 

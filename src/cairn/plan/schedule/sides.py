@@ -14,18 +14,15 @@ from cairn.plan.schedule.mix import MixRoles, MixSettings, Side
 _OBSERVE_S = 1.0
 """How often MIX instances are looked at."""
 
-_CODES = {Role.DEFAULT: 0, Role.PREFILL: 1, Role.DECODE: 2}
-_DEFAULT, _PREFILL, _DECODE = _CODES.values()
-
-Codes = npt.NDArray[np.int8]
+Mask = npt.NDArray[np.bool_]
 
 
 class Split(NamedTuple):
     """Masks over instances [n]: where a request is computed and decoded, only computed, only decoded."""
 
-    whole: npt.NDArray[np.bool_]
-    prefill: npt.NDArray[np.bool_]
-    decode: npt.NDArray[np.bool_]
+    whole: Mask
+    prefill: Mask
+    decode: Mask
 
 
 class Sides:
@@ -34,6 +31,9 @@ class Sides:
     def __init__(self, settings: MixSettings | None = None) -> None:
         self._mix = MixRoles(settings)
         self._observed = float("-inf")
+        self._here: Sequence[InstanceView] = ()
+        self._roles: list[Role] = []
+        self._prefill = self._decode = self._default = np.zeros(0, np.bool_)
 
     def of(self, here: Sequence[InstanceView], found: Estimates, request: Ask, now: float) -> Split | None:
         """None: all do everything. found: estimates of `request` on the instances `here`.
@@ -44,31 +44,36 @@ class Sides:
         roles = [one.role for one in here]
         if roles.count(Role.DEFAULT) == len(roles):
             return None
-        self._mix.meet([one.id for one in here if one.role is Role.MIX])
-        codes = self._codes(here, roles)
+        if here != self._here or roles != self._roles:
+            self._here, self._roles = here, roles
+            self._mix.meet([one.id for one in here if one.role is Role.MIX])
+            self._divide()
         if now - self._observed >= _OBSERVE_S:
             self._observed = now
-            self._observe(here, codes, found, request, now)
-            codes = self._codes(here, roles)
-        prefill, decode, default = codes == _PREFILL, codes == _DECODE, codes == _DEFAULT
-        if not default.any() and not (prefill.any() and decode.any()):
+            self._observe(here, found, request, now)
+            self._divide()
+        if not self._default.any() and not (self._prefill.any() and self._decode.any()):
             return None
-        return Split(default | decode & (found["compute_s"] <= request.tbt_slo_s), prefill, decode)
+        small = found["compute_s"] <= request.tbt_slo_s
+        return Split(self._default | self._decode & small, self._prefill, self._decode)
 
-    def _codes(self, here: Sequence[InstanceView], roles: list[Role]) -> Codes:
-        mix = self._mix
-        return np.array(
-            [_CODES[mix[one.id] if role is Role.MIX else role] for one, role in zip(here, roles, strict=True)], np.int8
+    def _divide(self) -> None:
+        """Takes masks of the roles, MIX ones resolved."""
+        actual = [
+            self._mix[one.id] if role is Role.MIX else role for one, role in zip(self._here, self._roles, strict=True)
+        ]
+        self._prefill, self._decode, self._default = (
+            np.array([one is role for one in actual]) for role in (Role.PREFILL, Role.DECODE, Role.DEFAULT)
         )
 
-    def _observe(self, here: Sequence[InstanceView], codes: Codes, found: Estimates, request: Ask, now: float) -> None:
-        prefill, decode = codes == _PREFILL, codes == _DECODE
+    def _observe(self, here: Sequence[InstanceView], found: Estimates, request: Ask, now: float) -> None:
+        prefill, decode = self._prefill, self._decode
         busy = np.where(decode, np.maximum(found["tpot_s"] / request.tbt_slo_s, found["kv_share"]), 0.0)
         queued = np.where(prefill, found["queue_s"] / request.ttft_slo_s, 0.0)
         idlest = [here[i].id for i in np.argsort(busy + queued, kind="stable")]
         self._mix.observe(_side(queued, prefill), _side(busy, decode), idlest, now)
 
 
-def _side(load: npt.NDArray[np.float64], mask: npt.NDArray[np.bool_]) -> Side:
+def _side(load: npt.NDArray[np.float64], mask: Mask) -> Side:
     count = int(mask.sum())
     return Side(float(load.sum()) / count if count else 0.0, count)
