@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from cairn.plan.role import Role
+from cairn.plan.schedule.base import TBT_SLO_S, TTFT_SLO_S
 
 
 class Side(NamedTuple):
@@ -22,6 +23,10 @@ class Side(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixSettings:
+    """ttft_slo_s, tbt_slo_s: what pressures are shares of, whatever a single request brings. For the rest see above."""
+
+    ttft_slo_s: float = TTFT_SLO_S
+    tbt_slo_s: float = TBT_SLO_S
     act: float = 0.7
     spare: float = 0.4
     smooth_s: float = 5.0

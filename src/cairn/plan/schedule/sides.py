@@ -29,7 +29,8 @@ class Sides:
     """Knows each instance's side, that of MIX ones by the pressure it sees. Not thread-safe."""
 
     def __init__(self, settings: MixSettings | None = None) -> None:
-        self._mix = MixRoles(settings)
+        self._settings = settings or MixSettings()
+        self._mix = MixRoles(self._settings)
         self._observed = float("-inf")
         self._here: Sequence[InstanceView] = ()
         self._roles: list[Role] = []
@@ -50,7 +51,7 @@ class Sides:
             self._divide()
         if now - self._observed >= _OBSERVE_S:
             self._observed = now
-            self._observe(here, found, request, now)
+            self._observe(here, found, now)
             self._divide()
         if not self._default.any() and not (self._prefill.any() and self._decode.any()):
             return None
@@ -66,10 +67,10 @@ class Sides:
             np.array([one is role for one in actual]) for role in (Role.PREFILL, Role.DECODE, Role.DEFAULT)
         )
 
-    def _observe(self, here: Sequence[InstanceView], found: Estimates, request: Ask, now: float) -> None:
+    def _observe(self, here: Sequence[InstanceView], found: Estimates, now: float) -> None:
         prefill, decode = self._prefill, self._decode
-        busy = np.where(decode, np.maximum(found["tpot_s"] / request.tbt_slo_s, found["kv_share"]), 0.0)
-        queued = np.where(prefill, found["queue_s"] / request.ttft_slo_s, 0.0)
+        busy = np.where(decode, np.maximum(found["tpot_s"] / self._settings.tbt_slo_s, found["kv_share"]), 0.0)
+        queued = np.where(prefill, found["queue_s"] / self._settings.ttft_slo_s, 0.0)
         idlest = [here[i].id for i in np.argsort(busy + queued, kind="stable")]
         self._mix.observe(_side(queued, prefill), _side(busy, decode), idlest, now)
 
