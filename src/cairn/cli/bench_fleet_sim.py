@@ -11,7 +11,7 @@ from cairn.plan.schedule import SCHEDULERS, SloAware
 from cairn.sim.fleet import FleetSettings, FleetSim, Outcome
 from cairn.sim.trace import Trace, read_trace
 
-RATES = (120.0, 150.0, 180.0)
+RATES = (90.0, 120.0, 150.0, 180.0)
 
 #: Goodput of the default scheduler over another's, at least; above 1 has to be exceeded.
 BARS = {"round_robin": 1.3, "least_loaded": 1.0, "prefix_aware": 1.0}
