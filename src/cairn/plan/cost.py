@@ -93,25 +93,33 @@ class RecomputeCost:
     steps. None: no limit.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, window: int = 64) -> None:
         self.step_tokens: int | None = None
-        self._fit = OnlineFit(3)
+        self._fit = OnlineFit(3, window)
 
     @property
     def ready(self) -> bool:
         return self._fit.ready
 
-    def knows(self, tokens: int, context: int = 0) -> bool:
-        """Whether a prefill of so many tokens behind `context` others can be predicted: none of its steps has more than
-        twice the tokens of the largest one measured, or than four times its pairs.
+    @property
+    def horizon(self) -> float:
+        """Up to how many tokens a step can be predicted: twice the longest one measured, 0 before there is a fit.
 
         After hits only their short rests have been measured, which say next to nothing about a long prompt.
         """
-        if not self.ready:
-            return False
+        return 2 * self._fit.largest(1) if self.ready else 0.0
+
+    def knows(self, tokens: int, context: int = 0) -> bool:
+        """Whether a prefill of so many tokens behind `context` others can be predicted: each of its steps, also the
+        last, which attends to most; up to four times the pairs of the largest one measured.
+        """
         step = min(tokens, self.step_tokens or tokens)
         last = Work.of([(step, context + tokens - step)])
-        return last.tokens <= 2 * self._fit.largest(1) and last.pairs <= 4 * self._fit.largest(2)
+        return step <= self.horizon and last.pairs <= 4 * self._fit.largest(2)
+
+    def coefficients(self) -> Vector:
+        """a, b and c [3]. Call only when `ready`."""
+        return self._fit.coefficients()
 
     def observe(self, work: Work, seconds: float) -> None:
         """A measured step."""
@@ -135,6 +143,10 @@ class LoadCost:
     @property
     def ready(self) -> bool:
         return self._fit.ready
+
+    def coefficients(self) -> Vector:
+        """Seconds of latency and seconds a byte [2]. Call only when `ready`."""
+        return self._fit.coefficients()
 
     def observe(self, size: int, seconds: float) -> None:
         """A measured transfer of `size` bytes; none moved says nothing."""
