@@ -19,6 +19,7 @@ from cairn.config import load_config
 from cairn.engine import CacheEngine
 from cairn.errors import ConfigError
 from cairn.node import wire
+from cairn.node.life import Life
 from tests.engine.pages import SLOT, namespace, prompt, retrieved, stored
 
 from .peer import Peer, keys_of
@@ -370,6 +371,8 @@ def test_the_next_node_gets_the_segment_anew(tmp_path: Path) -> None:
     with vram_engine(address_in(tmp_path), 10) as engine, vram_engine(address_in(tmp_path), 10) as reader:
         tokens = prompt(1, 40)
         assert stored(engine, tokens) == 40
+        old = engine._store._vram._own[1]  # type: ignore[attr-defined]
+        watched = Life(old._life.path, old.number, bytes(16))
         first.kill()
         assert retrieved(reader, tokens) == 0
         for one in (engine, reader):
@@ -378,7 +381,9 @@ def test_the_next_node_gets_the_segment_anew(tmp_path: Path) -> None:
         for one in (engine, reader):
             assert one._store._client.wait(60)  # type: ignore[attr-defined]
         assert retrieved(reader, tokens) == 0
+        assert not watched.over(), "a dead node ends nothing"
         assert stored(engine, tokens) == 40
+        assert watched.over(), "its owner does, before it writes there anew"
         assert retrieved(reader, tokens) == 40
         assert hits(reader, "vram") == 40
     second.stop()
