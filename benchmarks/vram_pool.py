@@ -274,7 +274,7 @@ def plain_copies(stand_in: bool, sizes: list[int]) -> dict[str, Any]:
     return found
 
 
-def measure(stand_in: bool, blocks: int, began: float, budget_s: float) -> dict[str, Any]:
+def measure(stand_in: bool, blocks: int, paths: list[str], began: float, budget_s: float) -> dict[str, Any]:
     moved = blocks * G.block_bytes
     free = os.statvfs("/dev/shm")
     room = free.f_bavail * free.f_frsize
@@ -299,7 +299,6 @@ def measure(stand_in: bool, blocks: int, began: float, budget_s: float) -> dict[
         }
         taker.answer()
         print(f"plain copies, GB/s: {plain}; ready after {time.perf_counter() - began:.0f} s", flush=True)
-        paths = ("auto",) if stand_in else ("auto", "direct", "staged", "pieces")
         for seed, layout in enumerate(LAYOUTS):
             stored = giver.ask("store", layout, seed)
             print(f"{layout}: stored {stored}", flush=True)
@@ -344,10 +343,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--stand-in", action="store_true", help="host memory in the place of VRAM: no bars, a test")
     parser.add_argument("--blocks", type=int, help="of 2 MiB each; 2048, or 16 with --stand-in")
+    parser.add_argument("--paths", nargs="+", default=["auto", "direct", "staged", "pieces"], help="of the copier")
     parser.add_argument("--seconds", type=float, default=75, help="measure no further paths after that long")
     args = parser.parse_args()
     began = time.perf_counter()
-    result = measure(args.stand_in, args.blocks or (16 if args.stand_in else 2048), began, args.seconds)
+    blocks, paths = (args.blocks or 16, ["auto"]) if args.stand_in else (args.blocks or 2048, args.paths)
+    result = measure(args.stand_in, blocks, paths, began, args.seconds)
     result["seconds"] = time.perf_counter() - began
     args.out.write_text(json.dumps(result, indent=1))
     wrong = [run for run in [*result["runs"], *([result["dram"]] if "dram" in result else [])] if not run["right"]]
