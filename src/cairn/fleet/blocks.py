@@ -1,18 +1,20 @@
 """The fleet's blocks: key -> who holds it; and what events do to them, as kernels.
 
-A block is one record of 24 bytes for all sources together, found through a table of 8 bytes an entry. Between events
+A block is one record of 32 bytes for all sources together, found through a table of 8 bytes an entry. Between events
 these hold: a record that can be found is held by somebody; and a source has exactly one name for each block that it
 holds, and no name for others. So a record whose last holder leaves is free at once, and no name can lead to what took
 its place. Eviction breaks the second until the names of the dead are swept, and keeps their records back till then.
 """
 
+import secrets
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from cairn.fleet.base import Tier
 from cairn.fleet.holders import EMPTY, TIERS, Holders, Words, join, release, tiers_of, turned
-from cairn.fleet.names import Hashes, Names, SlotIds, add_name, delete_name, expect_name, find_name, slot_at
+from cairn.fleet.names import Hashes, Names, SlotIds, add_copy, add_name, delete_name, drop_copy, expect_name, find_name, move_name, slot_at
 from cairn.index.slots import NONE
 from cairn.index.table import Table, new_table, table_delete, table_expect, table_find, table_insert
 from cairn.jit import kernel
@@ -25,15 +27,18 @@ _BLOCK = np.dtype(
     [
         ("key0", np.uint64),
         ("key1", np.uint64),
+        ("link", np.uint64),  # what its key was made of, see `cairn.fleet.links`; 0: not known
         ("holders", np.int32),
         ("used", np.uint8),  # since the clock's hand last came by
         ("state", np.uint8),
         ("pad", np.uint16),
     ]
 )
-assert _BLOCK.itemsize == 24
+assert _BLOCK.itemsize == 32
 
 ALL_TIERS = (1 << TIERS) - 1
+COPIED = 1 << Tier.VRAM
+"""The tier in which a source may hold a block in several copies, of which each is told of when it comes and goes."""
 
 #: Blocks whose entries are fetched at once: one after the other, each would wait for memory.
 _AHEAD = 32
@@ -41,21 +46,30 @@ _AHEAD = 32
 _FREE_COUNT, _FRESH, _HAND = 0, 1, 2
 
 
+class Chain(NamedTuple):
+    """Consecutive blocks of a prompt: keys [n, 2], and links [n], what each key was made of (`cairn.fleet.links`)."""
+
+    keys: Keys
+    links: Hashes
+
+
 class Blocks(NamedTuple):
     """records [capacity], touched as they are used. free, tally: records to use again, how many, the first never used,
-    and where the clock's hand stands.
+    and where the clock's hand stands. seeds [10]: secret numbers that links are digested by.
     """
 
     records: npt.NDArray[np.void]
     table: Table
     free: SlotIds
     tally: npt.NDArray[np.int64]
+    seeds: Words
 
 
 def new_blocks(capacity: int, expected: int) -> Blocks:
     """Room for `capacity` records and a table for `expected` of them."""
-    records = np.zeros(capacity, _BLOCK)
-    return Blocks(records, new_table(expected), np.empty(capacity, np.int32), np.zeros(3, np.int64))
+    records, free = np.zeros(capacity, _BLOCK), np.empty(capacity, np.int32)
+    seeds = np.frombuffer(secrets.token_bytes(80), np.uint64).copy()
+    return Blocks(records, new_table(expected), free, np.zeros(3, np.int64), seeds)
 
 
 def with_table(blocks: Blocks, expected: int) -> Blocks:
@@ -93,7 +107,7 @@ def is_block(records: npt.NDArray[np.void], slot: int, key0: np.uint64, key1: np
 
 
 @kernel
-def _take(blocks: Blocks, key0: np.uint64, key1: np.uint64) -> int:
+def _take(blocks: Blocks, key0: np.uint64, key1: np.uint64, link: np.uint64) -> int:
     """A record for a key that has none."""
     if blocks.tally[_FREE_COUNT]:
         blocks.tally[_FREE_COUNT] -= 1
@@ -103,6 +117,7 @@ def _take(blocks: Blocks, key0: np.uint64, key1: np.uint64) -> int:
         blocks.tally[_FRESH] += 1
     blocks.records[slot].key0 = key0
     blocks.records[slot].key1 = key1
+    blocks.records[slot].link = link
     blocks.records[slot].holders = EMPTY
     blocks.records[slot].used = 0
     blocks.records[slot].state = LIVE
@@ -137,20 +152,30 @@ def _lose(blocks: Blocks, holders: Holders, names: Names, at: int, source: int) 
 
 @kernel
 def store(
-    blocks: Blocks, holders: Holders, names: Names, keys: Keys, hashes: Hashes, source: int, tier: int, wary: bool
-) -> tuple[int, int, int]:
-    """`source` holds keys[i] in `tier` and calls it hashes[i]; returns how many names are new, how many not taken, and
-    how many blocks were looked at: all, or, if `wary`, up to the first name that is not taken.
+    blocks: Blocks,
+    holders: Holders,
+    names: Names,
+    chain: Chain,
+    hashes: Hashes,
+    source: int,
+    tier: int,
+    copies: int,
+    wary: bool,
+) -> tuple[int, int, int, int]:
+    """`source` holds the chain's blocks in `tier` and calls them hashes[i]; returns how many names are new, how many
+    not taken, how many copies not counted, and how many blocks were looked at: all, or, if `wary`, up to the first name
+    that is not taken.
 
     A second name for what the source holds already is not taken: one removal could not undo both. Where a name meant
-    another block so far, the source holds that one no more. There must be room for len(keys) records and names and for
-    twice as many sets.
+    another block so far, the source holds that one no more. Blocks from `copies` on that are held in `tier` under this
+    name are one more copy. There must be room for as many records and names and for twice as many sets.
     """
-    added, refused, slot = 0, 0, NONE
+    keys = chain.keys
+    added, refused, uncounted, slot = 0, 0, 0, NONE
     before, after = NONE, NONE  # what became of the last block's set: a prompt's blocks mostly have the same
-    for i in range(len(keys)):
+    for i in range(len(hashes)):
         if i % _AHEAD == 0:
-            for next_one in range(i, min(i + _AHEAD, len(keys))):
+            for next_one in range(i, min(i + _AHEAD, len(hashes))):
                 expect_name(names, hashes[next_one])
                 table_expect(blocks.table, keys[next_one, 0])
         at = find_name(names, hashes[i])
@@ -159,7 +184,7 @@ def store(
             slot = table_find(blocks.table, blocks.records, keys[i, 0], keys[i, 1])
         known = at != NONE and slot_at(names, at) == slot
         if slot == NONE:
-            slot = _take(blocks, keys[i, 0], keys[i, 1])
+            slot = _take(blocks, keys[i, 0], keys[i, 1], chain.links[i])
         elif not known and tiers_of(holders.rows, blocks.records[slot].holders, source):
             refused += 1
             if at != NONE:
@@ -167,7 +192,7 @@ def store(
                 added -= 1
                 before = NONE
             if wary:
-                return added, refused, i + 1
+                return added, refused, uncounted, i + 1
             continue
         else:
             blocks.records[slot].used = 1
@@ -186,7 +211,9 @@ def store(
             if not tiers_of(holders.rows, held, source) >> tier & 1:
                 after = turned(holders, held, source, 1 << tier)
         blocks.records[slot].holders = after
-    return added, refused, len(keys)
+        if after == held and i >= copies and not add_copy(names, at):
+            uncounted += 1
+    return added, refused, uncounted, len(hashes)
 
 
 @kernel
@@ -219,6 +246,7 @@ def restore(
     that are new get records in this order. Room as for `store`, and for twice as many sets.
     """
     added, first = 0, 0
+    links = np.zeros(len(keys), np.uint64)
     while first < len(keys):
         stop = first + 1
         while stop < len(keys) and tiers[stop] == tiers[first]:
@@ -230,7 +258,8 @@ def restore(
             if begun:
                 attach(blocks, holders, names, hashes[first:stop], source, tier)
             else:
-                added += store(blocks, holders, names, keys[first:stop], hashes[first:stop], source, tier, False)[0]
+                chain, part = Chain(keys[first:stop], links[first:stop]), hashes[first:stop]
+                added += store(blocks, holders, names, chain, part, source, tier, len(part), False)[0]
                 begun = True
         first = stop
     return added
@@ -238,8 +267,8 @@ def restore(
 
 @kernel
 def remove(blocks: Blocks, holders: Holders, names: Names, hashes: Hashes, source: int, tiers: int) -> tuple[int, int]:
-    """`source` holds no more in `tiers` (bits) what it calls so. Returns how many names are gone by it, and how many
-    said nothing: unknown, or not held there. Room for as many sets.
+    """`source` holds no more in `tiers` (bits) what it calls so; in COPIED alone, one copy less of it. Returns how many
+    names are gone by it, and how many said nothing: unknown, or not held there. Room for as many sets.
     """
     gone, unknown = 0, 0
     for i in range(len(hashes)):
@@ -251,6 +280,8 @@ def remove(blocks: Blocks, holders: Holders, names: Names, hashes: Hashes, sourc
         held = tiers_of(holders.rows, blocks.records[slot].holders, source)
         if not held & tiers:
             unknown += 1
+            continue
+        if tiers == COPIED and drop_copy(names, at):
             continue
         _turn(blocks, holders, slot, source, held & tiers)
         if not held & ~tiers:
@@ -304,13 +335,15 @@ def sweep(blocks: Blocks, names: Names, kept: Names) -> int:
     for at in range(len(names)):
         slot = slot_at(names, at)
         if slot != NONE and blocks.records[slot].state == LIVE:
-            add_name(kept, names[at].hash, slot)
+            move_name(names, at, kept)
             count += 1
     return count
 
 
 @kernel
 def bury(blocks: Blocks, victims: SlotIds) -> None:
-    """The records of evicted blocks, to which no name leads any more, are free."""
-    for i in range(len(victims)):
+    """The records of evicted blocks, to which no name leads any more, are free; the last given is the first taken, so
+    that new chains lie in a row again.
+    """
+    for i in range(len(victims) - 1, -1, -1):
         _give(blocks, victims[i])

@@ -9,10 +9,10 @@ import numpy as np
 
 from cairn.errors import InputError
 from cairn.fleet.base import Stored
-from cairn.fleet.links import Hashed, Links
+from cairn.fleet.links import Hashed
 from cairn.fleet.names import Hashes
-from cairn.kv import KeyChain, Keys
-from cairn.kv.keys import KEY_BYTES
+from cairn.kv import KeyChain, Keys, as_tokens
+from cairn.kv.keys import KEY_BYTES, Tokens
 
 #: What an engine calls a block.
 EngineHash = bytes | int
@@ -69,17 +69,21 @@ def _word(one: EngineHash) -> int:
     return int.from_bytes(one[-8:], "big") if isinstance(one, bytes) else one & _MASK
 
 
-def keys_of(root: bytes, event: Stored, links: Links) -> Keys | None:
-    """The keys of an event's blocks, after `root`; None if it contradicts itself."""
+def rows_of(event: Stored) -> Tokens | None:
+    """The tokens of an event's blocks [blocks, block_tokens]; None if it contradicts itself."""
     size, blocks = event.block_tokens, len(event.hashes)
     if size < 1 or len(event.tokens) != size * blocks or len(event.extra) not in (0, blocks):
         return None
-    extra = {i: content for i, content in enumerate(event.extra) if content is not None}
     try:
-        tokens = _token_array(event.tokens)
-        return KeyChain(root, size, tokens, extra).keys if extra else links.hashed(root, size, tokens).keys
+        return as_tokens(_token_array(event.tokens)).reshape(blocks, size)
     except (InputError, TypeError, OverflowError):
         return None
+
+
+def keys_with_extra(root: bytes, rows: Tokens, extra: Sequence[bytes | None]) -> Keys:
+    """The keys of blocks [n, tokens] behind `root`, of which some have content beyond the tokens."""
+    contents = {i: content for i, content in enumerate(extra) if content is not None}
+    return KeyChain(root, rows.shape[1], rows.reshape(-1), contents).keys
 
 
 def _token_array(tokens: Sequence[int]) -> Any:

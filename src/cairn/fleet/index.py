@@ -8,18 +8,16 @@ import numpy as np
 
 from cairn.errors import InputError
 from cairn.fleet.base import Cleared, Event, Removed, Source, Stored, StoredMany
-from cairn.fleet.blocks import ALL_TIERS, taken
-from cairn.fleet.chains import as_hashed, hash_of, hashes_of, keys_of, root_of
+from cairn.fleet.blocks import ALL_TIERS, Chain, taken
+from cairn.fleet.chains import as_hashed, hash_of, hashes_of, keys_with_extra, root_of, rows_of
 from cairn.fleet.copying import Piece, SourceCopy
 from cairn.fleet.holders import sets_used
 from cairn.fleet.ledger import Ledger
-from cairn.fleet.links import Hashed, Links, leaves_of
+from cairn.fleet.links import Hashed, leaves_of
 from cairn.fleet.match import PLANES, Match, planes_of, walk
-from cairn.fleet.names import Hashes
+from cairn.fleet.names import SLOT_BITS, Hashes
 from cairn.kv import Keys, as_tokens
 from cairn.kv.keys import Tokens
-
-_LINKS = 1 << 14
 
 #: Blocks that are hashed before anybody is asked whether he holds them; eight times as many each time after.
 _PIECE = 512
@@ -33,7 +31,7 @@ class Stats(NamedTuple):
     holders; sources; bytes: memory in use. Since the start, in blocks: evicted; orphans: stored behind a parent that
     the source does not hold; unknown: named in removals and tokenless events but not held; malformed: of events that
     contradict themselves, or of one source or block size too many; doubles: stored by a source that held them under
-    another name.
+    another name; uncounted: copies beyond those that are counted, which count as gone too early.
     """
 
     blocks: int
@@ -46,6 +44,7 @@ class Stats(NamedTuple):
     unknown: int
     malformed: int
     doubles: int
+    uncounted: int
 
 
 class FleetIndex:
@@ -53,7 +52,7 @@ class FleetIndex:
 
     capacity: distinct blocks at most; worker_blocks: pairs of block and source at most. Beyond either those go that
     have been stored, and asked for, the longest ago. sources: at most so many at a time, of 8 block sizes together;
-    events of others are not taken in. Memory: about 45 bytes a distinct block and 16 a worker-block, and 32 bytes per
+    events of others are not taken in. Memory: about 53 bytes a distinct block and 16 a worker-block, and 32 bytes per
     64 sources for each different set of holders, of which there are at most as many as blocks.
 
     Thread-safe. Events of one source must come from one thread at a time, in order; those of several may come at once.
@@ -64,11 +63,11 @@ class FleetIndex:
     takes_many = True
 
     def __init__(self, capacity: int = 1 << 22, *, worker_blocks: int = 1 << 27, sources: int = 1 << 14) -> None:
-        for name, value in (("capacity", capacity), ("worker_blocks", worker_blocks), ("sources", sources)):
-            if not 1 <= value < 1 << 31:
-                raise InputError(f"{name}={value}: must be in [1, 2**31)")
+        bounds = (("capacity", capacity, SLOT_BITS), ("worker_blocks", worker_blocks, 31), ("sources", sources, 31))
+        for name, value, bits in bounds:
+            if not 1 <= value < 1 << bits:
+                raise InputError(f"{name}={value}: must be in [1, 2**{bits})")
         self._ledger = Ledger(capacity, worker_blocks, sources)
-        self._links = Links(min(_LINKS, 1 << (capacity + 3).bit_length()))
         self._counts: Counter[str] = Counter()
 
     def apply(self, source: Source, events: Iterable[Event | StoredMany]) -> None:
@@ -138,7 +137,7 @@ class FleetIndex:
         namespace: as events tell it, see `Stored`.
         """
         ids = as_tokens(tokens)
-        return tuple(self._links.hashed(root_of(namespace), size, ids) for size in self._ledger.sizes)
+        return tuple(Hashed(size, self._keys(root_of(namespace), size, ids)) for size in self._ledger.sizes)
 
     def match(self, prompt: Any, instances: Collection[str] | None = None, namespace: bytes = b"") -> Match:
         """What each source (of these instances) holds of a prompt, in tokens. A source that holds nothing at all, as
@@ -165,7 +164,7 @@ class FleetIndex:
             seed, done, keys = root, 0, np.empty((0, 2), np.uint64)
             blocks, piece = len(ids) // size, _PIECE
             while True:
-                more = self._links.hashed(seed, size, ids[size * done : size * min(blocks, done + piece)]).keys
+                more = self._keys(seed, size, ids[size * done : size * min(blocks, done + piece)])
                 keys = np.concatenate([keys, more]) if done else more
                 found = self._walk(keys, size, instances)
                 done = len(keys)
@@ -193,12 +192,13 @@ class FleetIndex:
                 worker_blocks=ledger.named,
                 sets=sets_used(ledger.holders),
                 sources=len(ledger.members),
-                bytes=ledger.nbytes + self._links.nbytes,
+                bytes=ledger.nbytes,
                 evicted=ledger.evicted,
                 orphans=self._counts["orphans"],
                 unknown=self._counts["unknown"],
                 malformed=self._counts["malformed"],
                 doubles=self._counts["doubles"],
+                uncounted=ledger.uncounted,
             )
 
     def _walk(self, keys: Keys, block_tokens: int, instances: Collection[str] | None) -> Match:
@@ -224,10 +224,13 @@ class FleetIndex:
                 self._counts["unknown"] += self._ledger.attach(source, hashes, int(event.tier))
         elif (root := self._root(source, event)) is None:
             self._miss("orphans", count)
-        elif (keys := keys_of(root, event, self._links)) is None:
+        elif (rows := rows_of(event)) is None:
             self._miss("malformed", count)
+        elif any(one is not None for one in event.extra):
+            keys = keys_with_extra(root, rows, event.extra)
+            self._store(source, event, Chain(keys, np.zeros(len(keys), np.uint64)), hashes)
         else:
-            self._store(source, event, keys, hashes)
+            self._store(source, event, self._ledger.chain(root, leaves_of(rows)), hashes)
 
     def _stored_many(self, source: Source, many: StoredMany) -> None:
         """The same as each of the events by itself."""
@@ -243,13 +246,22 @@ class FleetIndex:
         rest = many.behind(singles) if singles else many
         leaves = leaves_of(rest.tokens)
         with self._ledger.writers:
-            orphans, doubles = self._ledger.store_many(source, rest, leaves, _ROOT, self._links)
+            orphans, doubles = self._ledger.store_many(source, rest, leaves, _ROOT)
             self._counts["orphans"] += orphans
             self._counts["doubles"] += doubles
 
-    def _store(self, source: Source, event: Stored, keys: Keys, hashes: Hashes) -> None:
+    def _keys(self, root: bytes, block_tokens: int, ids: Tokens) -> Keys:
+        """Of the whole blocks of token ids [n] behind `root`."""
+        blocks = len(ids) // block_tokens
+        rows = ids[: blocks * block_tokens].reshape(blocks, block_tokens)
+        return self._ledger.chain(root, leaves_of(rows)).keys
+
+    def _store(self, source: Source, event: Stored, chain: Chain, hashes: Hashes) -> None:
+        copies = event.copies and event.parent is not None
         with self._ledger.writers:
-            doubles = self._ledger.store(source, event.block_tokens, keys, hashes, int(event.tier))
+            doubles = self._ledger.store(
+                source, event.block_tokens, chain, hashes, int(event.tier), copies=copies
+            )
             if doubles is None:
                 self._counts["malformed"] += len(hashes)
             else:

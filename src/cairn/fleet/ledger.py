@@ -14,6 +14,8 @@ import numpy.typing as npt
 
 from cairn.fleet.base import Source, StoredMany
 from cairn.fleet.blocks import (
+    COPIED,
+    Chain,
     attach,
     bury,
     kill,
@@ -30,14 +32,17 @@ from cairn.fleet.blocks import (
 from cairn.fleet.copying import Piece, SourceCopy
 from cairn.fleet.fair import FairLock
 from cairn.fleet.holders import TIERS, memory_of_sets, new_holders, sets_left, widened
-from cairn.fleet.links import Links
+from cairn.fleet.links import Leaves, follow
 from cairn.fleet.many import BLOCK, CURSOR_WORDS, store_many
 from cairn.fleet.names import FULL, Hashes, Names, copy_names, find_name, has_room, new_names, slot_at
 from cairn.index.slots import NONE
 from cairn.kv import Keys
 
-#: Blocks changed under one hold of the lock: a tenth of a millisecond.
+#: Blocks changed, or hashed, under one hold of the lock: a tenth of a millisecond.
 BATCH = 512
+
+#: Blocks whose keys are looked for under one hold of the lock, where hardly one has to be hashed.
+_AT_ONCE = 1 << 13
 
 _EXPECTED, _SETS, _ALIKE = 4096, 256, 1 << 16
 _MOST_SIZES = 8
@@ -90,6 +95,7 @@ class Ledger:
         self.sizes: tuple[int, ...] = ()
         self.named = 0
         self.evicted = 0
+        self.uncounted = 0
 
     @property
     def limits(self) -> tuple[int, int]:
@@ -107,6 +113,18 @@ class Ledger:
         names = sum(member.names.nbytes for member in self.members.values())
         return memory_of_blocks(self.blocks) + memory_of_sets(self.holders) + names
 
+    def chain(self, root: bytes, leaves: Leaves) -> Chain:
+        """The keys behind `root` (16 bytes) of blocks with these leaves [n, 4]. Holds `lock`, now and then."""
+        chain = Chain(np.empty((len(leaves), 2), np.uint64), np.empty(len(leaves), np.uint64))
+        seed, done = np.frombuffer(root, np.uint64).reshape(1, 2).copy(), 0
+        while done < len(leaves):
+            part = slice(done, done + _AT_ONCE)
+            with self.lock:
+                rest = Chain(chain.keys[part], chain.links[part])
+                done += follow(self.blocks, seed, NONE, leaves[part], rest, BATCH)
+            seed[0] = chain.keys[done - 1]
+        return chain
+
     def key_of(self, source: Source, engine_hash: np.uint64) -> bytes | None:
         """The key of what the source calls so, 16 bytes."""
         member = self.members.get(source)
@@ -116,23 +134,36 @@ class Ledger:
         record = self.blocks.records[slot_at(member.names, at)]
         return bytes(record["key0"].tobytes() + record["key1"].tobytes())
 
-    def store(self, source: Source, block_tokens: int, keys: Keys, hashes: Hashes, tier: int) -> int | None:
-        """The source holds these blocks; returns how many it holds under another name, None if it is not taken in."""
+    def store(
+        self, source: Source, block_tokens: int, chain: Chain, hashes: Hashes, tier: int, *, copies: bool
+    ) -> int | None:
+        """The source holds these blocks; returns how many it holds under another name, None if it is not taken in.
+        copies: those that it holds already under this name are further copies, if `tier` is one that has copies.
+        """
         member = self._member(source, block_tokens)
         if member is None:
             return None
         doubles = 0
-        for part in self._batches(len(keys)):
-            count = len(keys[part])
+        for part in self._batches(len(hashes)):
+            count = len(hashes[part])
             self._make_room(count)
             self._room_for_names(member, count)
             self._before(member, hashes[part])
             with self.lock:
-                added, refused, _ = store(
-                    self.blocks, self.holders, member.names, keys[part], hashes[part], member.number, tier, False
+                added, refused, uncounted, _ = store(
+                    self.blocks,
+                    self.holders,
+                    member.names,
+                    Chain(chain.keys[part], chain.links[part]),
+                    hashes[part],
+                    member.number,
+                    tier,
+                    0 if copies and 1 << tier == COPIED else count,
+                    False,
                 )
             self._count(member, added)
             doubles += refused
+            self.uncounted += uncounted
         return doubles
 
     def uses(self, source: Source, block_tokens: int) -> bool:
@@ -140,9 +171,7 @@ class Ledger:
         member = self.members.get(source)
         return member is not None and block_tokens in member.sizes
 
-    def store_many(
-        self, source: Source, many: StoredMany, leaves: npt.NDArray[np.uint64], root: Keys, links: Links
-    ) -> tuple[int, int]:
+    def store_many(self, source: Source, many: StoredMany, leaves: Leaves, root: Keys) -> tuple[int, int]:
         """As `store` for each event, whose blocks have these leaves [blocks, 4]; the source must use their size.
 
         Returns how many blocks had an unknown parent, and how many the source holds under another name.
@@ -154,12 +183,11 @@ class Ledger:
             self._make_room(count)
             self._room_for_names(member, count)
             self._before(member, many.hashes[int(cursor[BLOCK]) :][:count])
-            with links.lent() as table, self.lock:
-                added, refused, strange = store_many(
+            with self.lock:
+                added, refused, uncounted, strange = store_many(
                     self.blocks,
                     self.holders,
                     member.names,
-                    table,
                     root,
                     leaves,
                     many.hashes,
@@ -168,10 +196,12 @@ class Ledger:
                     count,
                     member.number,
                     int(many.tier),
+                    many.copies and 1 << many.tier == COPIED,
                 )
             self._count(member, added)
             orphans += strange
             doubles += refused
+            self.uncounted += uncounted
         return orphans, doubles
 
     def attach(self, source: Source, hashes: Hashes, tier: int) -> int:

@@ -1,33 +1,35 @@
-"""The second level of `cairn.kv.KeyChain`'s hashing, with a memory: (key before, leaf) -> key.
+"""The second level of `cairn.kv.KeyChain`'s hashing, with the index's blocks as its memory: (key before, leaf) -> key.
 
 A link of the chain waits for the one before, so it costs a whole BLAKE2s compression, 0.15 us a block, five times what
 the leaf costs that is hashed beside fifteen others. A fleet computes the same links over and over: every instance tells
-of the same system prompt, every query has it, every turn of a conversation repeats the last. The memory has a
-fixed size, compares 128 bits of the key and of the leaf, and forgets by overwriting. What comes out is the chain's key,
-bit for bit.
+of the same system prompt, every query has it, every turn of a conversation repeats the last. So each block's record
+keeps a digest of what its key was made of, in 64 bits, and where that fits, the key stands beside it. A chain that came
+at once lies in a row: the only record that is looked at is the one behind that of the block before. What comes out is
+the chain's key, bit for bit.
+
+The digest is strongly universal (multilinear, modulo 2**128, the upper half), by numbers drawn for each index that
+nobody is told: whatever is asked, another link fits with a chance of 2**-63.
 """
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from llvmlite import ir
+from numba import types
 
-from cairn.errors import InputError
+from cairn.fleet.blocks import Blocks, Chain
 from cairn.index.slots import NONE
-from cairn.jit import kernel
-from cairn.kv import Keys, as_tokens
-from cairn.kv.blake2s import Words, hash_chain, hash_rows, initial_state
+from cairn.index.table import table_find
+from cairn.jit import intrinsic, kernel
+from cairn.kv import Keys
+from cairn.kv.blake2s import hash_chain, hash_rows, initial_state
 from cairn.kv.keys import LEAF_WORDS, Tokens
 
-_LINK = np.dtype([(name, np.uint64) for name in ("before0", "before1", "leaf0", "leaf1", "key0", "key1")])
 _INITIALS = np.stack([initial_state(32, b"cairn/lf"), initial_state(16, b"cairn/bk")])
-_WAYS = 4
 _LONGEST = 64
-_NO_LINKS = np.empty(0, _LINK)
-_NOTHING = np.uint64(0)
+
+Leaves = npt.NDArray[np.uint64]
 
 
 class Hashed(NamedTuple):
@@ -37,124 +39,71 @@ class Hashed(NamedTuple):
     keys: Keys
 
 
-@kernel
-def _find(links: npt.NDArray[np.void], before0: np.uint64, before1: np.uint64, leaf: npt.NDArray[np.uint64]) -> int:
-    """Where the link stands, or NONE."""
-    first = _first(links, before0, leaf)
-    for at in range(first, first + _WAYS):
-        same = links[at].leaf0 == leaf[0] and links[at].leaf1 == leaf[1]
-        if same and links[at].before0 == before0 and links[at].before1 == before1:
-            return at
-    return NONE
-
-
-@kernel
-def _first(links: npt.NDArray[np.void], before0: np.uint64, leaf: npt.NDArray[np.uint64]) -> int:
-    mask = np.uint64(len(links) // _WAYS - 1)
-    return int(np.int64((before0 ^ leaf[0]) & mask)) * _WAYS
-
-
-@kernel
-def _remember(
-    links: npt.NDArray[np.void], before0: np.uint64, before1: np.uint64, leaf: npt.NDArray[np.uint64], key: Keys
-) -> None:
-    """Where all places are taken any goes: the oldest would go round and round."""
-    first = _first(links, before0, leaf)
-    place = first + int(np.int64(key[0]) & (_WAYS - 1))
-    for at in range(first, first + _WAYS):
-        if links[at].leaf0 == _NOTHING and links[at].leaf1 == _NOTHING:
-            place = at
-    links[place].before0 = before0
-    links[place].before1 = before1
-    links[place].leaf0 = leaf[0]
-    links[place].leaf1 = leaf[1]
-    links[place].key0 = key[0]
-    links[place].key1 = key[1]
-
-
-@kernel
-def _chain(links: npt.NDArray[np.void], initial: Words, seed: Keys, leaves: npt.NDArray[np.uint64], keys: Keys) -> None:
-    """keys[i] from keys[i-1] (first: seed [1, 2]) and leaves[i] [4], remembered where possible.
-
-    Behind a link that is new, all are likely to be: the more were, the more are hashed in one go.
-    """
-    before0, before1 = seed[0, 0], seed[0, 1]
-    scratch = np.empty((1, 2), np.uint64)
-    at, run = 0, 1
-    while at < len(leaves):
-        found = _find(links, before0, before1, leaves[at])
-        if found != NONE:
-            before0, before1 = links[found].key0, links[found].key1
-            keys[at, 0] = before0
-            keys[at, 1] = before1
-            at, run = at + 1, 1
-            continue
-        stop = min(at + run, len(leaves))
-        scratch[0, 0] = before0
-        scratch[0, 1] = before1
-        part = keys[at:stop]
-        hash_chain(initial, scratch[0].view(np.uint32), leaves[at:stop].view(np.uint32), part.view(np.uint32))
-        for i in range(at, stop):
-            _remember(links, before0, before1, leaves[i], keys[i])
-            before0, before1 = keys[i, 0], keys[i, 1]
-        at, run = stop, min(2 * run, _LONGEST)
-
-
-@kernel
-def chain(links: npt.NDArray[np.void], seed: Keys, leaves: npt.NDArray[np.uint64], keys: Keys) -> None:
-    """keys[i] of the blocks with leaves[i] [4], behind `seed` [1, 2]; without links, no memory."""
-    if len(links):
-        _chain(links, _INITIALS[1], seed, leaves, keys)
-    else:
-        hash_chain(_INITIALS[1], seed[0].view(np.uint32), leaves.view(np.uint32), keys.view(np.uint32))
-
-
-@kernel
-def _keys(links: npt.NDArray[np.void], seed: Keys, rows: Tokens, keys: Keys) -> None:
-    """keys[i] of the blocks rows[i] [tokens], behind `seed` [1, 2]."""
-    leaves = np.empty((len(rows), LEAF_WORDS), np.uint32)
-    hash_rows(_INITIALS[0], rows, leaves)
-    chain(links, seed, leaves.view(np.uint64), keys)
-
-
-def leaves_of(rows: Tokens) -> npt.NDArray[np.uint64]:
+def leaves_of(rows: Tokens) -> Leaves:
     """The first level of the hashing, which waits for nothing: leaves [n, 4] of blocks [n, tokens]."""
     leaves = np.empty((len(rows), LEAF_WORDS), np.uint32)
     hash_rows(_INITIALS[0], rows, leaves)
     return leaves.view(np.uint64)
 
 
-class Links:
-    """A memory of `room` links (a power of two), 48 bytes each. Thread-safe: who finds it in use hashes without it."""
+def _sum_of_products(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
+    """Codegen: the upper half of s0 + s1 * a + s2 * b + ..., with s of 128 bits each, in a row at an address."""
+    wide, address = ir.IntType(128), arguments[0]
+    factors = []
+    for i in range(len(arguments)):
+        place = builder.add(address, ir.Constant(ir.IntType(64), 16 * i))
+        factors.append(builder.load(builder.inttoptr(place, wide.as_pointer()), align=8))
+    total = factors[0]
+    for factor, word in zip(factors[1:], arguments[1:], strict=True):
+        total = builder.add(total, builder.mul(factor, builder.zext(word, wide)))
+    return builder.trunc(builder.lshr(total, ir.Constant(wide, 64)), ir.IntType(64))
 
-    def __init__(self, room: int) -> None:
-        self._links = np.zeros(room, _LINK)
-        self._busy = threading.Lock()
 
-    @property
-    def nbytes(self) -> int:
-        return self._links.nbytes
+@intrinsic
+def _digest(typingctx: Any, seeds: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    word = types.uint64
+    return word(types.int64, word, word, word, word), _sum_of_products
 
-    def hashed(self, root: bytes, block_tokens: int, tokens: Any) -> Hashed:
-        """The keys of the whole blocks of `tokens` [n] after `root` (16 bytes). Raises InputError as KeyChain does."""
-        if block_tokens < 1:
-            raise InputError(f"block_tokens={block_tokens}: must be at least 1")
-        ids = as_tokens(tokens)
-        blocks = len(ids) // block_tokens
-        rows = ids[: blocks * block_tokens].reshape(blocks, block_tokens)
-        seed = np.array(np.frombuffer(root, np.uint64)).reshape(1, 2)
-        keys = np.empty((blocks, 2), np.uint64)
-        with self.lent() as links:
-            _keys(links, seed, rows, keys)
-        return Hashed(block_tokens, keys)
 
-    @contextmanager
-    def lent(self) -> Iterator[npt.NDArray[np.void]]:
-        """The memory, for `chain`; or none, if it is in use."""
-        if not self._busy.acquire(blocking=False):
-            yield _NO_LINKS
-            return
-        try:
-            yield self._links
-        finally:
-            self._busy.release()
+@kernel
+def _link(seeds: npt.NDArray[np.uint64], before0: np.uint64, before1: np.uint64, leaf: Leaves) -> np.uint64:
+    """What a key is made of, never 0. 128 bits of the leaf, as of the key."""
+    digest = _digest(np.int64(seeds.ctypes.data), before0, before1, leaf[0], leaf[1])
+    return np.uint64(digest | np.uint64(1))
+
+
+@kernel
+def follow(blocks: Blocks, seed: Keys, slot: int, leaves: Leaves, chain: Chain, most: int) -> int:
+    """chain[i] of the blocks with leaves[i] [4] behind `seed` [1, 2], until `most` have been hashed; returns how many
+    that are. slot: of the block before, if it is known, else NONE.
+
+    Behind a block that has no record none is likely to have one: the more had none, the more are hashed in one go.
+    """
+    records, seeds, keys, links = blocks.records, blocks.seeds, chain.keys, chain.links
+    before0, before1 = seed[0, 0], seed[0, 1]
+    scratch = np.empty((1, 2), np.uint64)
+    at, run, hashed = 0, 1, 0
+    while at < len(leaves) and hashed < most:
+        link = _link(seeds, before0, before1, leaves[at])
+        if slot + 1 < len(records) and records[slot + 1].link == link:  # the key is right whoever holds the block
+            slot += 1
+            before0, before1 = records[slot].key0, records[slot].key1
+            keys[at, 0] = before0
+            keys[at, 1] = before1
+            links[at] = link
+            at, run = at + 1, 1
+            continue
+        stop = min(at + run, len(leaves))
+        scratch[0, 0] = before0
+        scratch[0, 1] = before1
+        part = keys[at:stop]
+        hash_chain(_INITIALS[1], scratch[0].view(np.uint32), leaves[at:stop].view(np.uint32), part.view(np.uint32))
+        for i in range(at, stop):
+            links[i] = _link(seeds, before0, before1, leaves[i])
+            before0, before1 = keys[i, 0], keys[i, 1]
+        slot = table_find(blocks.table, records, before0, before1)
+        if slot != NONE:
+            records[slot].link = links[stop - 1]  # one that a snapshot brought does not know it yet
+        hashed += stop - at
+        at, run = stop, 1 if slot != NONE else min(2 * run, _LONGEST)
+    return at

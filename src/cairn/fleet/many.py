@@ -7,9 +7,9 @@ has no parent then, as if it had come by itself.
 import numpy as np
 import numpy.typing as npt
 
-from cairn.fleet.blocks import Blocks, store
+from cairn.fleet.blocks import Blocks, Chain, store
 from cairn.fleet.holders import Holders
-from cairn.fleet.links import chain
+from cairn.fleet.links import Leaves, follow
 from cairn.fleet.names import Hashes, Names, find_name, slot_at
 from cairn.index.slots import NONE
 from cairn.jit import kernel
@@ -43,30 +43,32 @@ def store_many(
     blocks: Blocks,
     holders: Holders,
     names: Names,
-    links: npt.NDArray[np.void],
     root: Keys,
-    leaves: npt.NDArray[np.uint64],
+    leaves: Leaves,
     hashes: Hashes,
     told: npt.NDArray[np.uint64],
     cursor: npt.NDArray[np.uint64],
     most: int,
     source: int,
     tier: int,
-) -> tuple[int, int, int]:
+    copies: bool,
+) -> tuple[int, int, int, int]:
     """Goes on from `cursor` for at most `most` blocks, as `store` does, which says what there must be room for.
 
     leaves [blocks, 4]: of all blocks; told: see `StoredMany`; root [1, 2]: the key before a prompt's first block. An
-    event whose parent `source` does not hold by then is left out. Returns how many names are new, how many not taken,
-    and how many blocks were left out.
+    event whose parent `source` does not hold by then is left out. copies: blocks of events with a parent that are held
+    already are further copies. Returns how many names are new, how many not taken, how many copies not counted, and how
+    many blocks were left out.
     """
-    added, refused, orphans = 0, 0, 0
+    added, refused, uncounted, orphans = 0, 0, 0, 0
     event, at = int(np.int64(cursor[EVENT])), int(np.int64(cursor[BLOCK]))
     begun = _first_of(told, event)
     stop = min(len(hashes), at + most)
-    keys = np.empty((most, 2), np.uint64)
+    keys, links = np.empty((most, 2), np.uint64), np.empty(most, np.uint64)
     seed = np.empty((1, 2), np.uint64)
     seed[0, :] = cursor[2:]
     while at < stop:
+        slot = NONE
         if at == begun:
             if told[event, 1]:
                 seed[0, :] = root[0]
@@ -82,16 +84,22 @@ def store_many(
                 seed[0, 0] = blocks.records[slot].key0
                 seed[0, 1] = blocks.records[slot].key1
         end = _end_of_chain(hashes, told, event, stop)
-        part = keys[: end - at]
-        chain(links, seed, leaves[at:end], part)
-        new, double, done = store(blocks, holders, names, part, hashes[at:end], source, tier, True)
+        part, count = Chain(keys[: end - at], links[: end - at]), end - at
+        follow(blocks, seed, slot, leaves[at:end], part, count)
+        counted = count
+        if copies:
+            counted = _first_of(told, event + 1) - at if told[event, 1] else 0
+        new, double, missed, done = store(
+            blocks, holders, names, part, hashes[at:end], source, tier, counted, True
+        )
         added += new
         refused += double
-        seed[0, :] = part[done - 1]
+        uncounted += missed
+        seed[0, :] = keys[done - 1]
         at += done
         while event < len(told) and _first_of(told, event + 1) <= at:
             event += 1
         begun = _first_of(told, event)
     cursor[EVENT], cursor[BLOCK] = np.uint64(event), np.uint64(at)
     cursor[2:] = seed[0]
-    return added, refused, orphans
+    return added, refused, uncounted, orphans

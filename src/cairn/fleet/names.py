@@ -1,8 +1,10 @@
-"""What one source calls its blocks: engine hash -> block, in 12 bytes an entry at a load of 68 to 85 %.
+"""What one source calls its blocks: engine hash -> block and its copies, in 12 bytes an entry at a load of 68 to 85 %.
 
 A table of its own for each source, because engines of different seeds call the same block differently, and because a
 source that dies must cost only what it held. Its size is no power of two: doubling would leave half of what is the
 bulk of the fleet's memory empty. Not thread-safe; the index's writers take turns.
+
+Copies are counted in the entry itself, so that they end with the name, whatever ends it.
 """
 
 import numpy as np
@@ -14,13 +16,21 @@ from cairn.jit import kernel, prefetch
 Hashes = npt.NDArray[np.uint64]
 SlotIds = npt.NDArray[np.int32]
 
-#: Open addressing with linear probing, no tombstones; `next` is the block's slot + 1, 0: no entry. Packed: an entry
-#: that lies across two cache lines costs less than a third more memory.
-_NAME = np.dtype([("hash", np.uint64), ("next", np.int32)])
+#: Open addressing with linear probing, no tombstones. `next`: the block's slot + 1 in the low 28 bits, 0: no entry; how
+#: many copies there are beyond the first in the high 4. Packed: an entry that lies across two cache lines costs less
+#: than a third more memory.
+_NAME = np.dtype([("hash", np.uint64), ("next", np.uint32)])
 _NAME_BYTES = _NAME.itemsize
 assert _NAME_BYTES == 12
 
 Names = npt.NDArray[np.void]
+
+SLOT_BITS = 28
+"""Names can lead to fewer than 2**28 blocks."""
+MOST_COPIES = 15
+"""Copies of a block, beyond the first, that are counted."""
+
+_SLOT, _COPY = np.uint32((1 << SLOT_BITS) - 1), np.uint32(1 << SLOT_BITS)
 
 FULL, GROWN = 0.85, 0.68
 _LEAST = 16
@@ -65,17 +75,46 @@ def expect_name(names: Names, engine_hash: np.uint64) -> None:
 @kernel
 def slot_at(names: Names, at: int) -> int:
     """The slot of the block whose name stands at `at`; NONE: none does."""
-    return int(names[at].next) - 1
+    return int(np.int64(names[at].next & _SLOT)) - 1
 
 
 @kernel
-def add_name(names: Names, engine_hash: np.uint64, slot: int) -> None:
-    """Adds a name that the table does not hold; there must be room."""
+def _put(names: Names, engine_hash: np.uint64, entry: np.uint32) -> None:
     at, room = _home(names, engine_hash), len(names)
     while names[at].next:
         at = at + 1 if at + 1 < room else 0
     names[at].hash = engine_hash
-    names[at].next = slot + 1
+    names[at].next = entry
+
+
+@kernel
+def add_name(names: Names, engine_hash: np.uint64, slot: int) -> None:
+    """Adds a name that the table does not hold, of a block in one copy; there must be room."""
+    _put(names, engine_hash, np.uint32(slot + 1))
+
+
+@kernel
+def add_copy(names: Names, at: int) -> bool:
+    """One more copy of what is called so; False: no more can be counted."""
+    counts = names[at].next >> np.uint32(SLOT_BITS) < MOST_COPIES
+    if counts:
+        names[at].next += _COPY
+    return bool(counts)
+
+
+@kernel
+def drop_copy(names: Names, at: int) -> bool:
+    """One copy fewer of what is called so; False: it is the last."""
+    more = names[at].next >= _COPY
+    if more:
+        names[at].next -= _COPY
+    return bool(more)
+
+
+@kernel
+def move_name(old: Names, at: int, new: Names) -> None:
+    """Adds the name that stands at `at` to a table that does not hold it; there must be room."""
+    _put(new, old[at].hash, old[at].next)
 
 
 @kernel
@@ -101,4 +140,4 @@ def copy_names(old: Names, new: Names) -> None:
     """Fills an empty table with another's names."""
     for at in range(len(old)):
         if old[at].next:
-            add_name(new, old[at].hash, slot_at(old, at))
+            move_name(old, at, new)
