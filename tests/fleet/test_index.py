@@ -246,9 +246,9 @@ def test_a_prompt_is_hashed_as_far_as_it_is_held(held_blocks: int, monkeypatch: 
         index.apply(A, [stored(tokens[: 4 * held_blocks])])
     plain = index._ledger.chain
 
-    def counted(root: bytes, leaves: Any) -> Any:
-        hashed.append(len(leaves))
-        return plain(root, leaves)
+    def counted(root: bytes, rows: Any) -> Any:
+        hashed.append(len(rows))
+        return plain(root, rows)
 
     monkeypatch.setattr(index._ledger, "chain", counted)
     assert held(index, A, tokens) == 4 * held_blocks

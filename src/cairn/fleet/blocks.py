@@ -45,6 +45,9 @@ _AHEAD = 32
 
 _FREE_COUNT, _FRESH, _HAND = 0, 1, 2
 
+#: Tokens of the longest blocks that have links. Longer ones are so few that hashing their chain costs little.
+LINKED_TOKENS = 256
+
 
 class Chain(NamedTuple):
     """Consecutive blocks of a prompt: keys [n, 2], and links [n], what each key was made of (`cairn.fleet.links`)."""
@@ -55,7 +58,8 @@ class Chain(NamedTuple):
 
 class Blocks(NamedTuple):
     """records [capacity], touched as they are used. free, tally: records to use again, how many, the first never used,
-    and where the clock's hand stands. seeds [10]: secret numbers that links are digested by.
+    and where the clock's hand stands. seeds [2, 6 + LINKED_TOKENS]: secret numbers that
+    links are digested by.
     """
 
     records: npt.NDArray[np.void]
@@ -68,7 +72,7 @@ class Blocks(NamedTuple):
 def new_blocks(capacity: int, expected: int) -> Blocks:
     """Room for `capacity` records and a table for `expected` of them."""
     records, free = np.zeros(capacity, _BLOCK), np.empty(capacity, np.int32)
-    seeds = np.frombuffer(secrets.token_bytes(80), np.uint64).copy()
+    seeds = np.frombuffer(secrets.token_bytes(16 * (6 + LINKED_TOKENS)), np.uint64).reshape(2, -1).copy()
     return Blocks(records, new_table(expected), free, np.zeros(3, np.int64), seeds)
 
 

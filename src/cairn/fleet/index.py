@@ -13,7 +13,7 @@ from cairn.fleet.chains import as_hashed, hash_of, hashes_of, keys_with_extra, r
 from cairn.fleet.copying import Piece, SourceCopy
 from cairn.fleet.holders import sets_used
 from cairn.fleet.ledger import Ledger
-from cairn.fleet.links import Hashed, leaves_of
+from cairn.fleet.links import Hashed
 from cairn.fleet.match import PLANES, Match, planes_of, walk
 from cairn.fleet.names import SLOT_BITS, Hashes
 from cairn.kv import Keys, as_tokens
@@ -230,7 +230,7 @@ class FleetIndex:
             keys = keys_with_extra(root, rows, event.extra)
             self._store(source, event, Chain(keys, np.zeros(len(keys), np.uint64)), hashes)
         else:
-            self._store(source, event, self._ledger.chain(root, leaves_of(rows)), hashes)
+            self._store(source, event, self._ledger.chain(root, rows), hashes)
 
     def _stored_many(self, source: Source, many: StoredMany) -> None:
         """The same as each of the events by itself."""
@@ -244,9 +244,8 @@ class FleetIndex:
         if singles == len(many.told):
             return
         rest = many.behind(singles) if singles else many
-        leaves = leaves_of(rest.tokens)
         with self._ledger.writers:
-            orphans, doubles = self._ledger.store_many(source, rest, leaves, _ROOT)
+            orphans, doubles = self._ledger.store_many(source, rest, _ROOT)
             self._counts["orphans"] += orphans
             self._counts["doubles"] += doubles
 
@@ -254,7 +253,7 @@ class FleetIndex:
         """Of the whole blocks of token ids [n] behind `root`."""
         blocks = len(ids) // block_tokens
         rows = ids[: blocks * block_tokens].reshape(blocks, block_tokens)
-        return self._ledger.chain(root, leaves_of(rows)).keys
+        return self._ledger.chain(root, rows).keys
 
     def _store(self, source: Source, event: Stored, chain: Chain, hashes: Hashes) -> None:
         copies = event.copies and event.parent is not None

@@ -32,11 +32,12 @@ from cairn.fleet.blocks import (
 from cairn.fleet.copying import Piece, SourceCopy
 from cairn.fleet.fair import FairLock
 from cairn.fleet.holders import TIERS, memory_of_sets, new_holders, sets_left, widened
-from cairn.fleet.links import Leaves, follow
+from cairn.fleet.links import follow
 from cairn.fleet.many import BLOCK, CURSOR_WORDS, store_many
 from cairn.fleet.names import FULL, Hashes, Names, copy_names, find_name, has_room, new_names, slot_at
 from cairn.index.slots import NONE
 from cairn.kv import Keys
+from cairn.kv.keys import Tokens
 
 #: Blocks changed, or hashed, under one hold of the lock: a tenth of a millisecond.
 BATCH = 512
@@ -113,15 +114,15 @@ class Ledger:
         names = sum(member.names.nbytes for member in self.members.values())
         return memory_of_blocks(self.blocks) + memory_of_sets(self.holders) + names
 
-    def chain(self, root: bytes, leaves: Leaves) -> Chain:
-        """The keys behind `root` (16 bytes) of blocks with these leaves [n, 4]. Holds `lock`, now and then."""
-        chain = Chain(np.empty((len(leaves), 2), np.uint64), np.empty(len(leaves), np.uint64))
+    def chain(self, root: bytes, rows: Tokens) -> Chain:
+        """The keys behind `root` (16 bytes) of blocks [n, tokens]. Holds `lock`, now and then."""
+        chain = Chain(np.empty((len(rows), 2), np.uint64), np.empty(len(rows), np.uint64))
         seed, done = np.frombuffer(root, np.uint64).reshape(1, 2).copy(), 0
-        while done < len(leaves):
+        while done < len(rows):
             part = slice(done, done + _AT_ONCE)
             with self.lock:
                 rest = Chain(chain.keys[part], chain.links[part])
-                done += follow(self.blocks, seed, NONE, leaves[part], rest, BATCH)
+                done += follow(self.blocks, seed, NONE, rows[part], rest, BATCH)
             seed[0] = chain.keys[done - 1]
         return chain
 
@@ -171,8 +172,8 @@ class Ledger:
         member = self.members.get(source)
         return member is not None and block_tokens in member.sizes
 
-    def store_many(self, source: Source, many: StoredMany, leaves: Leaves, root: Keys) -> tuple[int, int]:
-        """As `store` for each event, whose blocks have these leaves [blocks, 4]; the source must use their size.
+    def store_many(self, source: Source, many: StoredMany, root: Keys) -> tuple[int, int]:
+        """As `store` for each event, ; the source must use their size.
 
         Returns how many blocks had an unknown parent, and how many the source holds under another name.
         """
@@ -189,7 +190,7 @@ class Ledger:
                     self.holders,
                     member.names,
                     root,
-                    leaves,
+                    many.tokens,
                     many.hashes,
                     many.told,
                     cursor,

@@ -1,35 +1,34 @@
-"""The second level of `cairn.kv.KeyChain`'s hashing, with the index's blocks as its memory: (key before, leaf) -> key.
+"""From tokens to a chain's keys, with the index's blocks as its memory: (key before, tokens) -> key.
 
-A link of the chain waits for the one before, so it costs a whole BLAKE2s compression, 0.15 us a block, five times what
-the leaf costs that is hashed beside fifteen others. A fleet computes the same links over and over: every instance tells
-of the same system prompt, every query has it, every turn of a conversation repeats the last. So each block's record
-keeps a digest of what its key was made of, in 64 bits, and where that fits, the key stands beside it. A chain that came
-at once lies in a row: the only record that is looked at is the one behind that of the block before. What comes out is
-the chain's key, bit for bit.
+A key costs two BLAKE2s compressions, of which the second waits for the key before: 0.18 us a block (`cairn.kv.keys`).
+A fleet computes the same keys over and over: every instance tells of the same system prompt, every query has it, every
+turn of a conversation repeats the last. So each block's record keeps a digest of what its key was made of, its *link*,
+in 64 bits; where that fits, the key stands beside it. A chain that came at once lies in a row, so the only record that
+is looked at is the one behind that of the block before. What comes out is the chain's key, bit for bit.
 
-The digest is strongly universal (multilinear, modulo 2**128, the upper half), by numbers drawn for each index that
-nobody is told: whatever is asked, another link fits with a chance of 2**-63.
+A link is two strongly universal digests (multilinear, modulo 2**64, the upper half) by numbers drawn for each index
+that nobody is told: whatever is asked, another block's link fits with a chance of 2**-63.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from llvmlite import ir
-from numba import types
 
-from cairn.fleet.blocks import Blocks, Chain
+from cairn.fleet.blocks import LINKED_TOKENS, Blocks, Chain
 from cairn.index.slots import NONE
 from cairn.index.table import table_find
-from cairn.jit import intrinsic, kernel
+from cairn.jit import kernel
 from cairn.kv import Keys
 from cairn.kv.blake2s import hash_chain, hash_rows, initial_state
 from cairn.kv.keys import LEAF_WORDS, Tokens
 
 _INITIALS = np.stack([initial_state(32, b"cairn/lf"), initial_state(16, b"cairn/bk")])
+
+#: Blocks that are hashed in one go at most.
 _LONGEST = 64
 
-Leaves = npt.NDArray[np.uint64]
+_ONE, _LOW, _32 = np.uint64(1), np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
 class Hashed(NamedTuple):
@@ -39,71 +38,68 @@ class Hashed(NamedTuple):
     keys: Keys
 
 
-def leaves_of(rows: Tokens) -> Leaves:
-    """The first level of the hashing, which waits for nothing: leaves [n, 4] of blocks [n, tokens]."""
+@kernel
+def _link(seeds: npt.NDArray[np.uint64], before0: np.uint64, before1: np.uint64, rows: Tokens, at: int) -> np.uint64:
+    """What the key behind a key is made of, never 0; 0 for blocks that are too long to have a link."""
+    size = rows.shape[1]
+    if size > LINKED_TOKENS:
+        return np.uint64(0)
+    first, second = seeds[0, 0], seeds[1, 0]
+    for i, word in enumerate((before0 & _LOW, before0 >> _32, before1 & _LOW, before1 >> _32, np.uint64(size))):
+        first += seeds[0, 1 + i] * word
+        second += seeds[1, 1 + i] * word
+    for i in range(size):
+        word = np.uint64(rows[at, i])
+        first += seeds[0, 6 + i] * word
+        second += seeds[1, 6 + i] * word
+    return np.uint64((first >> _32) | (second & ~_LOW) | _ONE)
+
+
+@kernel
+def _hash(seed: Keys, rows: Tokens, keys: Keys) -> None:
+    """keys[i] of the blocks rows[i] behind `seed` [1, 2], as `KeyChain` has them."""
     leaves = np.empty((len(rows), LEAF_WORDS), np.uint32)
     hash_rows(_INITIALS[0], rows, leaves)
-    return leaves.view(np.uint64)
-
-
-def _sum_of_products(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
-    """Codegen: the upper half of s0 + s1 * a + s2 * b + ..., with s of 128 bits each, in a row at an address."""
-    wide, address = ir.IntType(128), arguments[0]
-    factors = []
-    for i in range(len(arguments)):
-        place = builder.add(address, ir.Constant(ir.IntType(64), 16 * i))
-        factors.append(builder.load(builder.inttoptr(place, wide.as_pointer()), align=8))
-    total = factors[0]
-    for factor, word in zip(factors[1:], arguments[1:], strict=True):
-        total = builder.add(total, builder.mul(factor, builder.zext(word, wide)))
-    return builder.trunc(builder.lshr(total, ir.Constant(wide, 64)), ir.IntType(64))
-
-
-@intrinsic
-def _digest(typingctx: Any, seeds: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
-    word = types.uint64
-    return word(types.int64, word, word, word, word), _sum_of_products
+    hash_chain(_INITIALS[1], seed[0].view(np.uint32), leaves, keys.view(np.uint32))
 
 
 @kernel
-def _link(seeds: npt.NDArray[np.uint64], before0: np.uint64, before1: np.uint64, leaf: Leaves) -> np.uint64:
-    """What a key is made of, never 0. 128 bits of the leaf, as of the key."""
-    digest = _digest(np.int64(seeds.ctypes.data), before0, before1, leaf[0], leaf[1])
-    return np.uint64(digest | np.uint64(1))
-
-
-@kernel
-def follow(blocks: Blocks, seed: Keys, slot: int, leaves: Leaves, chain: Chain, most: int) -> int:
-    """chain[i] of the blocks with leaves[i] [4] behind `seed` [1, 2], until `most` have been hashed; returns how many
+def follow(blocks: Blocks, seed: Keys, slot: int, rows: Tokens, chain: Chain, most: int) -> int:
+    """chain[i] of the blocks rows[i] [tokens] behind `seed` [1, 2], until `most` have been hashed; returns how many
     that are. slot: of the block before, if it is known, else NONE.
 
-    Behind a block that has no record none is likely to have one: the more had none, the more are hashed in one go.
+    Behind a block whose link is not known others are likely to be like it: the more there were, the more are hashed in
+    one go. What was hashed and has a record gives it its link, where it stands in a row.
     """
     records, seeds, keys, links = blocks.records, blocks.seeds, chain.keys, chain.links
-    before0, before1 = seed[0, 0], seed[0, 1]
-    scratch = np.empty((1, 2), np.uint64)
+    before = seed.copy()
     at, run, hashed = 0, 1, 0
-    while at < len(leaves) and hashed < most:
-        link = _link(seeds, before0, before1, leaves[at])
-        if slot + 1 < len(records) and records[slot + 1].link == link:  # the key is right whoever holds the block
+    while at < len(rows) and hashed < most:
+        link = _link(seeds, before[0, 0], before[0, 1], rows, at)
+        if link and slot + 1 < len(records) and records[slot + 1].link == link:  # right, whoever holds the block
             slot += 1
-            before0, before1 = records[slot].key0, records[slot].key1
-            keys[at, 0] = before0
-            keys[at, 1] = before1
+            before[0, 0] = keys[at, 0] = records[slot].key0
+            before[0, 1] = keys[at, 1] = records[slot].key1
             links[at] = link
             at, run = at + 1, 1
             continue
-        stop = min(at + run, len(leaves))
-        scratch[0, 0] = before0
-        scratch[0, 1] = before1
-        part = keys[at:stop]
-        hash_chain(_INITIALS[1], scratch[0].view(np.uint32), leaves[at:stop].view(np.uint32), part.view(np.uint32))
+        stop = min(at + run, len(rows))
+        _hash(before, rows[at:stop], keys[at:stop])
         for i in range(at, stop):
-            links[i] = _link(seeds, before0, before1, leaves[i])
-            before0, before1 = keys[i, 0], keys[i, 1]
-        slot = table_find(blocks.table, records, before0, before1)
-        if slot != NONE:
-            records[slot].link = links[stop - 1]  # one that a snapshot brought does not know it yet
+            links[i] = _link(seeds, before[0, 0], before[0, 1], rows, i)
+            before[0, 0], before[0, 1] = keys[i, 0], keys[i, 1]
+            slot = _next(blocks, slot, before, i + 1 == stop)
+            if slot != NONE:
+                records[slot].link = links[i]
         hashed += stop - at
-        at, run = stop, 1 if slot != NONE else min(2 * run, _LONGEST)
+        at, run = stop, min(2 * run, _LONGEST)
     return at
+
+
+@kernel
+def _next(blocks: Blocks, slot: int, key: Keys, anywhere: bool) -> int:
+    """The record of a key [1, 2]: the one behind `slot`, or, if `anywhere`, one that the table has; else NONE."""
+    there = slot + 1 < len(blocks.records)
+    if there and blocks.records[slot + 1].key0 == key[0, 0] and blocks.records[slot + 1].key1 == key[0, 1]:
+        return slot + 1
+    return table_find(blocks.table, blocks.records, key[0, 0], key[0, 1]) if anywhere else NONE

@@ -9,11 +9,12 @@ import numpy.typing as npt
 
 from cairn.fleet.blocks import Blocks, Chain, store
 from cairn.fleet.holders import Holders
-from cairn.fleet.links import Leaves, follow
+from cairn.fleet.links import follow
 from cairn.fleet.names import Hashes, Names, find_name, slot_at
 from cairn.index.slots import NONE
 from cairn.jit import kernel
 from cairn.kv import Keys
+from cairn.kv.keys import Tokens
 
 #: Where a cursor stands: in which event, at which block; the last two: the key of the block before, if inside an event.
 EVENT, BLOCK = 0, 1
@@ -44,7 +45,7 @@ def store_many(
     holders: Holders,
     names: Names,
     root: Keys,
-    leaves: Leaves,
+    rows: Tokens,
     hashes: Hashes,
     told: npt.NDArray[np.uint64],
     cursor: npt.NDArray[np.uint64],
@@ -55,7 +56,7 @@ def store_many(
 ) -> tuple[int, int, int, int]:
     """Goes on from `cursor` for at most `most` blocks, as `store` does, which says what there must be room for.
 
-    leaves [blocks, 4]: of all blocks; told: see `StoredMany`; root [1, 2]: the key before a prompt's first block. An
+    rows [blocks, tokens]: of all blocks; told: see `StoredMany`; root [1, 2]: the key before a prompt's first block. An
     event whose parent `source` does not hold by then is left out. copies: blocks of events with a parent that are held
     already are further copies. Returns how many names are new, how many not taken, how many copies not counted, and how
     many blocks were left out.
@@ -85,7 +86,7 @@ def store_many(
                 seed[0, 1] = blocks.records[slot].key1
         end = _end_of_chain(hashes, told, event, stop)
         part, count = Chain(keys[: end - at], links[: end - at]), end - at
-        follow(blocks, seed, slot, leaves[at:end], part, count)
+        follow(blocks, seed, slot, rows[at:end], part, count)
         counted = count
         if copies:
             counted = _first_of(told, event + 1) - at if told[event, 1] else 0
