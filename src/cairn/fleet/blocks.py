@@ -56,6 +56,11 @@ class Chain(NamedTuple):
     links: Hashes
 
 
+def new_chain(count: int) -> Chain:
+    """Room for `count` blocks, whose links are not known."""
+    return Chain(np.empty((count, 2), np.uint64), np.zeros(count, np.uint64))
+
+
 class Blocks(NamedTuple):
     """records [capacity], touched as they are used. free, tally: records to use again, how many, the first never used,
     and where the clock's hand stands. seeds [2, 6 + LINKED_TOKENS]: secret numbers that

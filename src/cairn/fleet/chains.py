@@ -69,7 +69,18 @@ def _word(one: EngineHash) -> int:
     return int.from_bytes(one[-8:], "big") if isinstance(one, bytes) else one & _MASK
 
 
-def rows_of(event: Stored) -> Tokens | None:
+def seed_of(root: bytes) -> Keys:
+    """16 bytes that a chain starts from, as the key before its first block [1, 2]."""
+    return np.frombuffer(root, np.uint64).reshape(1, 2).copy()
+
+
+def rows_of(tokens: Tokens, block_tokens: int) -> Tokens:
+    """The whole blocks of tokens [n], [blocks, block_tokens]."""
+    blocks = len(tokens) // block_tokens
+    return tokens[: blocks * block_tokens].reshape(blocks, block_tokens)
+
+
+def rows_told(event: Stored) -> Tokens | None:
     """The tokens of an event's blocks [blocks, block_tokens]; None if it contradicts itself."""
     size, blocks = event.block_tokens, len(event.hashes)
     if size < 1 or len(event.tokens) != size * blocks or len(event.extra) not in (0, blocks):

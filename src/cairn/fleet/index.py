@@ -8,8 +8,8 @@ import numpy as np
 
 from cairn.errors import InputError
 from cairn.fleet.base import Cleared, Event, Removed, Source, Stored, StoredMany
-from cairn.fleet.blocks import ALL_TIERS, Chain, taken
-from cairn.fleet.chains import as_hashed, hash_of, hashes_of, keys_with_extra, root_of, rows_of
+from cairn.fleet.blocks import ALL_TIERS, Chain, new_chain, taken
+from cairn.fleet.chains import as_hashed, hash_of, hashes_of, keys_with_extra, root_of, rows_of, rows_told, seed_of
 from cairn.fleet.copying import Piece, SourceCopy
 from cairn.fleet.holders import sets_used
 from cairn.fleet.ledger import Ledger
@@ -23,7 +23,7 @@ from cairn.kv.keys import Tokens
 _PIECE = 512
 
 #: Where prompts without a namespace begin, [1, 2].
-_ROOT = np.frombuffer(root_of(b""), np.uint64).reshape(1, 2).copy()
+_ROOT = seed_of(root_of(b""))
 
 
 class Stats(NamedTuple):
@@ -137,7 +137,7 @@ class FleetIndex:
         namespace: as events tell it, see `Stored`.
         """
         ids = as_tokens(tokens)
-        return tuple(Hashed(size, self._keys(root_of(namespace), size, ids)) for size in self._ledger.sizes)
+        return tuple(Hashed(size, self._chain(root_of(namespace), rows_of(ids, size)).keys) for size in self._ledger.sizes)
 
     def match(self, prompt: Any, instances: Collection[str] | None = None, namespace: bytes = b"") -> Match:
         """What each source (of these instances) holds of a prompt, in tokens. A source that holds nothing at all, as
@@ -157,20 +157,19 @@ class FleetIndex:
         return best or self._walk(np.empty((0, 2), np.uint64), 1, instances)
 
     def _found(self, ids: Tokens, root: bytes, instances: Collection[str] | None) -> Iterator[Match]:
-        """What is held of a prompt, by block size. It is hashed piece by piece, as long as anybody holds all of it so
-        far: most of the time goes into that, and a prompt that is new to the fleet ends early.
+        """What is held of a prompt, by block size. What must be hashed is hashed piece by piece, as long as anybody holds
+        all of it so far: most of the time goes into that, and a prompt that is new to the fleet ends early.
         """
         for size in self._ledger.sizes:
-            seed, done, keys = root, 0, np.empty((0, 2), np.uint64)
-            blocks, piece = len(ids) // size, _PIECE
+            rows = rows_of(ids, size)
+            chain, done, most = new_chain(len(rows)), 0, _PIECE
             while True:
-                more = self._keys(seed, size, ids[size * done : size * min(blocks, done + piece)])
-                keys = np.concatenate([keys, more]) if done else more
-                found = self._walk(keys, size, instances)
-                done = len(keys)
-                if done == blocks or not (found.reach[:, -1] == size * done).any():
+                seed = chain.keys[done - 1 : done] if done else seed_of(root)
+                done = self._ledger.follow(chain, rows, done, seed, most)
+                found = self._walk(chain.keys[:done], size, instances)
+                if done == len(rows) or not (found.reach[:, -1] == size * done).any():
                     break
-                seed, piece = keys[-1].tobytes(), 8 * piece
+                most *= 8
             yield found
 
     def block_tokens(self, source: Source) -> int | None:
@@ -224,13 +223,13 @@ class FleetIndex:
                 self._counts["unknown"] += self._ledger.attach(source, hashes, int(event.tier))
         elif (root := self._root(source, event)) is None:
             self._miss("orphans", count)
-        elif (rows := rows_of(event)) is None:
+        elif (rows := rows_told(event)) is None:
             self._miss("malformed", count)
         elif any(one is not None for one in event.extra):
             keys = keys_with_extra(root, rows, event.extra)
             self._store(source, event, Chain(keys, np.zeros(len(keys), np.uint64)), hashes)
         else:
-            self._store(source, event, self._ledger.chain(root, rows), hashes)
+            self._store(source, event, self._chain(root, rows), hashes)
 
     def _stored_many(self, source: Source, many: StoredMany) -> None:
         """The same as each of the events by itself."""
@@ -249,11 +248,11 @@ class FleetIndex:
             self._counts["orphans"] += orphans
             self._counts["doubles"] += doubles
 
-    def _keys(self, root: bytes, block_tokens: int, ids: Tokens) -> Keys:
-        """Of the whole blocks of token ids [n] behind `root`."""
-        blocks = len(ids) // block_tokens
-        rows = ids[: blocks * block_tokens].reshape(blocks, block_tokens)
-        return self._ledger.chain(root, rows).keys
+    def _chain(self, root: bytes, rows: Tokens) -> Chain:
+        """Of blocks [n, tokens] behind `root`."""
+        chain = new_chain(len(rows))
+        self._ledger.follow(chain, rows, 0, seed_of(root), len(rows))
+        return chain
 
     def _store(self, source: Source, event: Stored, chain: Chain, hashes: Hashes) -> None:
         copies = event.copies and event.parent is not None

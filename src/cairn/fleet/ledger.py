@@ -114,17 +114,18 @@ class Ledger:
         names = sum(member.names.nbytes for member in self.members.values())
         return memory_of_blocks(self.blocks) + memory_of_sets(self.holders) + names
 
-    def chain(self, root: bytes, rows: Tokens) -> Chain:
-        """The keys behind `root` (16 bytes) of blocks [n, tokens]. Holds `lock`, now and then."""
-        chain = Chain(np.empty((len(rows), 2), np.uint64), np.empty(len(rows), np.uint64))
-        seed, done = np.frombuffer(root, np.uint64).reshape(1, 2).copy(), 0
-        while done < len(rows):
-            part = slice(done, done + _AT_ONCE)
+    def follow(self, chain: Chain, rows: Tokens, first: int, seed: Keys, most: int) -> int:
+        """Fills the chain from block `first` on, whose blocks are rows [n, tokens] and behind `seed` [1, 2] there, until
+        `most` have been hashed; returns where it ends. Holds `lock`, now and then.
+        """
+        while first < len(rows) and most > 0:
+            part = slice(first, first + _AT_ONCE)
             with self.lock:
                 rest = Chain(chain.keys[part], chain.links[part])
-                done += follow(self.blocks, seed, NONE, rows[part], rest, BATCH)
-            seed[0] = chain.keys[done - 1]
-        return chain
+                count, hashed = follow(self.blocks, seed, NONE, rows[part], rest, min(most, BATCH))
+            first, most = first + count, most - hashed
+            seed = chain.keys[first - 1 : first]
+        return first
 
     def key_of(self, source: Source, engine_hash: np.uint64) -> bytes | None:
         """The key of what the source calls so, 16 bytes."""

@@ -64,42 +64,65 @@ def _hash(seed: Keys, rows: Tokens, keys: Keys) -> None:
 
 
 @kernel
-def follow(blocks: Blocks, seed: Keys, slot: int, rows: Tokens, chain: Chain, most: int) -> int:
-    """chain[i] of the blocks rows[i] [tokens] behind `seed` [1, 2], until `most` have been hashed; returns how many
-    that are. slot: of the block before, if it is known, else NONE.
-
-    Behind a block whose link is not known others are likely to be like it: the more there were, the more are hashed in
-    one go. What was hashed and has a record gives it its link, where it stands in a row.
+def _known(blocks: Blocks, before: Keys, slot: int, rows: Tokens, at: int, chain: Chain) -> int:
+    """Goes on from block `at` behind `before` [1, 2] and `slot`, as far as the records in a row have the links; returns
+    how many that are, with `before` the key of the last.
     """
     records, seeds, keys, links = blocks.records, blocks.seeds, chain.keys, chain.links
-    before = seed.copy()
-    at, run, hashed = 0, 1, 0
-    while at < len(rows) and hashed < most:
-        link = _link(seeds, before[0, 0], before[0, 1], rows, at)
-        if link and slot + 1 < len(records) and records[slot + 1].link == link:  # right, whoever holds the block
-            slot += 1
-            before[0, 0] = keys[at, 0] = records[slot].key0
-            before[0, 1] = keys[at, 1] = records[slot].key1
-            links[at] = link
-            at, run = at + 1, 1
-            continue
-        stop = min(at + run, len(rows))
-        _hash(before, rows[at:stop], keys[at:stop])
-        for i in range(at, stop):
-            links[i] = _link(seeds, before[0, 0], before[0, 1], rows, i)
-            before[0, 0], before[0, 1] = keys[i, 0], keys[i, 1]
-            slot = _next(blocks, slot, before, i + 1 == stop)
-            if slot != NONE:
-                records[slot].link = links[i]
-        hashed += stop - at
-        at, run = stop, min(2 * run, _LONGEST)
-    return at
+    key0, key1, first = before[0, 0], before[0, 1], at
+    while at < len(rows) and slot + 1 < len(records):
+        link = _link(seeds, key0, key1, rows, at)
+        if not link or records[slot + 1].link != link:
+            break
+        slot += 1
+        key0, key1 = records[slot].key0, records[slot].key1  # right, whoever holds the block
+        keys[at, 0], keys[at, 1], links[at] = key0, key1, link
+        at += 1
+    before[0, 0], before[0, 1] = key0, key1
+    return at - first
 
 
 @kernel
-def _next(blocks: Blocks, slot: int, key: Keys, anywhere: bool) -> int:
-    """The record of a key [1, 2]: the one behind `slot`, or, if `anywhere`, one that the table has; else NONE."""
-    there = slot + 1 < len(blocks.records)
-    if there and blocks.records[slot + 1].key0 == key[0, 0] and blocks.records[slot + 1].key1 == key[0, 1]:
-        return slot + 1
-    return table_find(blocks.table, blocks.records, key[0, 0], key[0, 1]) if anywhere else NONE
+def _hashed(blocks: Blocks, before: Keys, slot: int, rows: Tokens, at: int, stop: int, chain: Chain) -> int:
+    """Hashes blocks from `at` to `stop`, and gives those their link that have a record, where they stand in a row from
+    the one behind `slot` on. Returns the record of the last, NONE if it has none, with `before` its key.
+    """
+    records, seeds, keys, links = blocks.records, blocks.seeds, chain.keys, chain.links
+    _hash(before, rows[at:stop], keys[at:stop])
+    key0, key1 = before[0, 0], before[0, 1]
+    for i in range(at, stop):
+        links[i] = link = _link(seeds, key0, key1, rows, i)
+        key0, key1 = keys[i, 0], keys[i, 1]
+        slot += 1
+        if slot < len(records) and records[slot].key0 == key0 and records[slot].key1 == key1:
+            records[slot].link = link
+        else:
+            slot = NONE
+    before[0, 0], before[0, 1] = key0, key1
+    if slot == NONE:
+        slot = table_find(blocks.table, records, key0, key1)
+        if slot != NONE:
+            records[slot].link = links[stop - 1]
+    return slot
+
+
+@kernel
+def follow(blocks: Blocks, seed: Keys, slot: int, rows: Tokens, chain: Chain, most: int) -> tuple[int, int]:
+    """chain[i] of the blocks rows[i] [tokens] behind `seed` [1, 2], until `most` have been hashed; returns how many
+    there are, and how many were hashed. slot: of the block before, if it is known, else NONE.
+
+    Behind a block whose link is not known others are likely to be like it: the more there were, the more are hashed in
+    one go.
+    """
+    before = seed.copy()
+    at, run, hashed = 0, 1, 0
+    while at < len(rows) and hashed < most:
+        known = _known(blocks, before, slot, rows, at, chain)
+        if known:
+            at, slot, run = at + known, slot + known, 1
+            continue
+        stop = min(at + run, len(rows), at + most - hashed)
+        slot = _hashed(blocks, before, slot, rows, at, stop, chain)
+        hashed += stop - at
+        at, run = stop, min(2 * run, _LONGEST)
+    return at, hashed
