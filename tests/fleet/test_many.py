@@ -30,7 +30,9 @@ def together(events: Sequence[Stored]) -> StoredMany:
     stops = np.cumsum([len(event.hashes) for event in events])
     told = [(event.parent or 0, event.parent is None, stop) for event, stop in zip(events, stops, strict=True)]
     tokens = np.concatenate([np.array(event.tokens, np.uint32) for event in events])
-    return StoredMany(names, np.array(told, np.uint64), tokens.reshape(-1, first.block_tokens), first.tier, first.copies)
+    return StoredMany(
+        names, np.array(told, np.uint64), tokens.reshape(-1, first.block_tokens), first.tier, first.copies
+    )
 
 
 @st.composite
@@ -50,7 +52,9 @@ def some_events(draw: Any) -> list[Stored]:
         names = [draw(st.sampled_from([name, name, name, name, name + 1, 500])) for name in usual]
         parent = None if not first else draw(st.sampled_from([usual[first - 1]] * 4 + [usual[0], 999]))
         found.append(
-            Stored(tuple(names[first:stop]), parent, list(tokens[first * size : stop * size]), size, tier, b"", (), copies)
+            Stored(
+                tuple(names[first:stop]), parent, list(tokens[first * size : stop * size]), size, tier, b"", (), copies
+            )
         )
     return found
 

@@ -14,7 +14,19 @@ import numpy.typing as npt
 
 from cairn.fleet.base import Tier
 from cairn.fleet.holders import EMPTY, TIERS, Holders, Words, join, release, tiers_of, turned
-from cairn.fleet.names import Hashes, Names, SlotIds, add_copy, add_name, delete_name, drop_copy, expect_name, find_name, move_name, slot_at
+from cairn.fleet.names import (
+    Hashes,
+    Names,
+    SlotIds,
+    add_copy,
+    add_name,
+    delete_name,
+    drop_copy,
+    expect_name,
+    find_name,
+    move_name,
+    slot_at,
+)
 from cairn.index.slots import NONE
 from cairn.index.table import Table, new_table, table_delete, table_expect, table_find, table_insert
 from cairn.jit import kernel

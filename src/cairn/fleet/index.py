@@ -1,7 +1,7 @@
 """The global block index: events in, and who holds how much of a prompt out."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -137,7 +137,9 @@ class FleetIndex:
         namespace: as events tell it, see `Stored`.
         """
         ids = as_tokens(tokens)
-        return tuple(Hashed(size, self._chain(root_of(namespace), rows_of(ids, size)).keys) for size in self._ledger.sizes)
+        return tuple(
+            Hashed(size, self._chain(root_of(namespace), rows_of(ids, size)).keys) for size in self._ledger.sizes
+        )
 
     def match(self, prompt: Any, instances: Collection[str] | None = None, namespace: bytes = b"") -> Match:
         """What each source (of these instances) holds of a prompt, in tokens. A source that holds nothing at all, as
@@ -146,31 +148,54 @@ class FleetIndex:
         prompt: token ids [n], under `namespace`; or what `hashed` gave; or a KeyChain, which must be rooted at
         `root_of(namespace)`: sources of other block sizes then hold nothing. Raises InputError for what are no tokens.
         """
-        best: Match | None = None
         ready = as_hashed(prompt)
-        walks = (self._walk(keys, size, instances) for size, keys in ready)
-        for found in walks if ready else self._found(as_tokens(prompt), root_of(namespace), instances):
-            if best is None or best.sources != found.sources:  # a source came or went meanwhile: the later is right
-                best = found
-            else:
-                best = Match(found.sources, np.maximum(best.tokens, found.tokens), np.maximum(best.reach, found.reach))
-        return best or self._walk(np.empty((0, 2), np.uint64), 1, instances)
+        if ready:
+            return self._together([self._walk(keys, size, instances) for size, keys in ready])
+        return self.look_up(prompt, instances, namespace)[0]
 
-    def _found(self, ids: Tokens, root: bytes, instances: Collection[str] | None) -> Iterator[Match]:
-        """What is held of a prompt, by block size. What must be hashed is hashed piece by piece, as long as anybody holds
-        all of it so far: most of the time goes into that, and a prompt that is new to the fleet ends early.
+    def look_up(
+        self,
+        tokens: Any,
+        instances: Collection[str] | None = None,
+        namespace: bytes = b"",
+        beyond: Callable[[Hashed], bool] | None = None,
+    ) -> tuple[Match, tuple[Hashed, ...]]:
+        """What `match` says of token ids [n], and their keys, by block size, as far as they were needed for it.
+
+        What must be hashed is hashed piece by piece, as long as anybody holds all of it so far: most of the time goes
+        into that, and a prompt that is new to the fleet ends early. beyond: says of a prompt's beginning, which nobody
+        holds, that it is wanted all the same. Raises InputError.
         """
-        for size in self._ledger.sizes:
-            rows = rows_of(ids, size)
-            chain, done, most = new_chain(len(rows)), 0, _PIECE
-            while True:
-                seed = chain.keys[done - 1 : done] if done else seed_of(root)
-                done = self._ledger.follow(chain, rows, done, seed, most)
-                found = self._walk(chain.keys[:done], size, instances)
-                if done == len(rows) or not (found.reach[:, -1] == size * done).any():
-                    break
-                most *= 8
-            yield found
+        ids, root = as_tokens(tokens), root_of(namespace)
+        found = [self._look_up(rows_of(ids, size), root, instances, beyond) for size in self._ledger.sizes]
+        return self._together([match for match, _ in found]), tuple(hashed for _, hashed in found)
+
+    def _look_up(
+        self, rows: Tokens, root: bytes, instances: Collection[str] | None, beyond: Callable[[Hashed], bool] | None
+    ) -> tuple[Match, Hashed]:
+        """In one block size, of blocks [n, tokens]."""
+        size, chain, done, most = rows.shape[1], new_chain(len(rows)), 0, _PIECE
+        while True:
+            seed = chain.keys[done - 1 : done] if done else seed_of(root)
+            done = self._ledger.follow(chain, rows, done, seed, most)
+            hashed = Hashed(size, chain.keys[:done])
+            found = self._walk(hashed.keys, size, instances)
+            wanted = (found.reach[:, -1] == size * done).any() or (beyond is not None and done and beyond(hashed))
+            if done == len(rows) or not wanted:
+                return found, hashed
+            most *= 8
+
+    def _together(self, found: Sequence[Match]) -> Match:
+        """The most that each source holds in any block size."""
+        if not found:
+            return self._walk(np.empty((0, 2), np.uint64), 1, ())
+        best = found[0]
+        for one in found[1:]:
+            if best.sources != one.sources:  # a source came or went meanwhile: the later is right
+                best = one
+            else:
+                best = Match(one.sources, np.maximum(best.tokens, one.tokens), np.maximum(best.reach, one.reach))
+        return best
 
     def block_tokens(self, source: Source) -> int | None:
         """The smallest block size that a source uses; None while it holds nothing."""
@@ -257,9 +282,7 @@ class FleetIndex:
     def _store(self, source: Source, event: Stored, chain: Chain, hashes: Hashes) -> None:
         copies = event.copies and event.parent is not None
         with self._ledger.writers:
-            doubles = self._ledger.store(
-                source, event.block_tokens, chain, hashes, int(event.tier), copies=copies
-            )
+            doubles = self._ledger.store(source, event.block_tokens, chain, hashes, int(event.tier), copies=copies)
             if doubles is None:
                 self._counts["malformed"] += len(hashes)
             else:

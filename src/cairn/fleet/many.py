@@ -90,9 +90,7 @@ def store_many(
         counted = count
         if copies:
             counted = _first_of(told, event + 1) - at if told[event, 1] else 0
-        new, double, missed, done = store(
-            blocks, holders, names, part, hashes[at:end], source, tier, counted, True
-        )
+        new, double, missed, done = store(blocks, holders, names, part, hashes[at:end], source, tier, counted, True)
         added += new
         refused += double
         uncounted += missed
