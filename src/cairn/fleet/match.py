@@ -16,7 +16,7 @@ from cairn.fleet.blocks import Blocks, is_block
 from cairn.fleet.holders import EMPTY, TIERS, Holders, Words
 from cairn.index.slots import NONE
 from cairn.index.table import table_find
-from cairn.jit import kernel
+from cairn.jit import kernel, trailing_zeros
 from cairn.kv import Keys
 
 Counts = npt.NDArray[np.int64]
@@ -29,23 +29,10 @@ _NOBODY = np.uint64(0)
 
 
 @kernel
-def _lowest(bits: np.uint64) -> int:
-    """The place of the lowest bit set, of which there must be one."""
-    at = 0
-    while not bits & np.uint64(0xFF):
-        bits >>= np.uint64(8)
-        at += 8
-    while not bits & _ONE:
-        bits >>= _ONE
-        at += 1
-    return at
-
-
-@kernel
 def _end(ended: npt.NDArray[np.int32], plane: int, word: int, bits: np.uint64, block: int) -> None:
     """For these sources the plane ends before `block`."""
     while bits:
-        ended[plane, 64 * word + _lowest(bits)] = block
+        ended[plane, 64 * word + trailing_zeros(bits)] = block
         bits &= bits - _ONE
 
 

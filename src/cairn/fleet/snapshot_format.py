@@ -20,7 +20,7 @@ import xxhash
 
 from cairn.codec.seal import HEADER_LIMIT, seal, unseal
 from cairn.errors import StorageError
-from cairn.fleet.base import Source, Stored, Tier
+from cairn.fleet.base import Source, Tier
 from cairn.fleet.chains import keys_with_extra, root_of
 from cairn.fleet.copying import PIECE, Piece
 from cairn.fleet.metrics import WarmStarted
