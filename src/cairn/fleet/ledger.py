@@ -115,8 +115,8 @@ class Ledger:
         return memory_of_blocks(self.blocks) + memory_of_sets(self.holders) + names
 
     def follow(self, chain: Chain, rows: Tokens, first: int, seed: Keys, most: int) -> int:
-        """Fills a chain of blocks [n, tokens] from block `first` on, behind the key `seed` [1, 2], until `most` have been
-        hashed; returns where it ends. Takes `lock` for each part.
+        """Fills a chain of blocks [n, tokens] from `first` on, behind the key `seed` [1, 2], until `most` are hashed;
+        returns where it ends. Takes `lock` for each part.
         """
         while first < len(rows) and most > 0:
             part = slice(first, first + _AT_ONCE)

@@ -1,4 +1,4 @@
-"""What one source calls its blocks: engine hash -> block and its copies, in 12 bytes an entry at a load of 68 to 85 %.
+"""What one source calls its blocks: engine hash -> block and its copies, in 12 bytes an entry at a load of 57 to 85 %.
 
 A table of its own for each source, because engines of different seeds call the same block differently, and because a
 source that dies must cost only what it held. Its size is no power of two: doubling would leave half of what is the
@@ -32,7 +32,7 @@ MOST_COPIES = 15
 
 _SLOT, _COPY = np.uint32((1 << SLOT_BITS) - 1), np.uint32(1 << SLOT_BITS)
 
-FULL, GROWN = 0.85, 0.68
+FULL, GROWN = 0.85, 0.57
 _LEAST = 16
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
