@@ -9,7 +9,8 @@ import pytest
 
 from cairn.errors import InputError
 from cairn.fleet import Cleared, FleetIndex, Removed, Source, Stored, Tier
-from cairn.fleet.chains import hashes_of, root_of
+from cairn.fleet.chains import root_of
+from cairn.fleet.names import hashes_of
 from cairn.kv import KeyChain
 
 from .test_model import check

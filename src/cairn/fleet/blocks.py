@@ -13,22 +13,19 @@ import numpy as np
 import numpy.typing as npt
 
 from cairn.fleet.base import Tier
-from cairn.fleet.holders import EMPTY, TIERS, Holders, Words, join, release, tiers_of, turned
+from cairn.fleet.holders import EMPTY, TIERS, Holders, Words, release, tiers_of, turned
 from cairn.fleet.names import (
     Hashes,
     Names,
     SlotIds,
-    add_copy,
-    add_name,
     delete_name,
     drop_copy,
-    expect_name,
     find_name,
     move_name,
     slot_at,
 )
 from cairn.index.slots import NONE
-from cairn.index.table import Table, new_table, table_delete, table_expect, table_find, table_insert
+from cairn.index.table import Table, new_table, table_delete, table_find, table_insert
 from cairn.jit import kernel
 from cairn.kv import Keys
 
@@ -39,7 +36,7 @@ _BLOCK = np.dtype(
     [
         ("key0", np.uint64),
         ("key1", np.uint64),
-        ("link", np.uint64),  # what its key was made of, see `cairn.fleet.links`; 0: not known
+        ("link", np.uint64),  # what its key was made of, see `cairn.fleet.chains`; 0: not known
         ("holders", np.int32),
         ("used", np.uint8),  # since the clock's hand last came by
         ("state", np.uint8),
@@ -52,9 +49,6 @@ ALL_TIERS = (1 << TIERS) - 1
 COPIED = 1 << Tier.VRAM
 """The tier in which a source may hold a block in several copies, of which each is told of when it comes and goes."""
 
-#: Blocks whose entries are fetched at once: one after the other, each would wait for memory.
-_AHEAD = 32
-
 _FREE_COUNT, _FRESH, _HAND = 0, 1, 2
 
 #: Tokens of the longest blocks that have links. Longer ones are so few that hashing their chain costs little.
@@ -62,7 +56,7 @@ LINKED_TOKENS = 256
 
 
 class Chain(NamedTuple):
-    """Consecutive blocks of a prompt: keys [n, 2], and links [n], what each key was made of (`cairn.fleet.links`)."""
+    """Consecutive blocks of a prompt: keys [n, 2], and links [n], what each key was made of (`cairn.fleet.chains`)."""
 
     keys: Keys
     links: Hashes
@@ -75,8 +69,7 @@ def new_chain(count: int) -> Chain:
 
 class Blocks(NamedTuple):
     """records [capacity], touched as they are used. free, tally: records to use again, how many, the first never used,
-    and where the clock's hand stands. seeds [2, 6 + LINKED_TOKENS]: secret numbers that
-    links are digested by.
+    and where the clock's hand stands. seeds [2, 6 + LINKED_TOKENS]: secret numbers that links are digested by.
     """
 
     records: npt.NDArray[np.void]
@@ -128,7 +121,15 @@ def is_block(records: npt.NDArray[np.void], slot: int, key0: np.uint64, key1: np
 
 
 @kernel
-def _take(blocks: Blocks, key0: np.uint64, key1: np.uint64, link: np.uint64) -> int:
+def find_block(records: npt.NDArray[np.void], table: Table, last: int, key0: np.uint64, key1: np.uint64) -> int:
+    """The record of the block behind that of `last` (NONE: not known) in a chain, or NONE."""
+    if is_block(records, last + 1, key0, key1):
+        return last + 1
+    return table_find(table, records, key0, key1)
+
+
+@kernel
+def take(blocks: Blocks, key0: np.uint64, key1: np.uint64, link: np.uint64) -> int:
     """A record for a key that has none."""
     if blocks.tally[_FREE_COUNT]:
         blocks.tally[_FREE_COUNT] -= 1
@@ -164,77 +165,11 @@ def _turn(blocks: Blocks, holders: Holders, slot: int, source: int, flips: int) 
 
 
 @kernel
-def _lose(blocks: Blocks, holders: Holders, names: Names, at: int, source: int) -> None:
+def lose(blocks: Blocks, holders: Holders, names: Names, at: int, source: int) -> None:
     """The source does not hold what it calls so any more, in any tier, nor calls anything so."""
     slot = slot_at(names, at)
     _turn(blocks, holders, slot, source, tiers_of(holders.rows, blocks.records[slot].holders, source))
     delete_name(names, at)
-
-
-@kernel
-def store(
-    blocks: Blocks,
-    holders: Holders,
-    names: Names,
-    chain: Chain,
-    hashes: Hashes,
-    source: int,
-    tier: int,
-    copies: int,
-    wary: bool,
-) -> tuple[int, int, int, int]:
-    """`source` holds the chain's blocks in `tier` and calls them hashes[i]; returns how many names are new, how many
-    not taken, how many copies not counted, and how many blocks were looked at: all, or, if `wary`, up to the first name
-    that is not taken.
-
-    A second name for what the source holds already is not taken: one removal could not undo both. Where a name meant
-    another block so far, the source holds that one no more. Blocks from `copies` on that are held in `tier` under this
-    name are one more copy. There must be room for as many records and names and for twice as many sets.
-    """
-    keys = chain.keys
-    added, refused, uncounted, slot = 0, 0, 0, NONE
-    before, after = NONE, NONE  # what became of the last block's set: a prompt's blocks mostly have the same
-    for i in range(len(hashes)):
-        if i % _AHEAD == 0:
-            for next_one in range(i, min(i + _AHEAD, len(hashes))):
-                expect_name(names, hashes[next_one])
-                table_expect(blocks.table, keys[next_one, 0])
-        at = find_name(names, hashes[i])
-        slot += 1
-        if not is_block(blocks.records, slot, keys[i, 0], keys[i, 1]):
-            slot = table_find(blocks.table, blocks.records, keys[i, 0], keys[i, 1])
-        known = at != NONE and slot_at(names, at) == slot
-        if slot == NONE:
-            slot = _take(blocks, keys[i, 0], keys[i, 1], chain.links[i])
-        elif not known and tiers_of(holders.rows, blocks.records[slot].holders, source):
-            refused += 1
-            if at != NONE:
-                _lose(blocks, holders, names, at, source)
-                added -= 1
-                before = NONE
-            if wary:
-                return added, refused, uncounted, i + 1
-            continue
-        else:
-            blocks.records[slot].used = 1
-        if not known:
-            if at != NONE:
-                _lose(blocks, holders, names, at, source)
-                added -= 1
-                before = NONE
-            add_name(names, hashes[i], slot)
-            added += 1
-        held = blocks.records[slot].holders
-        if held == before:
-            join(holders, held, after)
-        else:
-            before = after = held
-            if not tiers_of(holders.rows, held, source) >> tier & 1:
-                after = turned(holders, held, source, 1 << tier)
-        blocks.records[slot].holders = after
-        if after == held and i >= copies and not add_copy(names, at):
-            uncounted += 1
-    return added, refused, uncounted, len(hashes)
 
 
 @kernel
@@ -251,39 +186,6 @@ def attach(blocks: Blocks, holders: Holders, names: Names, hashes: Hashes, sourc
         if not tiers_of(holders.rows, held, source) >> tier & 1:
             blocks.records[slot].holders = turned(holders, held, source, 1 << tier)
     return unknown
-
-
-@kernel
-def restore(
-    blocks: Blocks,
-    holders: Holders,
-    names: Names,
-    keys: Keys,
-    hashes: Hashes,
-    tiers: npt.NDArray[np.uint8],
-    source: int,
-) -> int:
-    """`source` holds keys[i] in tiers[i] (bits, not 0) and calls it hashes[i]; returns how many names are new. Blocks
-    that are new get records in this order. Room as for `store`, and for twice as many sets.
-    """
-    added, first = 0, 0
-    links = np.zeros(len(keys), np.uint64)
-    while first < len(keys):
-        stop = first + 1
-        while stop < len(keys) and tiers[stop] == tiers[first]:
-            stop += 1
-        begun = False
-        for tier in range(TIERS):
-            if not tiers[first] >> tier & 1:
-                continue
-            if begun:
-                attach(blocks, holders, names, hashes[first:stop], source, tier)
-            else:
-                chain, part = Chain(keys[first:stop], links[first:stop]), hashes[first:stop]
-                added += store(blocks, holders, names, chain, part, source, tier, len(part), False)[0]
-                begun = True
-        first = stop
-    return added
 
 
 @kernel

@@ -9,10 +9,10 @@ import msgspec
 
 from cairn.fleet.base import Cleared, Event, Removed, Stored, StoredMany, Tier
 from cairn.fleet.metrics import FleetMetrics, Skip
+from cairn.fleet.msgpack import parse_tokens
 from cairn.fleet.plain import ANY_TIER, CLEARED, OTHER, REMOVED
 from cairn.fleet.scan import Scan, scan
 from cairn.fleet.separation import ExtraKeysError, namespace_digest, separate
-from cairn.fleet.tokens import parse_tokens
 from cairn.fleet.wire import (
     KNOWN,
     MAX_PAYLOAD,

@@ -9,13 +9,12 @@ import numpy as np
 from cairn.errors import InputError
 from cairn.fleet.base import Cleared, Event, Removed, Source, Stored, StoredMany
 from cairn.fleet.blocks import ALL_TIERS, Chain, new_chain, taken
-from cairn.fleet.chains import as_hashed, hash_of, hashes_of, keys_with_extra, root_of, rows_of, rows_told, seed_of
+from cairn.fleet.chains import Hashed, as_hashed, keys_with_extra, root_of, rows_of, rows_told, seed_of
 from cairn.fleet.copying import Piece, SourceCopy
 from cairn.fleet.holders import sets_used
 from cairn.fleet.ledger import Ledger
-from cairn.fleet.links import Hashed
 from cairn.fleet.match import PLANES, Match, planes_of, walk
-from cairn.fleet.names import SLOT_BITS, Hashes
+from cairn.fleet.names import SLOT_BITS, Hashes, hash_of, hashes_of
 from cairn.kv import Keys, as_tokens
 from cairn.kv.keys import Tokens
 
@@ -52,7 +51,7 @@ class FleetIndex:
 
     capacity: distinct blocks at most; worker_blocks: pairs of block and source at most. Beyond either those go that
     have been stored, and asked for, the longest ago. sources: at most so many at a time, of 8 block sizes together;
-    events of others are not taken in. Memory: about 53 bytes a distinct block and 16 a worker-block, and 32 bytes per
+    events of others are not taken in. Memory: about 53 bytes a distinct block and 17 a worker-block, and 32 bytes per
     64 sources for each different set of holders, of which there are at most as many as blocks.
 
     Thread-safe. Events of one source must come from one thread at a time, in order; those of several may come at once.

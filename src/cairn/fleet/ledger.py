@@ -22,19 +22,17 @@ from cairn.fleet.blocks import (
     memory_of_blocks,
     new_blocks,
     remove,
-    restore,
-    store,
     sweep,
     taken,
     with_table,
     withdraw,
 )
+from cairn.fleet.chains import follow
 from cairn.fleet.copying import Piece, SourceCopy
 from cairn.fleet.fair import FairLock
 from cairn.fleet.holders import TIERS, memory_of_sets, new_holders, sets_left, widened
-from cairn.fleet.links import follow
-from cairn.fleet.many import BLOCK, CURSOR_WORDS, store_many
 from cairn.fleet.names import FULL, Hashes, Names, copy_names, find_name, has_room, new_names, slot_at
+from cairn.fleet.storing import BLOCK, CURSOR_WORDS, restore, store, store_many
 from cairn.index.slots import NONE
 from cairn.kv import Keys
 from cairn.kv.keys import Tokens

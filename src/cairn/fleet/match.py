@@ -12,10 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cairn.fleet.base import Source, Tier
-from cairn.fleet.blocks import Blocks, is_block
+from cairn.fleet.blocks import Blocks, find_block
 from cairn.fleet.holders import EMPTY, TIERS, Holders, Words
 from cairn.index.slots import NONE
-from cairn.index.table import table_find
 from cairn.jit import kernel, trailing_zeros
 from cairn.kv import Keys
 
@@ -70,9 +69,7 @@ def walk(blocks: Blocks, holders: Holders, keys: Keys, live: Words, ended: npt.N
     records, table = blocks.records, blocks.table
     last, slot = NONE, NONE
     for i in range(len(keys)):
-        slot += 1
-        if not is_block(records, slot, keys[i, 0], keys[i, 1]):
-            slot = table_find(table, records, keys[i, 0], keys[i, 1])
+        slot = find_block(records, table, slot, keys[i, 0], keys[i, 1])
         one = records[slot].holders if slot != NONE else EMPTY
         if one != last:
             if not _narrow(holders, one, live, ended, i):

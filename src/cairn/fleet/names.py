@@ -7,11 +7,16 @@ bulk of the fleet's memory empty. Not thread-safe; the index's writers take turn
 Copies are counted in the entry itself, so that they end with the name, whatever ends it.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
 from cairn.index.slots import NONE
 from cairn.jit import kernel, prefetch
+
+#: What an engine calls a block.
+EngineHash = bytes | int
 
 Hashes = npt.NDArray[np.uint64]
 SlotIds = npt.NDArray[np.int32]
@@ -35,8 +40,43 @@ _SLOT, _COPY = np.uint32((1 << SLOT_BITS) - 1), np.uint32(1 << SLOT_BITS)
 FULL, GROWN = 0.85, 0.57
 _LEAST = 16
 
+_MASK = (1 << 64) - 1
+_SHORTEST = 8
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _32 = np.uint64(32)
+
+
+def hashes_of(hashes: Sequence[EngineHash]) -> Hashes | None:
+    """Names [n] for a source's own table: 64 bits of each hash, the last ones as vLLM shortens it; None: no hashes."""
+    try:
+        return _words(hashes)
+    except TypeError:
+        return None
+
+
+def _words(hashes: Sequence[EngineHash]) -> Hashes:
+    kinds = set(map(type, hashes))
+    if kinds == {int}:
+        try:
+            return np.array(hashes, np.uint64)
+        except OverflowError:  # signed, or of more than 64 bits
+            return np.array([one & _MASK for one in hashes], np.uint64)  # type: ignore[operator]
+    if kinds == {bytes}:
+        lengths = set(map(len, hashes))  # type: ignore[arg-type]
+        if len(lengths) == 1 and (length := lengths.pop()) >= _SHORTEST:
+            rows = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, length)  # type: ignore[arg-type]
+            return np.ascontiguousarray(rows[:, -8:]).view(">u8").reshape(-1).astype(np.uint64)
+    return np.array([_word(one) for one in hashes], np.uint64)
+
+
+def hash_of(one: EngineHash) -> np.uint64:
+    """The name of one block, as in `hashes_of`. Raises TypeError for what is no hash."""
+    return np.uint64(_word(one))
+
+
+def _word(one: EngineHash) -> int:
+    return int.from_bytes(one[-8:], "big") if isinstance(one, bytes) else one & _MASK
 
 
 def new_names(count: int, load: float = GROWN) -> Names:

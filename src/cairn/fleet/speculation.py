@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from cairn.errors import InputError
 from cairn.fleet.base import Source
-from cairn.fleet.links import Hashed
+from cairn.fleet.chains import Hashed
 from cairn.jit import kernel
 from cairn.kv import Keys
 

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from cairn.fleet import Cleared, FleetIndex, Removed, Source, Stored, Tier
 from cairn.fleet.base import StoredMany, singly
-from cairn.fleet.chains import hashes_of
-from cairn.fleet.names import SLOT_BITS
+from cairn.fleet.names import SLOT_BITS, hashes_of
 
 from .test_index import prompt
 from .test_model import check
