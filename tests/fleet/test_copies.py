@@ -1,6 +1,7 @@
 """Copies of a block against a multiset: an engine's pool, in which blocks lie several times, told of over the wire."""
 
 from collections import Counter
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -62,9 +63,11 @@ def leading(names: list[int], counts: Counter[int]) -> int:
     return SIZE * next((i for i, name in enumerate(names) if not counts[name]), len(names))
 
 
-stores = st.tuples(st.just("store"), st.integers(0, 1), st.integers(0, 4), st.integers(1, 3), st.booleans())
+firsts = st.sampled_from([0, 0, 0, 1, 2, 3, 4])
+stores = st.tuples(st.just("store"), st.integers(0, 1), firsts, st.integers(1, 5), st.booleans())
 evictions = st.tuples(st.just("evict"), st.sampled_from(NAMES[0] + NAMES[1]))
-stories = st.lists(st.one_of(stores, stores, stores, evictions, evictions, st.just(("clear",))), max_size=60)
+turns = st.tuples(stores, stores, evictions, evictions).map(list)
+stories = st.lists(turns | st.just([("clear",)]), min_size=3, max_size=20).map(lambda parts: [*chain(*parts)])
 
 
 @settings(max_examples=150, deadline=None)
