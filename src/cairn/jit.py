@@ -75,6 +75,10 @@ def _storing(bits: int) -> Any:
     return generate
 
 
+def _count_zeros(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
+    return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 0))
+
+
 def _fetch(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
     """Codegen: to be read, into every level of the cache."""
     word = ir.IntType(32)
@@ -112,6 +116,12 @@ def store_half(typingctx: Any, address: Any, value: Any) -> Any:
 def store_word(typingctx: Any, address: Any, value: Any) -> Any:
     """Writes a uint64."""
     return types.void(types.int64, types.uint64), _storing(64)
+
+
+@intrinsic
+def trailing_zeros(typingctx: Any, word: Any) -> Any:
+    """How many bits of a uint64 are 0 below the lowest that is 1, as an int64; 64 for 0."""
+    return types.int64(types.uint64), _count_zeros
 
 
 @intrinsic

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cairn.fleet.base import Cleared, Removed, Stored
 from cairn.fleet.events import Decoder
 from cairn.fleet.metrics import FleetMetrics
-from cairn.fleet.tokens import parse_tokens
+from cairn.fleet.msgpack import parse_tokens
 from tests.fleet.wire_events import FIELDS, cleared, encode, removed, stored
 
 VALID = [

@@ -9,8 +9,8 @@ import pytest
 
 from cairn.errors import InputError
 from cairn.fleet import Cleared, FleetIndex, Removed, Source, Stored, Tier
-from cairn.fleet.chains import hashes_of, root_of
-from cairn.fleet.links import Links
+from cairn.fleet.chains import root_of
+from cairn.fleet.names import hashes_of
 from cairn.kv import KeyChain
 
 from .test_model import check
@@ -65,15 +65,36 @@ def test_a_chain_finds_what_its_tokens_find() -> None:
         index.match([-1])
 
 
-@pytest.mark.parametrize("room", [4, 64, 1 << 12])
-def test_links_remembered_or_not_give_the_chain_s_keys(room: int) -> None:
-    links = Links(room)
-    for seed in (1, 2, 1, 3, 1):
-        for root in (bytes(16), bytes(range(16))):
+@pytest.mark.parametrize("capacity", [16, 100, 1 << 12])
+def test_keys_from_records_are_the_chain_s(capacity: int) -> None:
+    """What is read off the index's blocks, held, evicted or overwritten, equals what is hashed."""
+    index = FleetIndex(capacity)
+    for turn, seed in enumerate((1, 2, 1, 3, 1, 2)):
+        for namespace in (bytes(16), bytes(range(16))):
             tokens = np.concatenate([prompt(seed % 2, 40), prompt(seed, 100)])
-            assert (links.hashed(root, 4, tokens).keys == KeyChain(root, 4, tokens).keys).all()
-            with links._busy:  # in use elsewhere
-                assert (links.hashed(root, 4, tokens).keys == KeyChain(root, 4, tokens).keys).all()
+            names = tuple(range(140 * seed, 140 * seed + 140))
+            index.apply(A, [Stored(names, None, tokens.tolist(), 4, Tier.VRAM, namespace, ())])
+            if turn % 2:
+                index.apply(A, [Removed(names[seed * 20 :: 2], None, None)])
+            (found,) = index.hashed(tokens, namespace)
+            assert (found.keys == KeyChain(namespace, 4, tokens).keys).all()
+            assert (index.hashed(tokens[::-1], namespace)[0].keys == KeyChain(namespace, 4, tokens[::-1]).keys).all()
+
+
+def test_a_restored_block_learns_its_link_when_it_is_asked_for() -> None:
+    index, other, tokens = FleetIndex(), FleetIndex(), prompt(1, 300)
+    index.apply(A, [stored(tokens)])
+    copy = index.copy(A)
+    assert copy is not None
+    assert index.cut(A, copy)
+    assert other.restore(A, copy.sizes, copy.count, held_back=False)
+    for piece in copy.pieces():
+        other.fill(A, piece)
+    records = other._ledger.blocks.records
+    assert not records["link"].any()
+    for _ in range(2):
+        assert (other.hashed(tokens)[0].keys == KeyChain(root_of(b""), 4, tokens).keys).all()
+        assert np.count_nonzero(records["link"]) == 300
 
 
 def test_hashes_in_every_form() -> None:
@@ -224,13 +245,15 @@ def test_a_prompt_is_hashed_as_far_as_it_is_held(held_blocks: int, monkeypatch: 
     index.apply(B, [stored(prompt(2, 1))])
     if held_blocks:
         index.apply(A, [stored(tokens[: 4 * held_blocks])])
-    plain = index._links.hashed
+    plain = index._ledger.follow
 
-    def counted(root: bytes, size: int, ids: Any) -> Any:
-        hashed.append(len(ids) // size)
-        return plain(root, size, ids)
+    def counted(chain: Any, rows: Any, first: int, seed: Any, most: int) -> int:
+        hashed.append(plain(chain, rows, first, seed, most) - first)
+        return first + hashed[-1]
 
-    monkeypatch.setattr(index._links, "hashed", counted)
+    monkeypatch.setattr(index._ledger, "follow", counted)
     assert held(index, A, tokens) == 4 * held_blocks
-    assert sum(hashed) == (512 if held_blocks < 512 else 4608 if held_blocks < 4608 else 6000)
+    # The first is not behind a record; all others that are held are known.
+    beyond = 512 + held_blocks - (held_blocks > 0)
+    assert sum(hashed) == min(6000, beyond)
     assert held(index, A, index.hashed(tokens)) == 4 * held_blocks

@@ -11,6 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from cairn.fleet import Cleared, Event, FleetIndex, Removed, Source, Stored, Tier
 from cairn.fleet.blocks import LIVE
 from cairn.fleet.holders import tiers_of
+from cairn.fleet.names import slot_at
+from cairn.index.slots import NONE
 
 from .model import Model, blocks_of
 
@@ -66,6 +68,7 @@ class Fleet(RuleBasedStateMachine):
         namespace=st.sampled_from(NAMESPACES),
         picture=st.sampled_from([None, None, None, None, 0, 2]),
         double=st.booleans(),
+        copies=st.booleans(),
     )
     def store(
         self,
@@ -77,6 +80,7 @@ class Fleet(RuleBasedStateMachine):
         namespace: bytes,
         picture: int | None,
         double: bool,
+        copies: bool,
     ) -> None:
         count = len(tokens) // size
         if first >= count:
@@ -91,6 +95,7 @@ class Fleet(RuleBasedStateMachine):
             tier,
             namespace,
             extra[first:] if picture is not None else (),
+            copies,
         )
         self.say(source, event)
 
@@ -173,7 +178,7 @@ def check(index: FleetIndex) -> None:
     live = {i for i in range(len(records)) if records[i]["state"] == LIVE}
     by_source = {}
     for source, member in ledger.members.items():
-        named = [int(entry) - 1 for entry in member.names["next"] if entry]
+        named = [slot for at in range(len(member.names)) if (slot := slot_at(member.names, at)) != NONE]
         assert len(named) == len(set(named)) == member.count
         by_source[source] = set(named)
         held = {slot for slot in live if tiers_of(holders.rows, int(records[slot]["holders"]), member.number)}

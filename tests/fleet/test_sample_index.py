@@ -122,7 +122,7 @@ def test_what_is_held_after_each_message(messages: list[Message], asked: dict[st
         check(index)
         stats = index.stats()
         assert (stats.blocks, stats.worker_blocks, stats.sources) == (held, held, 1)
-        assert stats[5:] == (0, 0, 0, 0, 0)  # nothing evicted, nothing that could not be used
+        assert not any(stats[5:])  # nothing evicted, nothing that could not be used
 
 
 @pytest.mark.parametrize("lost", range(13))

@@ -9,9 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cairn.fleet.base import Event, Removed, Stored, StoredMany, Tier, singly
-from cairn.fleet.chains import hash_of
 from cairn.fleet.events import Decoder
 from cairn.fleet.metrics import FleetMetrics
+from cairn.fleet.names import hash_of
 from cairn.fleet.scan import scan
 from tests.fleet.test_fuzz import VALID, values
 from tests.fleet.wire_events import FIELDS, cleared, encode, removed, stored

@@ -106,3 +106,14 @@ def test_a_table_that_overflows_forgets_and_invents_nothing() -> None:
 def test_refuses_what_makes_no_sense(seconds: float, room: int) -> None:
     with pytest.raises(InputError):
         Speculation(seconds, room=room)
+
+
+def test_a_prompt_is_hashed_as_far_as_it_was_routed() -> None:
+    """In pieces of 512 blocks and more; what nobody holds or was sent is not hashed beyond the first."""
+    index, speculation = fleet(), Speculation(clock=Clock())
+    tokens = np.random.default_rng(1).integers(10, 1000, 60_000)
+    speculation.routed(A, index.hashed(tokens[:50_000]))
+    for prompt, expected, hashed in ((tokens, 50_000, 6000), (tokens[:40_000], 40_000, 4000), (tokens[1:], 0, 512)):
+        assert score(index, prompt, [A, B], speculation=speculation)[A].tokens[Tier.VRAM] == expected
+        (keys,) = index.look_up(prompt, beyond=lambda begun: speculation.covers([A], begun))[1]
+        assert len(keys.keys) == hashed

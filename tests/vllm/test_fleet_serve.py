@@ -70,7 +70,7 @@ class Fleet:
     def __init__(self, engines: Sequence[Engine]) -> None:
         self.index = FleetIndex()
         self.pools = {engine.source: engine.pool for engine in engines}
-        self.compared = self.exact = self.short = self.part = 0
+        self.compared = self.part = 0
         self._fences = random.Random("fences")
 
     def apply(self, source: Source, events: Sequence[Event]) -> None:
@@ -91,20 +91,15 @@ class Fleet:
         await until(lambda: self.held(engine, fence) == BLOCK, "the events of the last question")
 
     async def compare(self, engine: Engine, asked: Sequence[list[int]]) -> None:
-        """What the index says of each prompt, and then what the engine really finds of it: never less, and more only by
-        what stands in two copies.
-        """
+        """What the index says of each prompt is what the engine really finds of it."""
         for prompt in asked:
             await self.all_told(engine)
             most = (len(prompt) - 1) // BLOCK * BLOCK  # the last token is always computed
-            told, (real, believed) = self.held(engine, prompt), engine.pool.held(prompt, BLOCK)
+            told, real = self.held(engine, prompt), engine.pool.held(prompt, BLOCK)
             hit = await engine.ask(prompt)
-            assert told == believed
             assert hit == min(real, most)
-            assert min(told, most) <= hit
+            assert told == real
             self.compared += 1
-            self.exact += min(told, most) == hit
-            self.short += min(told, most) < hit
             self.part += 0 < hit < most
 
 
@@ -149,9 +144,8 @@ async def follow(a: Engine, b: Engine) -> None:
         assert (a.pool.drops, b.pool.drops) == (1, 0)
         assert subscriber.metrics.fleet_skipped_events.value() == 0
     assert fleet.compared > 80
-    assert fleet.exact + fleet.short == fleet.compared
     assert fleet.part > fleet.compared // 5, "too few prompts that were held in part"
-    assert fleet.exact > fleet.compared * 4 // 5, f"{fleet.short} of {fleet.compared} short, by {a.pool.twins} twins"
+    assert a.pool.twins + b.pool.twins > 0, "no block in two copies"
 
 
 async def both(fleet: Fleet, a: Engine, b: Engine, asked: Sequence[list[int]]) -> None:

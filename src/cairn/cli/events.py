@@ -97,8 +97,7 @@ def show_recording(file: _File, as_json: _Json = False) -> None:
     Example:
       cairn events show events.kv
     """
-    from cairn.fleet.recording import Recording
-    from cairn.fleet.summary import summarize
+    from cairn.fleet.recording import Recording, summarize
 
     show(summarize(Recording(file)), title=f"cairn events show {file}", as_json=as_json)
 

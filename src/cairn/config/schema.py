@@ -253,7 +253,7 @@ class Index(Section):
         default={}, description="Model name: directory of its tokenizer, or its name on Hugging Face's hub."
     )
     weights: Worths = Worths()
-    blocks: int = Field(default=1 << 22, ge=1, lt=1 << 31, description="Distinct blocks known at most.")
+    blocks: int = Field(default=1 << 22, ge=1, lt=1 << 28, description="Distinct blocks known at most.")
     worker_blocks: int = Field(
         default=1 << 27, ge=1, lt=1 << 31, description="Pairs of a block and an instance that holds it, at most."
     )

@@ -34,7 +34,9 @@ class Stored(msgspec.Struct, frozen=True):
     says that blocks told before are in this tier too (block_tokens may be 0 then). namespace: 16 bytes over what
     separates whole prompts (LoRA, salt), b"" for none (`cairn.fleet.separation.namespace_digest`). A block with a
     parent inherits the parent's: vLLM names the salt with a prompt's first block only. extra: by block, 16 bytes over
-    content beyond the tokens (pictures, prompt embeddings) or None; or empty: None for each.
+    content beyond the tokens (pictures, prompt embeddings) or None; or empty: None for each. copies: where the event
+    has a parent, those of its blocks that stand in VRAM already stand there once more, and are removed once more
+    (vLLM does not merge equal blocks, and repeats from a prompt's start on what it reuses); False: only told again.
     """
 
     hashes: tuple[bytes | int, ...]
@@ -44,6 +46,7 @@ class Stored(msgspec.Struct, frozen=True):
     tier: Tier
     namespace: bytes
     extra: tuple[bytes | None, ...]
+    copies: bool = True
 
 
 class Removed(msgspec.Struct, frozen=True):
@@ -65,12 +68,14 @@ class StoredMany(NamedTuple):
 
     hashes [blocks]: the engine's names, the last 64 bits of each. told [events, 3]: the parent's name, whether the
     event begins a prompt instead (1 or 0), and which block comes behind its last. tokens [blocks, block_tokens].
+    copies: see `Stored`.
     """
 
     hashes: npt.NDArray[np.uint64]
     told: npt.NDArray[np.uint64]
     tokens: npt.NDArray[np.uint32]
     tier: Tier
+    copies: bool = True
 
     def each(self) -> Iterator[Stored]:
         """The events one by one."""
@@ -78,14 +83,14 @@ class StoredMany(NamedTuple):
         for parent, begins, stop in self.told.tolist():
             hashes = tuple(self.hashes[first:stop].tolist())
             tokens = self.tokens[first:stop].reshape(-1).data
-            yield Stored(hashes, None if begins else parent, tokens, size, self.tier, b"", ())
+            yield Stored(hashes, None if begins else parent, tokens, size, self.tier, b"", (), self.copies)
             first = stop
 
     def behind(self, events: int) -> "StoredMany":
         """Without the first `events`, of which there must be more."""
         blocks = self.told[events - 1, 2] if events else np.uint64(0)
         told = self.told[events:] - np.array([0, 0, blocks], np.uint64)
-        return StoredMany(self.hashes[int(blocks) :], told, self.tokens[int(blocks) :], self.tier)
+        return self._replace(hashes=self.hashes[int(blocks) :], told=told, tokens=self.tokens[int(blocks) :])
 
 
 Event = Stored | Removed | Cleared

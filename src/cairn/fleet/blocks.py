@@ -1,20 +1,31 @@
 """The fleet's blocks: key -> who holds it; and what events do to them, as kernels.
 
-A block is one record of 24 bytes for all sources together, found through a table of 8 bytes an entry. Between events
+A block is one record of 32 bytes for all sources together, found through a table of 8 bytes an entry. Between events
 these hold: a record that can be found is held by somebody; and a source has exactly one name for each block that it
 holds, and no name for others. So a record whose last holder leaves is free at once, and no name can lead to what took
 its place. Eviction breaks the second until the names of the dead are swept, and keeps their records back till then.
 """
 
+import secrets
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from cairn.fleet.holders import EMPTY, TIERS, Holders, Words, join, release, tiers_of, turned
-from cairn.fleet.names import Hashes, Names, SlotIds, add_name, delete_name, expect_name, find_name, slot_at
+from cairn.fleet.base import Tier
+from cairn.fleet.holders import EMPTY, TIERS, Holders, Words, release, tiers_of, turned
+from cairn.fleet.names import (
+    Hashes,
+    Names,
+    SlotIds,
+    delete_name,
+    drop_copy,
+    find_name,
+    move_name,
+    slot_at,
+)
 from cairn.index.slots import NONE
-from cairn.index.table import Table, new_table, table_delete, table_expect, table_find, table_insert
+from cairn.index.table import Table, new_table, table_delete, table_find, table_insert
 from cairn.jit import kernel
 from cairn.kv import Keys
 
@@ -25,37 +36,54 @@ _BLOCK = np.dtype(
     [
         ("key0", np.uint64),
         ("key1", np.uint64),
+        ("link", np.uint64),  # what its key was made of, see `cairn.fleet.chains`; 0: not known
         ("holders", np.int32),
         ("used", np.uint8),  # since the clock's hand last came by
         ("state", np.uint8),
         ("pad", np.uint16),
     ]
 )
-assert _BLOCK.itemsize == 24
+assert _BLOCK.itemsize == 32
 
 ALL_TIERS = (1 << TIERS) - 1
-
-#: Blocks whose entries are fetched at once: one after the other, each would wait for memory.
-_AHEAD = 32
+COPIED = 1 << Tier.VRAM
+"""The tier in which a source may hold a block in several copies, of which each is told of when it comes and goes."""
 
 _FREE_COUNT, _FRESH, _HAND = 0, 1, 2
+
+#: Tokens of the longest blocks that have links. Longer ones are so few that hashing their chain costs little.
+LINKED_TOKENS = 256
+
+
+class Chain(NamedTuple):
+    """Consecutive blocks of a prompt: keys [n, 2], and links [n], what each key was made of (`cairn.fleet.chains`)."""
+
+    keys: Keys
+    links: Hashes
+
+
+def new_chain(count: int) -> Chain:
+    """Room for `count` blocks, whose links are not known."""
+    return Chain(np.empty((count, 2), np.uint64), np.zeros(count, np.uint64))
 
 
 class Blocks(NamedTuple):
     """records [capacity], touched as they are used. free, tally: records to use again, how many, the first never used,
-    and where the clock's hand stands.
+    and where the clock's hand stands. seeds [2, 6 + LINKED_TOKENS]: secret numbers that links are digested by.
     """
 
     records: npt.NDArray[np.void]
     table: Table
     free: SlotIds
     tally: npt.NDArray[np.int64]
+    seeds: Words
 
 
 def new_blocks(capacity: int, expected: int) -> Blocks:
     """Room for `capacity` records and a table for `expected` of them."""
-    records = np.zeros(capacity, _BLOCK)
-    return Blocks(records, new_table(expected), np.empty(capacity, np.int32), np.zeros(3, np.int64))
+    records, free = np.zeros(capacity, _BLOCK), np.empty(capacity, np.int32)
+    seeds = np.frombuffer(secrets.token_bytes(16 * (6 + LINKED_TOKENS)), np.uint64).reshape(2, -1).copy()
+    return Blocks(records, new_table(expected), free, np.zeros(3, np.int64), seeds)
 
 
 def with_table(blocks: Blocks, expected: int) -> Blocks:
@@ -93,7 +121,15 @@ def is_block(records: npt.NDArray[np.void], slot: int, key0: np.uint64, key1: np
 
 
 @kernel
-def _take(blocks: Blocks, key0: np.uint64, key1: np.uint64) -> int:
+def find_block(records: npt.NDArray[np.void], table: Table, last: int, key0: np.uint64, key1: np.uint64) -> int:
+    """The record of the block behind that of `last` (NONE: not known) in a chain, or NONE."""
+    if is_block(records, last + 1, key0, key1):
+        return last + 1
+    return table_find(table, records, key0, key1)
+
+
+@kernel
+def take(blocks: Blocks, key0: np.uint64, key1: np.uint64, link: np.uint64) -> int:
     """A record for a key that has none."""
     if blocks.tally[_FREE_COUNT]:
         blocks.tally[_FREE_COUNT] -= 1
@@ -103,6 +139,7 @@ def _take(blocks: Blocks, key0: np.uint64, key1: np.uint64) -> int:
         blocks.tally[_FRESH] += 1
     blocks.records[slot].key0 = key0
     blocks.records[slot].key1 = key1
+    blocks.records[slot].link = link
     blocks.records[slot].holders = EMPTY
     blocks.records[slot].used = 0
     blocks.records[slot].state = LIVE
@@ -128,65 +165,11 @@ def _turn(blocks: Blocks, holders: Holders, slot: int, source: int, flips: int) 
 
 
 @kernel
-def _lose(blocks: Blocks, holders: Holders, names: Names, at: int, source: int) -> None:
+def lose(blocks: Blocks, holders: Holders, names: Names, at: int, source: int) -> None:
     """The source does not hold what it calls so any more, in any tier, nor calls anything so."""
     slot = slot_at(names, at)
     _turn(blocks, holders, slot, source, tiers_of(holders.rows, blocks.records[slot].holders, source))
     delete_name(names, at)
-
-
-@kernel
-def store(
-    blocks: Blocks, holders: Holders, names: Names, keys: Keys, hashes: Hashes, source: int, tier: int, wary: bool
-) -> tuple[int, int, int]:
-    """`source` holds keys[i] in `tier` and calls it hashes[i]; returns how many names are new, how many not taken, and
-    how many blocks were looked at: all, or, if `wary`, up to the first name that is not taken.
-
-    A second name for what the source holds already is not taken: one removal could not undo both. Where a name meant
-    another block so far, the source holds that one no more. There must be room for len(keys) records and names and for
-    twice as many sets.
-    """
-    added, refused, slot = 0, 0, NONE
-    before, after = NONE, NONE  # what became of the last block's set: a prompt's blocks mostly have the same
-    for i in range(len(keys)):
-        if i % _AHEAD == 0:
-            for next_one in range(i, min(i + _AHEAD, len(keys))):
-                expect_name(names, hashes[next_one])
-                table_expect(blocks.table, keys[next_one, 0])
-        at = find_name(names, hashes[i])
-        slot += 1
-        if not is_block(blocks.records, slot, keys[i, 0], keys[i, 1]):
-            slot = table_find(blocks.table, blocks.records, keys[i, 0], keys[i, 1])
-        known = at != NONE and slot_at(names, at) == slot
-        if slot == NONE:
-            slot = _take(blocks, keys[i, 0], keys[i, 1])
-        elif not known and tiers_of(holders.rows, blocks.records[slot].holders, source):
-            refused += 1
-            if at != NONE:
-                _lose(blocks, holders, names, at, source)
-                added -= 1
-                before = NONE
-            if wary:
-                return added, refused, i + 1
-            continue
-        else:
-            blocks.records[slot].used = 1
-        if not known:
-            if at != NONE:
-                _lose(blocks, holders, names, at, source)
-                added -= 1
-                before = NONE
-            add_name(names, hashes[i], slot)
-            added += 1
-        held = blocks.records[slot].holders
-        if held == before:
-            join(holders, held, after)
-        else:
-            before = after = held
-            if not tiers_of(holders.rows, held, source) >> tier & 1:
-                after = turned(holders, held, source, 1 << tier)
-        blocks.records[slot].holders = after
-    return added, refused, len(keys)
 
 
 @kernel
@@ -206,40 +189,9 @@ def attach(blocks: Blocks, holders: Holders, names: Names, hashes: Hashes, sourc
 
 
 @kernel
-def restore(
-    blocks: Blocks,
-    holders: Holders,
-    names: Names,
-    keys: Keys,
-    hashes: Hashes,
-    tiers: npt.NDArray[np.uint8],
-    source: int,
-) -> int:
-    """`source` holds keys[i] in tiers[i] (bits, not 0) and calls it hashes[i]; returns how many names are new. Blocks
-    that are new get records in this order. Room as for `store`, and for twice as many sets.
-    """
-    added, first = 0, 0
-    while first < len(keys):
-        stop = first + 1
-        while stop < len(keys) and tiers[stop] == tiers[first]:
-            stop += 1
-        begun = False
-        for tier in range(TIERS):
-            if not tiers[first] >> tier & 1:
-                continue
-            if begun:
-                attach(blocks, holders, names, hashes[first:stop], source, tier)
-            else:
-                added += store(blocks, holders, names, keys[first:stop], hashes[first:stop], source, tier, False)[0]
-                begun = True
-        first = stop
-    return added
-
-
-@kernel
 def remove(blocks: Blocks, holders: Holders, names: Names, hashes: Hashes, source: int, tiers: int) -> tuple[int, int]:
-    """`source` holds no more in `tiers` (bits) what it calls so. Returns how many names are gone by it, and how many
-    said nothing: unknown, or not held there. Room for as many sets.
+    """`source` holds no more in `tiers` (bits) what it calls so; in COPIED alone, one copy less of it. Returns how many
+    names are gone by it, and how many said nothing: unknown, or not held there. Room for as many sets.
     """
     gone, unknown = 0, 0
     for i in range(len(hashes)):
@@ -251,6 +203,8 @@ def remove(blocks: Blocks, holders: Holders, names: Names, hashes: Hashes, sourc
         held = tiers_of(holders.rows, blocks.records[slot].holders, source)
         if not held & tiers:
             unknown += 1
+            continue
+        if tiers == COPIED and drop_copy(names, at):
             continue
         _turn(blocks, holders, slot, source, held & tiers)
         if not held & ~tiers:
@@ -304,13 +258,15 @@ def sweep(blocks: Blocks, names: Names, kept: Names) -> int:
     for at in range(len(names)):
         slot = slot_at(names, at)
         if slot != NONE and blocks.records[slot].state == LIVE:
-            add_name(kept, names[at].hash, slot)
+            move_name(names, at, kept)
             count += 1
     return count
 
 
 @kernel
 def bury(blocks: Blocks, victims: SlotIds) -> None:
-    """The records of evicted blocks, to which no name leads any more, are free."""
-    for i in range(len(victims)):
+    """The records of evicted blocks, to which no name leads any more, are free; the last given is the first taken, so
+    that new chains lie in a row again.
+    """
+    for i in range(len(victims) - 1, -1, -1):
         _give(blocks, victims[i])

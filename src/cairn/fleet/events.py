@@ -9,10 +9,10 @@ import msgspec
 
 from cairn.fleet.base import Cleared, Event, Removed, Stored, StoredMany, Tier
 from cairn.fleet.metrics import FleetMetrics, Skip
+from cairn.fleet.msgpack import parse_tokens
 from cairn.fleet.plain import ANY_TIER, CLEARED, OTHER, REMOVED
 from cairn.fleet.scan import Scan, scan
 from cairn.fleet.separation import ExtraKeysError, namespace_digest, separate
-from cairn.fleet.tokens import parse_tokens
 from cairn.fleet.wire import (
     KNOWN,
     MAX_PAYLOAD,
@@ -81,12 +81,13 @@ class Decoder:
     with it, and what a window or a state leaves behind says nothing about a prefix.
 
     many: plain events come as `StoredMany` and merged `Removed`, straight from the bytes (`cairn.fleet.scan`). They say
-    the same.
+    the same. copies: what `Stored` and `StoredMany` say.
     """
 
-    def __init__(self, metrics: FleetMetrics, *, many: bool = False) -> None:
+    def __init__(self, metrics: FleetMetrics, *, many: bool = False, copies: bool = True) -> None:
         self._metrics = metrics
         self._many = many
+        self._copies = copies
         self._decoders: tuple[_Decode, _Decode] = (decode_maps, decode_arrays)
         self._full: dict[int, bool] = {}
         self._main: int | None = None
@@ -144,7 +145,7 @@ class Decoder:
                 events.append(Removed(tuple(hashes.tolist()), None if tier == ANY_TIER else Tier(tier), None))
             else:
                 tokens = scanned.tokens[token : token + size * len(hashes)].reshape(-1, size)
-                events.append(StoredMany(hashes, scanned.told[first:stop], tokens, Tier(tier)))
+                events.append(StoredMany(hashes, scanned.told[first:stop], tokens, Tier(tier), self._copies))
         return Batch(_TIME.unpack_from(scanned.packed, 2)[0], scanned.rank, events, count)
 
     def _typed(self, payload: bytes) -> MapBatch | ArrayBatch:
@@ -199,7 +200,8 @@ class Decoder:
         self._check_group(wire.group_idx, wire.kv_cache_spec_kind)
         tokens = _tokens(wire, blocks)
         namespace, extra = _separation(wire, blocks)
-        return Stored(wire.block_hashes, wire.parent_block_hash, tokens, wire.block_size, tier, namespace, extra)
+        names, parent = wire.block_hashes, wire.parent_block_hash
+        return Stored(names, parent, tokens, wire.block_size, tier, namespace, extra, self._copies)
 
     def _removed(self, wire: WireRemoved) -> Removed:
         if not wire.block_hashes:

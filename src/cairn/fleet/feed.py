@@ -28,8 +28,7 @@ from cairn.observe.log import log_once
 
 logger = logging.getLogger(__name__)
 
-#: Messages, and bytes, between two looks at the event loop. Feeds that keep step hash the same links at about the same
-#: time (`cairn.fleet.links`).
+#: Messages, and bytes, between two looks at the event loop.
 _ROUND: Final = 256
 _ROUND_BYTES: Final = 1 << 17
 

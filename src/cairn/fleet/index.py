@@ -1,31 +1,28 @@
 """The global block index: events in, and who holds how much of a prompt out."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cairn.errors import InputError
 from cairn.fleet.base import Cleared, Event, Removed, Source, Stored, StoredMany
-from cairn.fleet.blocks import ALL_TIERS, taken
-from cairn.fleet.chains import as_hashed, hash_of, hashes_of, keys_of, root_of
+from cairn.fleet.blocks import ALL_TIERS, Chain, new_chain, taken
+from cairn.fleet.chains import Hashed, as_hashed, keys_with_extra, root_of, rows_of, rows_told, seed_of
 from cairn.fleet.copying import Piece, SourceCopy
 from cairn.fleet.holders import sets_used
 from cairn.fleet.ledger import Ledger
-from cairn.fleet.links import Hashed, Links, leaves_of
 from cairn.fleet.match import PLANES, Match, planes_of, walk
-from cairn.fleet.names import Hashes
+from cairn.fleet.names import SLOT_BITS, Hashes, hash_of, hashes_of
 from cairn.kv import Keys, as_tokens
 from cairn.kv.keys import Tokens
-
-_LINKS = 1 << 14
 
 #: Blocks that are hashed before anybody is asked whether he holds them; eight times as many each time after.
 _PIECE = 512
 
 #: Where prompts without a namespace begin, [1, 2].
-_ROOT = np.frombuffer(root_of(b""), np.uint64).reshape(1, 2).copy()
+_ROOT = seed_of(root_of(b""))
 
 
 class Stats(NamedTuple):
@@ -33,7 +30,7 @@ class Stats(NamedTuple):
     holders; sources; bytes: memory in use. Since the start, in blocks: evicted; orphans: stored behind a parent that
     the source does not hold; unknown: named in removals and tokenless events but not held; malformed: of events that
     contradict themselves, or of one source or block size too many; doubles: stored by a source that held them under
-    another name.
+    another name; uncounted: copies beyond those that are counted, which count as gone too early.
     """
 
     blocks: int
@@ -46,6 +43,7 @@ class Stats(NamedTuple):
     unknown: int
     malformed: int
     doubles: int
+    uncounted: int
 
 
 class FleetIndex:
@@ -53,7 +51,7 @@ class FleetIndex:
 
     capacity: distinct blocks at most; worker_blocks: pairs of block and source at most. Beyond either those go that
     have been stored, and asked for, the longest ago. sources: at most so many at a time, of 8 block sizes together;
-    events of others are not taken in. Memory: about 45 bytes a distinct block and 16 a worker-block, and 32 bytes per
+    events of others are not taken in. Memory: about 53 bytes a distinct block and 17 a worker-block, and 32 bytes per
     64 sources for each different set of holders, of which there are at most as many as blocks.
 
     Thread-safe. Events of one source must come from one thread at a time, in order; those of several may come at once.
@@ -64,11 +62,11 @@ class FleetIndex:
     takes_many = True
 
     def __init__(self, capacity: int = 1 << 22, *, worker_blocks: int = 1 << 27, sources: int = 1 << 14) -> None:
-        for name, value in (("capacity", capacity), ("worker_blocks", worker_blocks), ("sources", sources)):
-            if not 1 <= value < 1 << 31:
-                raise InputError(f"{name}={value}: must be in [1, 2**31)")
+        bounds = (("capacity", capacity, SLOT_BITS), ("worker_blocks", worker_blocks, 31), ("sources", sources, 31))
+        for name, value, bits in bounds:
+            if not 1 <= value < 1 << bits:
+                raise InputError(f"{name}={value}: must be in [1, 2**{bits})")
         self._ledger = Ledger(capacity, worker_blocks, sources)
-        self._links = Links(min(_LINKS, 1 << (capacity + 3).bit_length()))
         self._counts: Counter[str] = Counter()
 
     def apply(self, source: Source, events: Iterable[Event | StoredMany]) -> None:
@@ -138,7 +136,9 @@ class FleetIndex:
         namespace: as events tell it, see `Stored`.
         """
         ids = as_tokens(tokens)
-        return tuple(self._links.hashed(root_of(namespace), size, ids) for size in self._ledger.sizes)
+        return tuple(
+            Hashed(size, self._chain(root_of(namespace), rows_of(ids, size)).keys) for size in self._ledger.sizes
+        )
 
     def match(self, prompt: Any, instances: Collection[str] | None = None, namespace: bytes = b"") -> Match:
         """What each source (of these instances) holds of a prompt, in tokens. A source that holds nothing at all, as
@@ -147,32 +147,54 @@ class FleetIndex:
         prompt: token ids [n], under `namespace`; or what `hashed` gave; or a KeyChain, which must be rooted at
         `root_of(namespace)`: sources of other block sizes then hold nothing. Raises InputError for what are no tokens.
         """
-        best: Match | None = None
         ready = as_hashed(prompt)
-        walks = (self._walk(keys, size, instances) for size, keys in ready)
-        for found in walks if ready else self._found(as_tokens(prompt), root_of(namespace), instances):
-            if best is None or best.sources != found.sources:  # a source came or went meanwhile: the later is right
-                best = found
-            else:
-                best = Match(found.sources, np.maximum(best.tokens, found.tokens), np.maximum(best.reach, found.reach))
-        return best or self._walk(np.empty((0, 2), np.uint64), 1, instances)
+        if ready:
+            return self._together([self._walk(keys, size, instances) for size, keys in ready])
+        return self.look_up(prompt, instances, namespace)[0]
 
-    def _found(self, ids: Tokens, root: bytes, instances: Collection[str] | None) -> Iterator[Match]:
-        """What is held of a prompt, by block size. It is hashed piece by piece, as long as anybody holds all of it so
-        far: most of the time goes into that, and a prompt that is new to the fleet ends early.
+    def look_up(
+        self,
+        tokens: Any,
+        instances: Collection[str] | None = None,
+        namespace: bytes = b"",
+        beyond: Callable[[Hashed], bool] | None = None,
+    ) -> tuple[Match, tuple[Hashed, ...]]:
+        """What `match` says of token ids [n], and their keys, by block size, as far as they were needed for it.
+
+        What must be hashed is hashed piece by piece, as long as anybody holds all of it so far: most of the time goes
+        into that, and a prompt that is new to the fleet ends early. beyond: says of a prompt's beginning, which nobody
+        holds, that it is wanted all the same. Raises InputError.
         """
-        for size in self._ledger.sizes:
-            seed, done, keys = root, 0, np.empty((0, 2), np.uint64)
-            blocks, piece = len(ids) // size, _PIECE
-            while True:
-                more = self._links.hashed(seed, size, ids[size * done : size * min(blocks, done + piece)]).keys
-                keys = np.concatenate([keys, more]) if done else more
-                found = self._walk(keys, size, instances)
-                done = len(keys)
-                if done == blocks or not (found.reach[:, -1] == size * done).any():
-                    break
-                seed, piece = keys[-1].tobytes(), 8 * piece
-            yield found
+        ids, root = as_tokens(tokens), root_of(namespace)
+        found = [self._look_up(rows_of(ids, size), root, instances, beyond) for size in self._ledger.sizes]
+        return self._together([match for match, _ in found]), tuple(hashed for _, hashed in found)
+
+    def _look_up(
+        self, rows: Tokens, root: bytes, instances: Collection[str] | None, beyond: Callable[[Hashed], bool] | None
+    ) -> tuple[Match, Hashed]:
+        """In one block size, of blocks [n, tokens]."""
+        size, chain, done, most = rows.shape[1], new_chain(len(rows)), 0, _PIECE
+        while True:
+            seed = chain.keys[done - 1 : done] if done else seed_of(root)
+            done = self._ledger.follow(chain, rows, done, seed, most)
+            hashed = Hashed(size, chain.keys[:done])
+            found = self._walk(hashed.keys, size, instances)
+            wanted = (found.reach[:, -1] == size * done).any() or (beyond is not None and done and beyond(hashed))
+            if done == len(rows) or not wanted:
+                return found, hashed
+            most *= 8
+
+    def _together(self, found: Sequence[Match]) -> Match:
+        """The most that each source holds in any block size."""
+        if not found:
+            return self._walk(np.empty((0, 2), np.uint64), 1, ())
+        best = found[0]
+        for one in found[1:]:
+            if best.sources != one.sources:  # a source came or went meanwhile: the later is right
+                best = one
+            else:
+                best = Match(one.sources, np.maximum(best.tokens, one.tokens), np.maximum(best.reach, one.reach))
+        return best
 
     def block_tokens(self, source: Source) -> int | None:
         """The smallest block size that a source uses; None while it holds nothing."""
@@ -193,12 +215,13 @@ class FleetIndex:
                 worker_blocks=ledger.named,
                 sets=sets_used(ledger.holders),
                 sources=len(ledger.members),
-                bytes=ledger.nbytes + self._links.nbytes,
+                bytes=ledger.nbytes,
                 evicted=ledger.evicted,
                 orphans=self._counts["orphans"],
                 unknown=self._counts["unknown"],
                 malformed=self._counts["malformed"],
                 doubles=self._counts["doubles"],
+                uncounted=ledger.uncounted,
             )
 
     def _walk(self, keys: Keys, block_tokens: int, instances: Collection[str] | None) -> Match:
@@ -224,10 +247,13 @@ class FleetIndex:
                 self._counts["unknown"] += self._ledger.attach(source, hashes, int(event.tier))
         elif (root := self._root(source, event)) is None:
             self._miss("orphans", count)
-        elif (keys := keys_of(root, event, self._links)) is None:
+        elif (rows := rows_told(event)) is None:
             self._miss("malformed", count)
+        elif any(one is not None for one in event.extra):
+            keys = keys_with_extra(root, rows, event.extra)
+            self._store(source, event, Chain(keys, np.zeros(len(keys), np.uint64)), hashes)
         else:
-            self._store(source, event, keys, hashes)
+            self._store(source, event, self._chain(root, rows), hashes)
 
     def _stored_many(self, source: Source, many: StoredMany) -> None:
         """The same as each of the events by itself."""
@@ -241,15 +267,21 @@ class FleetIndex:
         if singles == len(many.told):
             return
         rest = many.behind(singles) if singles else many
-        leaves = leaves_of(rest.tokens)
         with self._ledger.writers:
-            orphans, doubles = self._ledger.store_many(source, rest, leaves, _ROOT, self._links)
+            orphans, doubles = self._ledger.store_many(source, rest, _ROOT)
             self._counts["orphans"] += orphans
             self._counts["doubles"] += doubles
 
-    def _store(self, source: Source, event: Stored, keys: Keys, hashes: Hashes) -> None:
+    def _chain(self, root: bytes, rows: Tokens) -> Chain:
+        """Of blocks [n, tokens] behind `root`."""
+        chain = new_chain(len(rows))
+        self._ledger.follow(chain, rows, 0, seed_of(root), len(rows))
+        return chain
+
+    def _store(self, source: Source, event: Stored, chain: Chain, hashes: Hashes) -> None:
+        copies = event.copies and event.parent is not None
         with self._ledger.writers:
-            doubles = self._ledger.store(source, event.block_tokens, keys, hashes, int(event.tier))
+            doubles = self._ledger.store(source, event.block_tokens, chain, hashes, int(event.tier), copies=copies)
             if doubles is None:
                 self._counts["malformed"] += len(hashes)
             else:

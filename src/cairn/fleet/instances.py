@@ -16,7 +16,8 @@ class Instance(NamedTuple):
     endpoint: where it publishes. replay: where its ROUTER is; None: gaps cannot be filled. bind: the publisher
     connects, so we must bind. vLLM's publisher binds only where its endpoint has a `*` or `::`, or is ipc or inproc;
     given `tcp://127.0.0.1:5557` it connects. rank: where batches do not tell theirs. topic: a prefix. model: what it
-    serves; "": not told. Blocks do not say whose model they are of.
+    serves; "": not told. Blocks do not say whose model they are of. copies: a block told again behind a parent is a
+    second one, and is removed twice, as vLLM's are (`cairn.fleet.Stored`); False: the engine only repeats itself.
     """
 
     name: str
@@ -26,27 +27,27 @@ class Instance(NamedTuple):
     rank: int = 0
     topic: str = ""
     model: str = ""
+    copies: bool = True
+
+
+_FORM = "NAME=ENDPOINT[,replay=ENDPOINT][,bind][,rank=N][,topic=TEXT][,model=NAME][,copies=no]"
+_OPTIONS = frozenset({"replay", "bind", "rank", "topic", "model", "copies"})
 
 
 def parse_instance(text: str) -> Instance:
     """An instance as command line and configuration write it: `NAME=ENDPOINT[,replay=ENDPOINT][,bind][,rank=N]
-    [,topic=TEXT][,model=NAME]`. Raises InputError.
+    [,topic=TEXT][,model=NAME][,copies=no]`. Raises InputError.
     """
     name, _, rest = text.partition("=")
     endpoint, *options = rest.split(",")
     given = dict(option.partition("=")[::2] for option in options)
-    rank, bind = given.get("rank", "0"), given.get("bind", "true")
+    rank, bind, copies = given.get("rank", "0"), given.get("bind", "true"), given.get("copies", "yes")
     usable = name.strip() and "://" in endpoint and len(given) == len(options) and given.keys() <= _OPTIONS
-    if not usable or bind not in ("", "true") or not (rank.isascii() and rank.isdigit()):
-        raise InputError(
-            f"instance {text!r}: must be NAME=ENDPOINT[,replay=ENDPOINT][,bind][,rank=N][,topic=TEXT][,model=NAME], "
-            "as in a=tcp://10.0.0.1:5557,replay=tcp://10.0.0.1:5558"
-        )
+    usable = usable and bind in ("", "true") and copies in ("yes", "no") and rank.isascii() and rank.isdigit()
+    if not usable:
+        raise InputError(f"instance {text!r}: must be {_FORM}, as in a=tcp://10.0.0.1:5557,replay=tcp://10.0.0.1:5558")
     replay, topic, model = given.get("replay") or None, given.get("topic", ""), given.get("model", "")
-    return Instance(name.strip(), endpoint, replay, "bind" in given, int(rank), topic, model)
-
-
-_OPTIONS = frozenset({"replay", "bind", "rank", "topic", "model"})
+    return Instance(name.strip(), endpoint, replay, "bind" in given, int(rank), topic, model, copies == "yes")
 
 
 class Followed(Protocol):

@@ -14,30 +14,34 @@ import numpy.typing as npt
 
 from cairn.fleet.base import Source, StoredMany
 from cairn.fleet.blocks import (
+    COPIED,
+    Chain,
     attach,
     bury,
     kill,
     memory_of_blocks,
     new_blocks,
     remove,
-    restore,
-    store,
     sweep,
     taken,
     with_table,
     withdraw,
 )
+from cairn.fleet.chains import follow
 from cairn.fleet.copying import Piece, SourceCopy
 from cairn.fleet.fair import FairLock
 from cairn.fleet.holders import TIERS, memory_of_sets, new_holders, sets_left, widened
-from cairn.fleet.links import Links
-from cairn.fleet.many import BLOCK, CURSOR_WORDS, store_many
 from cairn.fleet.names import FULL, Hashes, Names, copy_names, find_name, has_room, new_names, slot_at
+from cairn.fleet.storing import BLOCK, CURSOR_WORDS, restore, store, store_many
 from cairn.index.slots import NONE
 from cairn.kv import Keys
+from cairn.kv.keys import Tokens
 
-#: Blocks changed under one hold of the lock: a tenth of a millisecond.
+#: Blocks changed, or hashed, under one hold of the lock: a tenth of a millisecond.
 BATCH = 512
+
+#: Blocks whose keys are looked for under one hold of the lock, where hardly one has to be hashed.
+_AT_ONCE = 1 << 13
 
 _EXPECTED, _SETS, _ALIKE = 4096, 256, 1 << 16
 _MOST_SIZES = 8
@@ -90,6 +94,7 @@ class Ledger:
         self.sizes: tuple[int, ...] = ()
         self.named = 0
         self.evicted = 0
+        self.uncounted = 0
 
     @property
     def limits(self) -> tuple[int, int]:
@@ -107,6 +112,19 @@ class Ledger:
         names = sum(member.names.nbytes for member in self.members.values())
         return memory_of_blocks(self.blocks) + memory_of_sets(self.holders) + names
 
+    def follow(self, chain: Chain, rows: Tokens, first: int, seed: Keys, most: int) -> int:
+        """Fills a chain of blocks [n, tokens] from `first` on, behind the key `seed` [1, 2], until `most` are hashed;
+        returns where it ends. Takes `lock` for each part.
+        """
+        while first < len(rows) and most > 0:
+            part = slice(first, first + _AT_ONCE)
+            with self.lock:
+                rest = Chain(chain.keys[part], chain.links[part])
+                count, hashed = follow(self.blocks, seed, NONE, rows[part], rest, min(most, BATCH))
+            first, most = first + count, most - hashed
+            seed = chain.keys[first - 1 : first]
+        return first
+
     def key_of(self, source: Source, engine_hash: np.uint64) -> bytes | None:
         """The key of what the source calls so, 16 bytes."""
         member = self.members.get(source)
@@ -116,23 +134,36 @@ class Ledger:
         record = self.blocks.records[slot_at(member.names, at)]
         return bytes(record["key0"].tobytes() + record["key1"].tobytes())
 
-    def store(self, source: Source, block_tokens: int, keys: Keys, hashes: Hashes, tier: int) -> int | None:
-        """The source holds these blocks; returns how many it holds under another name, None if it is not taken in."""
+    def store(
+        self, source: Source, block_tokens: int, chain: Chain, hashes: Hashes, tier: int, *, copies: bool
+    ) -> int | None:
+        """The source holds these blocks; returns how many it holds under another name, None if it is not taken in.
+        copies: those that it holds already under this name are further copies, if `tier` is one that has copies.
+        """
         member = self._member(source, block_tokens)
         if member is None:
             return None
         doubles = 0
-        for part in self._batches(len(keys)):
-            count = len(keys[part])
+        for part in self._batches(len(hashes)):
+            count = len(hashes[part])
             self._make_room(count)
             self._room_for_names(member, count)
             self._before(member, hashes[part])
             with self.lock:
-                added, refused, _ = store(
-                    self.blocks, self.holders, member.names, keys[part], hashes[part], member.number, tier, False
+                added, refused, uncounted, _ = store(
+                    self.blocks,
+                    self.holders,
+                    member.names,
+                    Chain(chain.keys[part], chain.links[part]),
+                    hashes[part],
+                    member.number,
+                    tier,
+                    0 if copies and 1 << tier == COPIED else count,
+                    False,
                 )
             self._count(member, added)
             doubles += refused
+            self.uncounted += uncounted
         return doubles
 
     def uses(self, source: Source, block_tokens: int) -> bool:
@@ -140,10 +171,8 @@ class Ledger:
         member = self.members.get(source)
         return member is not None and block_tokens in member.sizes
 
-    def store_many(
-        self, source: Source, many: StoredMany, leaves: npt.NDArray[np.uint64], root: Keys, links: Links
-    ) -> tuple[int, int]:
-        """As `store` for each event, whose blocks have these leaves [blocks, 4]; the source must use their size.
+    def store_many(self, source: Source, many: StoredMany, root: Keys) -> tuple[int, int]:
+        """As `store` for each event, ; the source must use their size.
 
         Returns how many blocks had an unknown parent, and how many the source holds under another name.
         """
@@ -154,24 +183,25 @@ class Ledger:
             self._make_room(count)
             self._room_for_names(member, count)
             self._before(member, many.hashes[int(cursor[BLOCK]) :][:count])
-            with links.lent() as table, self.lock:
-                added, refused, strange = store_many(
+            with self.lock:
+                added, refused, uncounted, strange = store_many(
                     self.blocks,
                     self.holders,
                     member.names,
-                    table,
                     root,
-                    leaves,
+                    many.tokens,
                     many.hashes,
                     many.told,
                     cursor,
                     count,
                     member.number,
                     int(many.tier),
+                    many.copies and 1 << many.tier == COPIED,
                 )
             self._count(member, added)
             orphans += strange
             doubles += refused
+            self.uncounted += uncounted
         return orphans, doubles
 
     def attach(self, source: Source, hashes: Hashes, tier: int) -> int:

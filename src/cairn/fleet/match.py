@@ -12,11 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cairn.fleet.base import Source, Tier
-from cairn.fleet.blocks import Blocks, is_block
+from cairn.fleet.blocks import Blocks, find_block
 from cairn.fleet.holders import EMPTY, TIERS, Holders, Words
 from cairn.index.slots import NONE
-from cairn.index.table import table_find
-from cairn.jit import kernel
+from cairn.jit import kernel, trailing_zeros
 from cairn.kv import Keys
 
 Counts = npt.NDArray[np.int64]
@@ -29,23 +28,10 @@ _NOBODY = np.uint64(0)
 
 
 @kernel
-def _lowest(bits: np.uint64) -> int:
-    """The place of the lowest bit set, of which there must be one."""
-    at = 0
-    while not bits & np.uint64(0xFF):
-        bits >>= np.uint64(8)
-        at += 8
-    while not bits & _ONE:
-        bits >>= _ONE
-        at += 1
-    return at
-
-
-@kernel
 def _end(ended: npt.NDArray[np.int32], plane: int, word: int, bits: np.uint64, block: int) -> None:
     """For these sources the plane ends before `block`."""
     while bits:
-        ended[plane, 64 * word + _lowest(bits)] = block
+        ended[plane, 64 * word + trailing_zeros(bits)] = block
         bits &= bits - _ONE
 
 
@@ -83,9 +69,7 @@ def walk(blocks: Blocks, holders: Holders, keys: Keys, live: Words, ended: npt.N
     records, table = blocks.records, blocks.table
     last, slot = NONE, NONE
     for i in range(len(keys)):
-        slot += 1
-        if not is_block(records, slot, keys[i, 0], keys[i, 1]):
-            slot = table_find(table, records, keys[i, 0], keys[i, 1])
+        slot = find_block(records, table, slot, keys[i, 0], keys[i, 1])
         one = records[slot].holders if slot != NONE else EMPTY
         if one != last:
             if not _narrow(holders, one, live, ended, i):

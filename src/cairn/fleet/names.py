@@ -1,9 +1,13 @@
-"""What one source calls its blocks: engine hash -> block, in 12 bytes an entry at a load of 68 to 85 %.
+"""What one source calls its blocks: engine hash -> block and its copies, in 12 bytes an entry at a load of 57 to 85 %.
 
 A table of its own for each source, because engines of different seeds call the same block differently, and because a
 source that dies must cost only what it held. Its size is no power of two: doubling would leave half of what is the
 bulk of the fleet's memory empty. Not thread-safe; the index's writers take turns.
+
+Copies are counted in the entry itself, so that they end with the name, whatever ends it.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -11,22 +15,68 @@ import numpy.typing as npt
 from cairn.index.slots import NONE
 from cairn.jit import kernel, prefetch
 
+#: What an engine calls a block.
+EngineHash = bytes | int
+
 Hashes = npt.NDArray[np.uint64]
 SlotIds = npt.NDArray[np.int32]
 
-#: Open addressing with linear probing, no tombstones; `next` is the block's slot + 1, 0: no entry. Packed: an entry
-#: that lies across two cache lines costs less than a third more memory.
-_NAME = np.dtype([("hash", np.uint64), ("next", np.int32)])
+#: Open addressing with linear probing, no tombstones. `next`: the block's slot + 1 in the low 28 bits, 0: no entry; how
+#: many copies there are beyond the first in the high 4. Packed: an entry that lies across two cache lines costs less
+#: than a third more memory.
+_NAME = np.dtype([("hash", np.uint64), ("next", np.uint32)])
 _NAME_BYTES = _NAME.itemsize
 assert _NAME_BYTES == 12
 
 Names = npt.NDArray[np.void]
 
-FULL, GROWN = 0.85, 0.68
+SLOT_BITS = 28
+"""Names can lead to fewer than 2**28 blocks."""
+MOST_COPIES = 15
+"""Copies of a block, beyond the first, that are counted."""
+
+_SLOT, _COPY = np.uint32((1 << SLOT_BITS) - 1), np.uint32(1 << SLOT_BITS)
+
+FULL, GROWN = 0.85, 0.57
 _LEAST = 16
+
+_MASK = (1 << 64) - 1
+_SHORTEST = 8
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _32 = np.uint64(32)
+
+
+def hashes_of(hashes: Sequence[EngineHash]) -> Hashes | None:
+    """Names [n] for a source's own table: 64 bits of each hash, the last ones as vLLM shortens it; None: no hashes."""
+    try:
+        return _words(hashes)
+    except TypeError:
+        return None
+
+
+def _words(hashes: Sequence[EngineHash]) -> Hashes:
+    kinds = set(map(type, hashes))
+    if kinds == {int}:
+        try:
+            return np.array(hashes, np.uint64)
+        except OverflowError:  # signed, or of more than 64 bits
+            return np.array([one & _MASK for one in hashes], np.uint64)  # type: ignore[operator]
+    if kinds == {bytes}:
+        lengths = set(map(len, hashes))  # type: ignore[arg-type]
+        if len(lengths) == 1 and (length := lengths.pop()) >= _SHORTEST:
+            rows = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, length)  # type: ignore[arg-type]
+            return np.ascontiguousarray(rows[:, -8:]).view(">u8").reshape(-1).astype(np.uint64)
+    return np.array([_word(one) for one in hashes], np.uint64)
+
+
+def hash_of(one: EngineHash) -> np.uint64:
+    """The name of one block, as in `hashes_of`. Raises TypeError for what is no hash."""
+    return np.uint64(_word(one))
+
+
+def _word(one: EngineHash) -> int:
+    return int.from_bytes(one[-8:], "big") if isinstance(one, bytes) else one & _MASK
 
 
 def new_names(count: int, load: float = GROWN) -> Names:
@@ -65,17 +115,46 @@ def expect_name(names: Names, engine_hash: np.uint64) -> None:
 @kernel
 def slot_at(names: Names, at: int) -> int:
     """The slot of the block whose name stands at `at`; NONE: none does."""
-    return int(names[at].next) - 1
+    return int(np.int64(names[at].next & _SLOT)) - 1
 
 
 @kernel
-def add_name(names: Names, engine_hash: np.uint64, slot: int) -> None:
-    """Adds a name that the table does not hold; there must be room."""
+def _put(names: Names, engine_hash: np.uint64, entry: np.uint32) -> None:
     at, room = _home(names, engine_hash), len(names)
     while names[at].next:
         at = at + 1 if at + 1 < room else 0
     names[at].hash = engine_hash
-    names[at].next = slot + 1
+    names[at].next = entry
+
+
+@kernel
+def add_name(names: Names, engine_hash: np.uint64, slot: int) -> None:
+    """Adds a name that the table does not hold, of a block in one copy; there must be room."""
+    _put(names, engine_hash, np.uint32(slot + 1))
+
+
+@kernel
+def add_copy(names: Names, at: int) -> bool:
+    """One more copy of what is called so; False: no more can be counted."""
+    counts = names[at].next >> np.uint32(SLOT_BITS) < MOST_COPIES
+    if counts:
+        names[at].next += _COPY
+    return bool(counts)
+
+
+@kernel
+def drop_copy(names: Names, at: int) -> bool:
+    """One copy fewer of what is called so; False: it is the last."""
+    more = names[at].next >= _COPY
+    if more:
+        names[at].next -= _COPY
+    return bool(more)
+
+
+@kernel
+def move_name(old: Names, at: int, new: Names) -> None:
+    """Adds the name that stands at `at` to a table that does not hold it; there must be room."""
+    _put(new, old[at].hash, old[at].next)
 
 
 @kernel
@@ -101,4 +180,4 @@ def copy_names(old: Names, new: Names) -> None:
     """Fills an empty table with another's names."""
     for at in range(len(old)):
         if old[at].next:
-            add_name(new, old[at].hash, slot_at(old, at))
+            move_name(old, at, new)

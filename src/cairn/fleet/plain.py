@@ -137,7 +137,7 @@ def _one_of(at: int, end: int, strings: Strings) -> tuple[int, int]:
 
 @kernel
 def _hash(at: int, end: int) -> tuple[np.uint64, int]:
-    """A hash of either form, as `cairn.fleet.chains.hash_of` takes it."""
+    """A hash of either form, as `cairn.fleet.names.hash_of` takes it."""
     if at + 1 < end and load_byte(at) == 0xC4:
         length = load_byte(at + 1)
         stop = at + 2 + length

@@ -30,6 +30,7 @@ from cairn.fleet.plain import (
 from cairn.index.slots import NONE
 from cairn.jit import kernel, load_byte
 
+Runs = npt.NDArray[np.int64]
 RUN_COLUMNS = 10
 
 #: A scratch for more bytes than these is not kept.
@@ -54,7 +55,7 @@ class Scan(NamedTuple):
 class _Scratch(NamedTuple):
     """What a scan writes to: room for the worst that so many bytes may hold."""
 
-    runs: npt.NDArray[np.int64]
+    runs: Runs
     hashes: npt.NDArray[np.uint64]
     tokens: npt.NDArray[np.uint32]
     told: npt.NDArray[np.uint64]
@@ -121,7 +122,7 @@ def _scan(
     packed: Bytes,
     ends: npt.NDArray[np.int64],
     group: int,
-    runs: npt.NDArray[np.int64],
+    runs: Runs,
     hashes: npt.NDArray[np.uint64],
     tokens: npt.NDArray[np.uint32],
     told: npt.NDArray[np.uint64],
@@ -148,13 +149,22 @@ def _scan(
 
 
 @kernel
+def _begin(
+    runs: Runs, row: int, kind: int, tier: int, size: int, stored: int, blocks: int, used: int, start: int
+) -> None:
+    """A run without events yet, whose bytes begin at `start`."""
+    runs[row, 0], runs[row, 1], runs[row, 2], runs[row, 3], runs[row, 4] = kind, tier, size, stored, stored
+    runs[row, 5], runs[row, 6], runs[row, 7], runs[row, 8] = blocks, blocks, used, start
+
+
+@kernel
 def _payload(
     base: int,
     first: int,
     stop: int,
     group: int,
     notes: npt.NDArray[np.int64],
-    runs: npt.NDArray[np.int64],
+    runs: Runs,
     hashes: npt.NDArray[np.uint64],
     tokens: npt.NDArray[np.uint32],
     told: npt.NDArray[np.uint64],
@@ -188,8 +198,7 @@ def _payload(
         last = found - 1
         if not found or kind > REMOVED or runs[last, 0] != kind or runs[last, 1] != tier or runs[last, 2] != size:
             last = found
-            runs[last, 0], runs[last, 1], runs[last, 2], runs[last, 3], runs[last, 4] = kind, tier, size, stored, stored
-            runs[last, 5], runs[last, 6], runs[last, 7], runs[last, 8] = blocks, blocks, used, start - base
+            _begin(runs, last, kind, tier, size, stored, blocks, used, start - base)
             found += 1
         runs[last, 4] += 1
         runs[last, 9] = at - base

@@ -65,12 +65,12 @@ def score(
     worth nothing; speculation: what counts as held in VRAM already. Thread-safe. Raises InputError for no tokens.
     """
     ids = as_tokens(tokens)
-    hashed = index.hashed(ids, namespace)
-    found = index.match(hashed, {source.instance for source in sources}) if hashed else None
-    rows = {source: i for i, source in enumerate(found.sources)} if found else {}
+    beyond = None if speculation is None else lambda begun: speculation.covers(sources, begun)
+    found, hashed = index.look_up(ids, {source.instance for source in sources}, namespace, beyond)
+    rows = {source: i for i, source in enumerate(found.sources)}
     reach = np.zeros((len(sources), len(Tier)), np.int64)
     for i, source in enumerate(sources):
-        if found and source in rows:
+        if source in rows:
             reach[i] = found.reach[rows[source]]
     if speculation:
         reach = np.maximum(reach, speculation.tokens(sources, hashed)[:, None])

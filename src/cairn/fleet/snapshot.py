@@ -1,8 +1,8 @@
 """Snapshots of a FleetIndex: written beside events and lookups, read at the next start.
 
 Sources know nothing of each other, so each is copied at a moment of its own, together with how far its stream had been
-taken in at that moment (`copying`). What is not in it: the memory of links, which a prompt or two fill again, and which
-nobody could tell a wrong one from; counters; what clock's hand and recency knew.
+taken in at that moment (`copying`). What is not in it: links, which are one index's own; copies beyond the first, which
+count as gone too early then; counters; what clock's hand and recency knew.
 """
 
 import io

@@ -20,10 +20,9 @@ import xxhash
 
 from cairn.codec.seal import HEADER_LIMIT, seal, unseal
 from cairn.errors import StorageError
-from cairn.fleet.base import Source, Stored, Tier
-from cairn.fleet.chains import keys_of, root_of
+from cairn.fleet.base import Source, Tier
+from cairn.fleet.chains import keys_with_extra, root_of
 from cairn.fleet.copying import PIECE, Piece
-from cairn.fleet.links import Links
 from cairn.fleet.metrics import WarmStarted
 from cairn.fleet.positions import Position
 from cairn.fleet.separation import extra_digest, namespace_digest
@@ -81,9 +80,8 @@ class Record(NamedTuple):
 
 def scheme() -> bytes:
     """16 bytes that differ where keys are made otherwise: of a key, and of the digests that chains begin with."""
-    event = Stored((0, 1), None, list(range(8)), 4, Tier.VRAM, b"", (None, extra_digest(["content"])))
-    keys = keys_of(root_of(namespace_digest("lora", "salt")), event, Links(4))
-    assert keys is not None
+    rows, extra = np.arange(8, dtype=np.uint32).reshape(2, 4), (None, extra_digest(["content"]))
+    keys = keys_with_extra(root_of(namespace_digest("lora", "salt")), rows, extra)
     return bytes(xxhash.xxh3_128(keys.tobytes() + bytes(Tier)).digest())
 
 

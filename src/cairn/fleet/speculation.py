@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from cairn.errors import InputError
 from cairn.fleet.base import Source
-from cairn.fleet.links import Hashed
+from cairn.fleet.chains import Hashed
 from cairn.jit import kernel
 from cairn.kv import Keys
 
@@ -120,3 +120,7 @@ class Speculation:
                 _leading(self._entries, numbers, keys, self._clock(), found)
                 most[known] = np.maximum(most[known], block_tokens * found)
         return most
+
+    def covers(self, sources: Sequence[Source], begun: Hashed) -> bool:
+        """Whether any of the sources is about to hold all of these blocks, one at least."""
+        return bool(self.tokens(sources, (Hashed(1, begun.keys[-1:]),)).any())

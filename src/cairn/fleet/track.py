@@ -38,7 +38,8 @@ class Track:
         self._held_back_in = None
         self._last: bytes | None = None
         self._digest = b""
-        self._decoder = Decoder(self.metrics, many=getattr(self._sink, "takes_many", False))
+        many = getattr(self._sink, "takes_many", False)
+        self._decoder = Decoder(self.metrics, many=many, copies=self.instance.copies)
 
     def resume(self, stand: Stand, sink: ShowingSink | None = None) -> None:
         """Goes on where another left off. sink: holds the source back until it is proved."""

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 from starlette.requests import ClientDisconnect, Request
 
-from cairn.fleet.tokens import parse_tokens
+from cairn.fleet.msgpack import parse_tokens
 from cairn.serve.base import Bounds, RequestError, Tokens
 from cairn.serve.token_text import cut_tokens
 

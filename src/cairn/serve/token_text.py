@@ -5,14 +5,13 @@ import re
 import numpy as np
 import numpy.typing as npt
 
-from cairn.copy.memory import load_word
-from cairn.jit import kernel
+from cairn.jit import kernel, load_word, trailing_zeros
 from cairn.serve.base import RequestError, Tokens
 
 _FIELD = re.compile(rb'"token_ids"[ \t\r\n]*:[ \t\r\n]*(?=\[)')
 _COMMA, _CLOSE, _ZERO, _NINE = 0x2C, 0x5D, 0x30, 0x39
 _BEYOND = np.uint64(1 << 32)
-_ONE, _LOWEST, _HIGHEST = np.uint64(1), np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
+_HIGHEST = np.uint64(0x8080808080808080)
 _ZEROS, _ABOVE = np.uint64(0x3030303030303030), np.uint64(0x4646464646464646)
 _EVERY_FOURTH = np.uint64(0x000000FF000000FF)
 _MILLION_100, _TEN_THOUSAND_1 = np.uint64((1_000_000 << 32) + 100), np.uint64((10_000 << 32) + 1)
@@ -38,7 +37,7 @@ def cut_tokens(body: bytes) -> tuple[bytes, Tokens | None]:
 
 @kernel
 def _blank(byte: int) -> bool:
-    return byte in (_SPACE, _LINE, _RETURN, _TAB)
+    return byte <= _SPACE and byte in (_SPACE, _LINE, _RETURN, _TAB)
 
 
 @kernel
@@ -49,9 +48,8 @@ def _short_number(word: np.uint64) -> tuple[int, np.uint64]:
     out. Then all digits are added up in three steps, pairs first, instead of one after the other.
     """
     other = ((word + _ABOVE) | (word - _ZEROS)) & _HIGHEST
-    first = other & (~other + _ONE)
-    digits = int((((first - _ONE) & _LOWEST) * _LOWEST) >> np.uint64(56)) - 1
-    if digits < 1 or not other:
+    digits = trailing_zeros(other) >> 3
+    if not 1 <= digits < 8:
         return 0, np.uint64(0)
     pairs = (word - _ZEROS) << np.uint64(64 - 8 * digits)
     pairs = pairs * np.uint64(10) + (pairs >> np.uint64(8))

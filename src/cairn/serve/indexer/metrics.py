@@ -20,6 +20,7 @@ _GROWING = {
     "unknown": "Blocks named in events that the source does not hold.",
     "malformed": "Blocks of events that contradict themselves.",
     "doubles": "Blocks that the source held under another name.",
+    "uncounted": "Copies of blocks beyond those that are counted.",
 }
 _STANDING = {
     "blocks": "Distinct blocks known.",

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cairn.fleet import Cleared, FleetIndex, Removed, Source, Stored, Tier
 from cairn.fleet.base import StoredMany, singly
-from cairn.fleet.chains import hashes_of
+from cairn.fleet.names import SLOT_BITS, hashes_of
 
 from .test_index import prompt
 from .test_model import check
@@ -22,14 +21,16 @@ PROMPTS = ((0, 0, 0, 0, 0, 0, 0, 0), (0, 0, 1, 1, 0, 1, 0, 1))
 
 
 def together(events: Sequence[Stored]) -> StoredMany:
-    """Events of one size and tier as one."""
+    """Events of one size, tier and kind of copies as one."""
     first = events[0]
     names = hashes_of([one for event in events for one in event.hashes])
     assert names is not None
     stops = np.cumsum([len(event.hashes) for event in events])
     told = [(event.parent or 0, event.parent is None, stop) for event, stop in zip(events, stops, strict=True)]
     tokens = np.concatenate([np.array(event.tokens, np.uint32) for event in events])
-    return StoredMany(names, np.array(told, np.uint64), tokens.reshape(-1, first.block_tokens), first.tier)
+    return StoredMany(
+        names, np.array(told, np.uint64), tokens.reshape(-1, first.block_tokens), first.tier, first.copies
+    )
 
 
 @st.composite
@@ -37,7 +38,8 @@ def some_events(draw: Any) -> list[Stored]:
     """Of one size and tier. Names are few, so that they clash, come twice and mean another block; parents may be none
     that is held.
     """
-    size, tier = draw(st.sampled_from([1, 1, 2])), draw(st.sampled_from([Tier.VRAM, Tier.CPU]))
+    size, tier = draw(st.sampled_from([1, 1, 2])), draw(st.sampled_from([Tier.VRAM, Tier.VRAM, Tier.CPU]))
+    copies = draw(st.booleans())
     found = []
     for _ in range(draw(st.integers(1, 8))):
         tokens = draw(st.sampled_from(PROMPTS))
@@ -48,21 +50,32 @@ def some_events(draw: Any) -> list[Stored]:
         names = [draw(st.sampled_from([name, name, name, name, name + 1, 500])) for name in usual]
         parent = None if not first else draw(st.sampled_from([usual[first - 1]] * 4 + [usual[0], 999]))
         found.append(
-            Stored(tuple(names[first:stop]), parent, list(tokens[first * size : stop * size]), size, tier, b"", ())
+            Stored(
+                tuple(names[first:stop]), parent, list(tokens[first * size : stop * size]), size, tier, b"", (), copies
+            )
         )
     return found
 
 
 others = st.one_of(
-    st.builds(Removed, st.lists(st.integers(100, 120), min_size=1, max_size=4).map(tuple), st.none(), st.none()),
+    st.builds(
+        Removed,
+        st.lists(st.integers(100, 120), min_size=1, max_size=4).map(tuple),
+        st.sampled_from([None, Tier.VRAM]),
+        st.none(),
+    ),
     st.just(Cleared()),
 )
 
 
 def answers(index: FleetIndex) -> Any:
     matches = [index.match(list(tokens)) for tokens in PROMPTS]
+    copies = {
+        source: sorted((int(one["hash"]), int(one["next"]) >> SLOT_BITS) for one in member.names if one["next"])
+        for source, member in index._ledger.members.items()
+    }
     found = [{source: row.tolist() for source, row in zip(m.sources, m.tokens, strict=True)} for m in matches]
-    return found, index.stats()._replace(bytes=0), index._ledger.sizes
+    return found, copies, index.stats()._replace(bytes=0), index._ledger.sizes
 
 
 @settings(max_examples=150, deadline=None)
@@ -89,19 +102,14 @@ def test_they_are_the_same_events() -> None:
     assert found == [(e.hashes, e.parent, e.tokens, e.tier) for e in events]
 
 
-@pytest.mark.parametrize("busy", [False, True])
-def test_a_long_one_goes_in_batches(busy: bool) -> None:
-    """Longer than a lock is held, hashed with the links' memory or without."""
+def test_a_long_one_goes_in_batches() -> None:
+    """Longer than a lock is held."""
     index, tokens = FleetIndex(1 << 12), prompt(1, 3000)
     events = [
         Stored(tuple(range(i + 1, i + 501)), i or None, tokens[4 * i : 4 * i + 2000].tolist(), 4, Tier.VRAM, b"", ())
         for i in range(0, 3000, 500)
     ]
-    if busy:
-        with index._links._busy:
-            index.apply(A, [together(events)])
-    else:
-        index.apply(A, [together(events)])
+    index.apply(A, [together(events)])
     assert sum(index.match(tokens).of(A).values()) == 12_000
     assert index.stats().worker_blocks == 3000
     check(index)
