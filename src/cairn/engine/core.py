@@ -24,7 +24,7 @@ from cairn.engine.writing import Writing
 from cairn.errors import ClosedError, GeometryError, InputError
 from cairn.index import POLICIES
 from cairn.index.journal import Journal
-from cairn.kv import KeyChain, KVGeometry, Namespace
+from cairn.kv import CANONICAL, KeyChain, KVGeometry, Layout, Namespace
 from cairn.observe.log import setup_logging
 from cairn.observe.metrics import Figures, Metrics
 from cairn.observe.reasons import Reason
@@ -39,13 +39,16 @@ _WORKERS = 4
 _SEEK_GRACE_S = 0.1
 
 
-def open_node(address: str, config: Config, geometry: KVGeometry, metrics: Metrics, cost: CostModel) -> BlockStore:
+def open_node(
+    address: str, config: Config, geometry: KVGeometry, layout: Layout, metrics: Metrics, cost: CostModel
+) -> BlockStore:
     """The node's store: see `NodeStore`, whose sockets are loaded only by who has a node."""
     from cairn.engine.node_store import NodeStore
 
     return NodeStore(
         address,
         geometry,
+        layout,
         timeout_s=config.node.timeout_s,
         wait_s=config.engine.timeout_s,
         metrics=metrics,
@@ -71,7 +74,8 @@ class EngineCore:
     `close`; whatever goes wrong inside is a counted miss (`get_stats`). The engine owns its tiers; KV tensors stay the
     caller's, who must leave the slots of a call alone until it returns. `arena`: memory for the DRAM tier that other
     processes map too (`cairn.tier.arena`), for connectors whose workers copy by themselves. `node`: the address of the
-    host's node (else `node.address`), which then keeps the blocks instead of this process.
+    host's node (else `node.address`), which then keeps the blocks instead of this process. `layout`: of the rows, for
+    connectors that do not write canonical ones.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class EngineCore:
         *,
         arena: Arena | None = None,
         node: str | None = None,
+        layout: Layout = CANONICAL,
     ) -> None:
         self.namespace = namespace
         self.geometry = namespace.geometry
@@ -93,9 +98,9 @@ class EngineCore:
         address = node or self.config.node.address
         self._store: BlockStore
         if address:
-            self._store = open_node(address, self.config, self.geometry, self.metrics, self.cost)
+            self._store = open_node(address, self.config, self.geometry, layout, self.metrics, self.cost)
         else:
-            self._store = open_local(self.config, self.geometry, self.metrics, self.cost, arena)
+            self._store = open_local(self.config, self.geometry, layout, self.metrics, self.cost, arena)
         self._copier = CpuCopier(self.geometry, self.config.engine.copy_threads)
         self._layers = ThreadPoolExecutor(_WORKERS, "cairn-layers")
         self._root = namespace.digest()

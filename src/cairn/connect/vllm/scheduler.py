@@ -1,5 +1,6 @@
 """The scheduler's side: looks up, plans and holds what requests will load, and reserves and commits what they store."""
 
+import logging
 import os
 import time
 from concurrent.futures import Future
@@ -22,6 +23,8 @@ from cairn.kv import KeyChain
 from cairn.node.base import Home
 from cairn.observe.reasons import Reason
 from cairn.tier.arena import Arena
+
+logger = logging.getLogger(__name__)
 
 #: A load expected to take longer than this, and than the computing that follows it and overlaps with it layer by layer,
 #: is not waited for by a step that others take part in: its request waits alone.
@@ -66,7 +69,11 @@ class SchedulerSide:
         self._block = served.block_tokens
         arena = None if config.node.address else own_arena(served, config)
         Arena.unlink(served.name)  # all workers have it mapped by now
-        self.engine = EngineCore(served.namespace, config, arena=arena)
+        self.engine = EngineCore(served.namespace, config, arena=arena, layout=served.layout)
+        if served.apart and (config.storage.remote.url or config.node.address):
+            logger.warning(
+                "engines of another kind or degree of parallelism do not share this one's blocks: %s", served.apart
+            )
         self.events = TierEvents(self.engine.watch(), self._block) if mode.events else None
         self._mode = mode
         self._adapters = Adapters()
