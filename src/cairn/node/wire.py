@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cairn.errors import CairnError
-from cairn.kv import Keys, KVGeometry, Layout
+from cairn.kv import CANONICAL, Keys, KVGeometry, Layout
 from cairn.kv.keys import KEY_BYTES
 from cairn.kv.namespace import DIGEST_BYTES
 
@@ -55,7 +55,7 @@ class Hello(_Call, tag=1):
     """
 
     geometry: KVGeometry
-    layout: Layout
+    layout: Layout = CANONICAL
 
 
 class Match(_Call, tag=2):
