@@ -1,7 +1,7 @@
 """Layouts: every value of a row finds its place, and parts that overlap or leave gaps are refused."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.tier.layouts import geometries, layouts, parallel, row_of
 
@@ -12,6 +12,7 @@ from cairn.kv import CANONICAL, KVGeometry, Layout, Part
 GEOMETRY = KVGeometry(layers=3, kv_heads=4, head_dim=2, block_tokens=2)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_every_value_finds_its_place(data: st.DataObject) -> None:
     geometry = data.draw(geometries())

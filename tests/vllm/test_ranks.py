@@ -84,6 +84,7 @@ def check_answers(llm: Any, plain: list[list[int]], longer: list[list[int]]) -> 
     assert answers(llm, LONGER[:8]) == longer[:8]
     settle(llm)
     assert hits(llm) > before
+    assert connector(llm)._scheduler.engine.flush(60)
     no_leak(llm)
 
 
@@ -100,23 +101,20 @@ def test_ranks_answer_as_one(
     remote = shared(tmp_path)
     with monkeypatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-        with ranks(tiny, tmp_path, tensor_parallel_size=2) as llm:
-            check_answers(llm, tiny_plain, tiny_longer)
         with ranks(tiny, tmp_path, remote, tensor_parallel_size=2) as llm:
+            check_answers(llm, tiny_plain, tiny_longer)
+        with ranks(tiny, tmp_path, tensor_parallel_size=2) as llm:
             # One prompt by itself: of several, the first brings up what the others then find in DRAM.
             assert answers(llm, PROMPTS[1:2]) == tiny_plain[1:2]
             settle(llm)
             assert stats(llm)["hit_tokens"] == {"disk": len(PROMPTS[1]) // BLOCK * BLOCK}
             no_leak(llm)
-            assert answers(llm, PROMPTS[:8]) == tiny_plain[:8]
-            settle(llm)
-            assert connector(llm)._scheduler.engine.flush(60)
-            assert stats(llm)["tiers"]["remote"]["written_blocks"] > 20
     with serving(tiny, on_disk(tmp_path), skip_tokenizer_init=True) as llm:
         assert answers(llm, PROMPTS[:1]) == tiny_plain[:1]
         assert hits(llm) == 0
         assert stats(llm)["tiers"]["disk"]["foreign_total"] > 0
     with serving(tiny, remote, skip_tokenizer_init=True) as llm:
-        assert answers(llm, PROMPTS[:8]) == tiny_plain[:8]
+        # No prompt goes on behind this one, so an object ends with it.
+        assert answers(llm, LONGER[3:4]) == tiny_longer[3:4]
         settle(llm)
-        assert stats(llm)["hit_tokens"]["remote"] > 500
+        assert stats(llm)["hit_tokens"] == {"remote": len(LONGER[3]) // BLOCK * BLOCK}
