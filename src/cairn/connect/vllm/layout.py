@@ -25,7 +25,9 @@ def layout_of(vllm_config: Any, shards: tuple[KVGeometry, ...], stages: int, who
     """
     model = vllm_config.model_config
     heads = model.get_total_num_kv_heads()
-    if whole.planes != 2 or whole.kv_heads != heads:
+    if whole.planes != 2:
+        raise GeometryError("every rank holds the model's whole MLA latent")
+    if whole.kv_heads != heads:
         raise GeometryError(f"{whole.kv_heads} heads in {len(shards)} ranks repeat the model's {heads} KV heads")
     if whole.dtype.startswith("float8") or whole.element_bytes == 1:
         raise GeometryError(f"KV of dtype {whole.dtype} has scales that are the engine's own")
