@@ -88,6 +88,7 @@ def check_answers(llm: Any, plain: list[list[int]], longer: list[list[int]]) -> 
     no_leak(llm)
 
 
+@pytest.mark.timeout(900)  # five engines
 def test_ranks_answer_as_one(
     tiny: Path,
     tiny_plain: list[list[int]],
