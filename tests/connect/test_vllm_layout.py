@@ -7,6 +7,7 @@ import pytest
 from msgspec.structs import replace
 
 from cairn.connect.vllm import layout
+from cairn.connect.vllm.model import _named_revision
 from cairn.errors import GeometryError
 from cairn.kv import KVGeometry, Layout, Part
 
@@ -47,3 +48,25 @@ def test_what_cannot_be_proved_is_kept_apart(monkeypatch: pytest.MonkeyPatch, to
     with pytest.raises(GeometryError, match=why) as caught:
         found(monkeypatch, tensor=4, stages=[5], **told)
     assert "\n" not in str(caught.value)
+
+
+def test_what_vllm_makes_of_named_weights_keeps_them_apart() -> None:
+    """A revision that an operator has given stands for the plain weights only."""
+
+    def revision(given: str | None = "r", **told: Any) -> str | None:
+        plain: dict[str, Any] = {"quantization": None, "hf_overrides": {}}
+        model = SimpleNamespace(**plain | told, hf_config=SimpleNamespace(to_dict=lambda: {"rope_theta": 1}))
+        return _named_revision(SimpleNamespace(model_config=model, speculative_config=told.get("draft")), given)
+
+    draft = SimpleNamespace(method="eagle", model="small")
+    found = [
+        revision(),
+        revision(quantization="awq"),
+        revision(hf_overrides={"rope_theta": 1}),
+        revision(hf_overrides=lambda config: config),
+        revision(draft=draft),
+    ]
+    assert found[0] == "r"
+    assert found[2] == found[3]
+    assert len(set(found)) == 4
+    assert revision(None, quantization="awq") is None
