@@ -16,6 +16,7 @@ import pytest
 from cairn.cluster.base import Change, Check, Put
 from cairn.cluster.etcd import EtcdRegistry, EtcdSettings
 from cairn.errors import ClosedError, ClusterError, InputError, UnclearError
+from tests.certificates import make_certificates
 from tests.cluster.etcd import DEADLINE_S, Cluster, etcd, needs_etcd
 from tests.cluster.proxy import Proxy
 
@@ -318,24 +319,6 @@ def test_a_token_that_has_expired_is_renewed() -> None:
 
     with etcd() as cluster:
         asyncio.run(main(cluster))
-
-
-def make_certificates(directory: Path) -> None:
-    """An authority, a server's certificate for localhost and 127.0.0.1, and a client's."""
-
-    def openssl(*arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], cwd=directory, check=True, capture_output=True, timeout=30)
-
-    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
-    openssl("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=test authority")
-    for name, extension in (
-        ("server", "subjectAltName=DNS:localhost,IP:127.0.0.1"),
-        ("client", "extendedKeyUsage=clientAuth"),
-    ):
-        openssl("req", *key[:-2], "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
-        (directory / "extension").write_text(extension)
-        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial",
-                "-out", f"{name}.pem", "-days", "2", "-extfile", "extension")  # fmt: skip
 
 
 def test_tls_with_certificates_of_both_sides(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What the connector will not do: serve models it cannot, and KV of other tokens than it was computed from."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,6 +70,13 @@ def test_a_revision_tells_any_change_of_the_weights() -> None:
     assert weights_revision(changed) != revision
     assert weights_revision(tiny_model(rms_norm_eps=1e-3)) != revision
     assert weights_revision(tiny_model().to(torch.bfloat16)) != revision
+
+
+def test_a_quantized_model_does_not_pass_for_the_plain_one() -> None:
+    quantized = tiny_model()
+    quantized.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace(quant_method="awq"))
+    assert namespace_of(quantized, revision="r") != namespace_of(MODEL, revision="r")
+    assert namespace_of(tiny_model(), revision="r") == namespace_of(MODEL, revision="r")
 
 
 # --- requests --------------------------------------------------------------------------------------------------------

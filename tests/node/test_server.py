@@ -122,7 +122,7 @@ def test_rules_of_calls(peers: Callable[[], Peer], what: Callable[[Peer], wire.R
 def test_another_version_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with thread_node(address_in(tmp_path), **{"storage.cpu.size": ROWS * SLOT}):
         monkeypatch.setattr(wire, "_HEAD", bytes([wire.VERSION + 1]))
-        with pytest.raises(StorageError, match=r"speaks version 2.*run the same release") as caught:
+        with pytest.raises(StorageError, match=rf"speaks version {wire.VERSION + 1}.*run the same release") as caught:
             CacheEngine(namespace(), load_config(environ={}), node=address_in(tmp_path))
         assert "\n" not in str(caught.value)
 

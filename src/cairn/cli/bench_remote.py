@@ -38,6 +38,10 @@ def run_remote(
 ) -> dict[str, Any]:
     """For each store: MiB/s of loads and stores by object size, the bare client's beside them, and a lookup.
 
+    A third contender loads as the bare client does and makes checksums of what came: where a store is as fast as
+    memory, that is what proving costs. CPU shares compare the time that this process computed, which other work on the
+    machine changes less than what a clock shows.
+
     Shares are medians over rounds of the ratio within a round; in each round new objects are stored and loaded by the
     tier and by the bare client, with as many threads, who comes first alternating at random. What the tier does beside
     (frames, checksums, rows instead of one buffer) is in its time. Removes what it has stored.
@@ -51,6 +55,7 @@ def run_remote(
                 try:
                     bench.round()  # the first round touches memory and makes connections, and is not counted
                     bench.seconds.clear()
+                    bench.cpu_seconds.clear()
                     for _ in range(rounds):
                         bench.round()
                     figures[f"{size}_mib"] = bench.result()
@@ -83,6 +88,7 @@ class _Bench:
         self._numbers = np.random.default_rng()
         self._random = random.Random(0)
         self.seconds: dict[str, list[float]] = {}
+        self.cpu_seconds: dict[str, list[float]] = {}
 
     def round(self) -> None:
         words = self._arena.memory.view(np.uint64)
@@ -93,10 +99,18 @@ class _Bench:
         wanted = self._arena.memory.copy()
         blobs = [bytes(part.data) for part in wanted.reshape(self._objects, -1)]
         names = [f"bench-{self._numbers.integers(1 << 62)}" for _ in blobs]
-        self._race("store", lambda: self._store(keys), lambda: self._bare.put(list(zip(names, blobs, strict=True))))
+        puts = list(zip(names, blobs, strict=True))
+        self._race({"store": lambda: self._store(keys), "bare_store": lambda: self._bare.put(puts)})
         self._arena.memory[:] = 0
         targets = [part.data for part in self._spare.memory.reshape(self._objects, -1)]
-        self._race("load", lambda: self._load(keys), lambda: self._bare.get(list(zip(names, targets, strict=True))))
+        gets = list(zip(names, targets, strict=True))
+        self._race(
+            {
+                "load": lambda: self._load(keys),
+                "bare_load": lambda: self._bare.get(gets),
+                "summed_load": lambda: self._bare.get(gets, BLOCK.block_bytes),
+            }
+        )
         if not np.array_equal(self._arena.memory, wanted):
             raise AssertionError("the bench did not move what it timed")
         self._bare.delete(names)
@@ -104,12 +118,12 @@ class _Bench:
             self._tier.remove(keys[end])
 
     def result(self) -> dict[str, float]:
-        figures: dict[str, float] = {}
+        figures = {"load_share_of_summed_bare": _share(self.seconds, "load", "summed_load")}
+        figures["load_cpu_share_of_summed_bare"] = _share(self.cpu_seconds, "load", "summed_load")
         for kind in ("load", "store"):
             mine, bare = self.seconds[kind], self.seconds[f"bare_{kind}"]
-            figures[f"{kind}_share_of_bare"] = round(
-                statistics.median(b / m for m, b in zip(mine, bare, strict=True)), 3
-            )
+            figures[f"{kind}_share_of_bare"] = _share(self.seconds, kind, f"bare_{kind}")
+            figures[f"{kind}_cpu_share_of_bare"] = _share(self.cpu_seconds, kind, f"bare_{kind}")
             figures[f"{kind}_mib_per_s"] = round(self._bytes / statistics.median(mine) / (1 << 20))
             figures[f"bare_{kind}_mib_per_s"] = round(self._bytes / statistics.median(bare) / (1 << 20))
         return figures
@@ -117,12 +131,13 @@ class _Bench:
     def close(self) -> None:
         self._tier.close(TIMEOUT_S)
 
-    def _race(self, kind: str, mine: Callable[[], None], bare: Callable[[], None]) -> None:
-        runs = [(kind, mine), (f"bare_{kind}", bare)]
+    def _race(self, contenders: dict[str, Callable[[], None]]) -> None:
+        runs = list(contenders.items())
         self._random.shuffle(runs)
         for name, run in runs:
-            started = time.perf_counter()
+            started, computed = time.perf_counter(), time.process_time()
             run()
+            self.cpu_seconds.setdefault(name, []).append(time.process_time() - computed)
             self.seconds.setdefault(name, []).append(time.perf_counter() - started)
 
     def _store(self, keys: Keys) -> None:
@@ -132,6 +147,11 @@ class _Bench:
     def _load(self, keys: Keys) -> None:
         deadline = time.monotonic() + TIMEOUT_S
         _check(self._tier.read(keys, 0, self._rows, deadline=deadline).result(TIMEOUT_S))
+
+
+def _share(seconds: dict[str, list[float]], mine: str, other: str) -> float:
+    """How fast one is beside the other: the median over rounds."""
+    return round(statistics.median(b / m for m, b in zip(seconds[mine], seconds[other], strict=True)), 3)
 
 
 def _lookup(url: str, objects: int) -> dict[str, float]:

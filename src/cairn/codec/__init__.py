@@ -2,6 +2,6 @@
 
 from cairn.codec.base import Codec
 from cairn.codec.frame import FrameHeader, Shard
-from cairn.codec.raw import Raw
+from cairn.codec.raw import Raw, canonical_codec
 
-__all__ = ["Codec", "FrameHeader", "Raw", "Shard"]
+__all__ = ["Codec", "FrameHeader", "Raw", "Shard", "canonical_codec"]

@@ -186,6 +186,17 @@ class Engine(Section):
     """How a `CacheEngine` works."""
 
     block_tokens: int = Field(default=16, ge=1, le=4096, description="Tokens of one KV block.")
+    model_name: str | None = Field(
+        default=None,
+        min_length=1,
+        description="vLLM: name of the model that blocks are shared under; null: the one it is served under.",
+    )
+    model_revision: str | None = Field(
+        default=None,
+        min_length=1,
+        description="vLLM: what stands for the weights, for engines that cannot read them alike (see remote.md); "
+        "another for every fine-tune; null: a digest of the weights' files.",
+    )
     timeout_s: Seconds = Field(
         default=5.0, description="Deadline of every operation in seconds; past it the request recomputes."
     )

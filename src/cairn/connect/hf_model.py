@@ -75,11 +75,15 @@ def namespace_of(
     model: Any, *, name: str | None = None, revision: str | None = None, salt: bytes = b"", block_tokens: int = 16
 ) -> Namespace:
     """The namespace of a model's KV. name: the model's class unless given (not its path: a copy elsewhere shares its
-    blocks); revision: `weights_revision` unless given. Raises as `geometry_of`, and InputError for an empty revision.
+    blocks); revision: `weights_revision` unless given; to it is added how the model was quantized when it was loaded.
+    Raises as `geometry_of`, and InputError for an empty revision.
     """
     geometry = geometry_of(model, block_tokens)
     if revision == "":
         raise InputError("revision='': must name the weights; leave it out to have them hashed")
+    quantizer = getattr(model, "hf_quantizer", None)
+    if revision and quantizer is not None:
+        revision += f" quantization={quantizer.quantization_config.quant_method}"
     return Namespace(
         model=name or type(model).__name__,
         revision=revision or weights_revision(model),

@@ -57,13 +57,16 @@ class CairnConnector:
         dram_bytes: int = 1 << 30,
         disk_path: Path | str | None = None,
         disk_bytes: int = 16 << 30,
+        name: str | None = None,
         revision: str | None = None,
         salt: bytes = b"",
     ) -> Self:
         """A connector with an engine of its own, whose namespace is that of the model (see `namespace_of`)."""
         disk = Disk(path=Path(disk_path), size=disk_bytes) if disk_path is not None else Disk()
         config = Config(storage=Storage(cpu=Cpu(size=dram_bytes), disk=disk))
-        namespace = namespace_of(model, revision=revision, salt=salt, block_tokens=config.engine.block_tokens)
+        namespace = namespace_of(
+            model, name=name, revision=revision, salt=salt, block_tokens=config.engine.block_tokens
+        )
         engine = CacheEngine(namespace, config)
         try:
             connector = cls(model, engine)

@@ -26,7 +26,7 @@ from cairn.engine.writing import Writing
 from cairn.errors import ClosedError, ConfigError, GeometryError, InputError, StorageError
 from cairn.index import POLICIES
 from cairn.index.journal import Journal
-from cairn.kv import KeyChain, KVGeometry, Namespace
+from cairn.kv import CANONICAL, KeyChain, KVGeometry, Layout, Namespace
 from cairn.observe.log import log_once, setup_logging
 from cairn.observe.metrics import Figures, Metrics
 from cairn.observe.reasons import Reason
@@ -43,13 +43,16 @@ _WORKERS = 4
 _SEEK_GRACE_S = 0.1
 
 
-def open_node(address: str, config: Config, geometry: KVGeometry, metrics: Metrics, cost: CostModel) -> BlockStore:
+def open_node(
+    address: str, config: Config, geometry: KVGeometry, layout: Layout, metrics: Metrics, cost: CostModel
+) -> BlockStore:
     """The node's store: see `NodeStore`, whose sockets are loaded only by who has a node."""
     from cairn.engine.node_store import NodeStore
 
     return NodeStore(
         address,
         geometry,
+        layout,
         timeout_s=config.node.timeout_s,
         wait_s=config.engine.timeout_s,
         metrics=metrics,
@@ -58,7 +61,7 @@ def open_node(address: str, config: Config, geometry: KVGeometry, metrics: Metri
 
 
 def open_vram(
-    address: str | None, config: Config, geometry: KVGeometry, metrics: Metrics, cost: CostModel
+    address: str | None, config: Config, geometry: KVGeometry, layout: Layout, metrics: Metrics, cost: CostModel
 ) -> tuple[BlockStore, Copier]:
     """The node's store with this process's VRAM before it, and what copies there: see `VramStore`."""
     from cairn.engine.vram_store import open_vram_store
@@ -67,7 +70,7 @@ def open_vram(
         raise ConfigError(
             "storage.vram.size: VRAM is shared through the host's node; set node.address, or the size to 0"
         )
-    return open_vram_store(address, config, geometry, metrics, cost)
+    return open_vram_store(address, config, geometry, layout, metrics, cost)
 
 
 class Stored(NamedTuple):
@@ -88,7 +91,8 @@ class EngineCore:
     `close`; whatever goes wrong inside is a counted miss (`get_stats`). The engine owns its tiers; KV tensors stay the
     caller's, who must leave the slots of a call alone until it returns. `arena`: memory for the DRAM tier that other
     processes map too (`cairn.tier.arena`), for connectors whose workers copy by themselves. `node`: the address of the
-    host's node (else `node.address`), which then keeps the blocks instead of this process.
+    host's node (else `node.address`), which then keeps the blocks instead of this process. `layout`: of the rows, for
+    connectors that do not write canonical ones.
     """
 
     def __init__(
@@ -98,6 +102,7 @@ class EngineCore:
         *,
         arena: Arena | None = None,
         node: str | None = None,
+        layout: Layout = CANONICAL,
     ) -> None:
         self.namespace = namespace
         self.geometry = namespace.geometry
@@ -111,13 +116,13 @@ class EngineCore:
         self._store: BlockStore
         self._copier: Copier
         if self.config.storage.vram.size:
-            self._store, self._copier = open_vram(address, self.config, self.geometry, self.metrics, self.cost)
+            self._store, self._copier = open_vram(address, self.config, self.geometry, layout, self.metrics, self.cost)
         else:
             self._copier = CpuCopier(self.geometry, self.config.engine.copy_threads)
             if address:
-                self._store = open_node(address, self.config, self.geometry, self.metrics, self.cost)
+                self._store = open_node(address, self.config, self.geometry, layout, self.metrics, self.cost)
             else:
-                self._store = open_local(self.config, self.geometry, self.metrics, self.cost, arena)
+                self._store = open_local(self.config, self.geometry, layout, self.metrics, self.cost, arena)
         self._probes = Probes(self._store, self.geometry.block_bytes)
         self._layers = ThreadPoolExecutor(_WORKERS, "cairn-layers")
         self._root = namespace.digest()

@@ -14,7 +14,7 @@ from cairn.engine.writing import LocalWriting, Writing
 from cairn.errors import CairnError
 from cairn.index import POLICIES
 from cairn.index.journal import Journal
-from cairn.kv import Keys, KVGeometry
+from cairn.kv import Keys, KVGeometry, Layout
 from cairn.observe.metrics import Metrics
 from cairn.observe.reasons import Reason
 from cairn.plan import CostModel
@@ -180,9 +180,9 @@ class LocalStore(BlockStore):
 
 
 def open_local(
-    config: Config, geometry: KVGeometry, metrics: Metrics, cost: CostModel, arena: Arena | None = None
+    config: Config, geometry: KVGeometry, layout: Layout, metrics: Metrics, cost: CostModel, arena: Arena | None = None
 ) -> LocalStore:
-    """The tiers that the configuration asks for, DRAM in `arena` if one is given.
+    """The tiers that the configuration asks for, for rows of `layout`; DRAM in `arena` if one is given.
 
     Raises StorageError or ConfigError when they cannot be had.
     """
@@ -193,6 +193,7 @@ def open_local(
             disk = DiskTier(
                 storage.disk.path,
                 geometry=geometry,
+                layout=layout,
                 capacity_bytes=storage.disk.size,
                 policy=POLICIES[storage.disk.policy],
                 threads=storage.disk.threads,
@@ -200,7 +201,7 @@ def open_local(
             )
             lower.append((disk, Writes(share)))
         if storage.remote.url is not None:
-            remote = open_remote(storage.remote, geometry)
+            remote = open_remote(storage.remote, geometry, layout)
             may_write = share if storage.remote.write != "off" else 0.0
             writes = Writes(may_write, linger_s=storage.remote.linger_s, lazy=storage.remote.write == "back")
             lower.append((remote, writes))

@@ -16,7 +16,7 @@ from cairn.engine.hold import Hold
 from cairn.engine.writing import Writing
 from cairn.errors import StorageError
 from cairn.index.journal import Journal
-from cairn.kv import Keys, KVGeometry
+from cairn.kv import Keys, KVGeometry, Layout
 from cairn.node import wire
 from cairn.node.base import Memory
 from cairn.node.client import Link, NodeClient
@@ -157,7 +157,15 @@ class NodeStore(BlockStore):
     """The node's blocks. While there is no node, everything is a miss with reason `node_away`, at once."""
 
     def __init__(
-        self, address: str, geometry: KVGeometry, *, timeout_s: float, wait_s: float, metrics: Metrics, cost: CostModel
+        self,
+        address: str,
+        geometry: KVGeometry,
+        layout: Layout,
+        *,
+        timeout_s: float,
+        wait_s: float,
+        metrics: Metrics,
+        cost: CostModel,
     ) -> None:
         """Waits up to `wait_s` for a node. Raises InputError for what is no address, and StorageError if the node
         refuses this client; that there is none is no error.
@@ -169,7 +177,7 @@ class NodeStore(BlockStore):
         self._figures_at = 0.0
         self._figures_lock = threading.Lock()
         metrics.watch("node", self._own_figures)
-        self._client = NodeClient(address, geometry, timeout_s=timeout_s, on_link=self._linked)
+        self._client = NodeClient(address, geometry, layout, timeout_s=timeout_s, on_link=self._linked)
         self._client.wait(wait_s)
         if self._client.refusal:
             why = self._client.refusal

@@ -4,7 +4,7 @@ from cairn.config import Config
 from cairn.engine.local import open_local
 from cairn.engine.rehearsal import rehearse
 from cairn.index import POLICIES
-from cairn.kv import KVGeometry
+from cairn.kv import KVGeometry, Layout
 from cairn.node.base import Opened
 from cairn.observe.metrics import Metrics
 from cairn.plan import CostModel
@@ -17,8 +17,8 @@ def prepare(config: Config) -> None:
         rehearse(POLICIES[policy])
 
 
-def open_pool(config: Config, geometry: KVGeometry, arena: Arena) -> Opened:
+def open_pool(config: Config, geometry: KVGeometry, layout: Layout, arena: Arena) -> Opened:
     """The tiers that the configuration asks for, DRAM in `arena`. Raises StorageError or ConfigError."""
     prepare(config)
     metrics = Metrics()
-    return Opened(open_local(config, geometry, metrics, CostModel(), arena), metrics.tiers)
+    return Opened(open_local(config, geometry, layout, metrics, CostModel(), arena), metrics.tiers)

@@ -19,7 +19,7 @@ from cairn.engine.node_store import NodeHold, NodeStore, NodeWriting
 from cairn.engine.vram import SharedVram, Source
 from cairn.engine.vram_behind import VramBehind
 from cairn.errors import ConfigError, StorageError
-from cairn.kv import Keys, KVGeometry
+from cairn.kv import Keys, KVGeometry, Layout
 from cairn.node import wire
 from cairn.node.base import Memory
 from cairn.node.client import Link
@@ -242,7 +242,7 @@ class VramStore(NodeStore):
 
 
 def open_vram_store(
-    address: str, config: Config, geometry: KVGeometry, metrics: Metrics, cost: CostModel
+    address: str, config: Config, geometry: KVGeometry, layout: Layout, metrics: Metrics, cost: CostModel
 ) -> tuple[VramStore, Copier]:
     """The store of an engine that shares VRAM, and its copier. Raises ConfigError or StorageError."""
     stride = round_up(geometry.block_bytes, PAGE)
@@ -261,6 +261,7 @@ def open_vram_store(
             vram,
             copier,
             device,
+            layout=layout,
             timeout_s=config.node.timeout_s,
             wait_s=config.engine.timeout_s,
             metrics=metrics,

@@ -2,6 +2,7 @@
 
 from cairn.kv.geometry import KVGeometry
 from cairn.kv.keys import KeyChain, Keys, as_tokens
+from cairn.kv.layout import CANONICAL, Layout, Part
 from cairn.kv.namespace import Namespace
 
-__all__ = ["KVGeometry", "KeyChain", "Keys", "Namespace", "as_tokens"]
+__all__ = ["CANONICAL", "KVGeometry", "KeyChain", "Keys", "Layout", "Namespace", "Part", "as_tokens"]

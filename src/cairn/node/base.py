@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from cairn.config import Config
 from cairn.index.journal import Journal
-from cairn.kv import Keys, KVGeometry
+from cairn.kv import Keys, KVGeometry, Layout
 from cairn.observe.reasons import Reason
 from cairn.tier.arena import Arena
 
@@ -95,5 +95,5 @@ class Opened(NamedTuple):
     figures: Callable[[], dict[str, Mapping[str, float]]]
 
 
-#: Opens the store of one pool: (configuration of the pool, geometry, its arena). Raises CairnError.
-OpenStore = Callable[[Config, KVGeometry, Arena], Opened]
+#: Opens the store of one pool: (configuration of the pool, geometry, layout of the rows, its arena). Raises CairnError.
+OpenStore = Callable[[Config, KVGeometry, Layout, Arena], Opened]

@@ -15,7 +15,7 @@ from typing import Final
 
 import zmq
 
-from cairn.kv import KVGeometry
+from cairn.kv import CANONICAL, KVGeometry, Layout
 from cairn.node import wire
 from cairn.node.address import socket_path
 from cairn.node.base import Home, Memory
@@ -138,13 +138,19 @@ class Link:
 
 
 class NodeClient:
-    """Keeps a session at the node for the blocks of one geometry, and finds another when it is over.
+    """Keeps a session at the node for the blocks of one geometry and layout, and finds another when it is over.
 
     `refusal`: why the node will not have this client; None while it might. on_link: told of every new session.
     """
 
     def __init__(
-        self, address: str, geometry: KVGeometry, *, timeout_s: float, on_link: Callable[[Link], None] | None = None
+        self,
+        address: str,
+        geometry: KVGeometry,
+        layout: Layout = CANONICAL,
+        *,
+        timeout_s: float,
+        on_link: Callable[[Link], None] | None = None,
     ) -> None:
         """Raises InputError for what is no address. Waits for nothing."""
         self.address = address
@@ -155,6 +161,7 @@ class NodeClient:
         self.losses = 0
         self.path = socket_path(address)
         self._geometry = geometry
+        self._layout = layout
         self._on_link = on_link
         self._context = zmq.Context()
         self._ids = itertools.count(1)
@@ -227,7 +234,7 @@ class NodeClient:
         try:
             for socket in (calls, hears):
                 socket.connect(self.address)
-            reply = _first(calls, wire.Hello(self.number(), 0, self._geometry), self.timeout_s)
+            reply = _first(calls, wire.Hello(self.number(), 0, self._geometry, self._layout), self.timeout_s)
             if isinstance(reply, wire.Wait):
                 return None, _SOON_S
             if isinstance(reply, wire.Refused):

@@ -1,8 +1,9 @@
-"""Pools: an arena, an index and the tiers below for each geometry that clients have, within one budget.
+"""Pools: an arena, an index and the tiers below for each geometry and layout that clients have, within one budget.
 
-A pool a geometry and not one arena for all: a row is a block, so blocks of different sizes would split or waste rows;
-and with one pool for several models the busiest would evict the others' blocks, whose worth its policy cannot compare.
-Models of equal geometry share a pool, apart by their namespaces. `node.pools` says how many equal parts there are.
+A pool a geometry and not one arena for all: a row is a block, so blocks of different sizes would split or waste rows,
+and one that is found is copied as it stands, so rows of different layouts would be mistaken for each other; with one
+pool for several models the busiest would evict the others' blocks, whose worth its policy cannot compare. Models of
+equal geometry and layout share a pool, apart by their namespaces. `node.pools` says how many equal parts there are.
 """
 
 import logging
@@ -13,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from cairn.config import Config
 from cairn.errors import StorageError
 from cairn.index import POLICIES
-from cairn.kv import KVGeometry
+from cairn.kv import CANONICAL, KVGeometry, Layout
 from cairn.node.base import OpenStore, PoolStore
 from cairn.node.segments import Segments
 from cairn.node.vram import VramDirectory
@@ -24,17 +25,24 @@ log = logging.getLogger(__name__)
 
 
 class Pool:
-    """The blocks of one geometry. sessions: those that use it, ended ones that are still waited for included.
+    """The blocks of one geometry and layout (`kind`).
 
-    idle_since: when the last one ended, monotonic. vram: what is in its clients' VRAM; retired: see `VramDirectory`.
+    sessions: those that use it, ended ones that are still waited for included. idle_since: when the last one ended,
+    monotonic. vram: what is in its clients' VRAM; retired: see `VramDirectory`.
     """
 
     def __init__(
-        self, config: Config, geometry: KVGeometry, name: str, open_store: OpenStore, retired: Callable[[int], None]
+        self,
+        config: Config,
+        geometry: KVGeometry,
+        layout: Layout,
+        name: str,
+        open_store: OpenStore,
+        retired: Callable[[int], None],
     ) -> None:
         """Takes and faults in the arena, and opens what is below it: seconds for a large one. Raises CairnError."""
-        own = config_of_pool(config, geometry)
-        self.geometry = geometry
+        own = config_of_pool(config, geometry, layout)
+        self.kind = geometry, layout
         self.arena = name
         self.slots, self.stride = arena_shape(geometry.block_bytes, own.storage.cpu.size)
         self.vram = VramDirectory(POLICIES[own.storage.vram.policy], retired)
@@ -43,7 +51,7 @@ class Pool:
         arena = Arena.shared(name, self.slots, self.stride)
         try:
             self.store: PoolStore
-            self.store, self.figures = open_store(own, geometry, arena)
+            self.store, self.figures = open_store(own, geometry, layout, arena)
         except BaseException:
             Arena.unlink(name)
             raise
@@ -71,26 +79,28 @@ class Pools:
         self._open_store = open_store
         self._done = done
         self._retired = retired
-        self._pools: dict[KVGeometry, Pool] = {}
-        self._opening: dict[KVGeometry, Future[Pool]] = {}
+        self._pools: dict[tuple[KVGeometry, Layout], Pool] = {}
+        self._opening: dict[tuple[KVGeometry, Layout], Future[Pool]] = {}
         self._numbers = 0
         self._opener = ThreadPoolExecutor(1, "cairn-node-open")
 
     def __iter__(self) -> Iterator[Pool]:
         return iter(self._pools.values())
 
-    def get(self, geometry: KVGeometry) -> Pool | None:
-        """The pool of a geometry; None: it is being opened, ask again. Raises CairnError where there can be none."""
-        if geometry in self._pools:
-            return self._pools[geometry]
-        opening = self._opening.get(geometry)
+    def get(self, geometry: KVGeometry, layout: Layout) -> Pool | None:
+        """The pool of such rows; None: it is being opened, ask again. Raises CairnError where there can be none."""
+        kind = geometry, layout
+        if kind in self._pools:
+            return self._pools[kind]
+        opening = self._opening.get(kind)
         if opening is None:
-            self._open(geometry)
+            layout.check(geometry)
+            self._open(geometry, layout)
             return None
         if not opening.done():
             return None
-        del self._opening[geometry]
-        pool = self._pools[geometry] = opening.result()
+        del self._opening[kind]
+        pool = self._pools[kind] = opening.result()
         log.info("pool of %s: %d blocks of %d bytes", geometry, pool.slots, pool.stride)
         return pool
 
@@ -103,7 +113,7 @@ class Pools:
             pool.close(max(0.0, deadline - time.monotonic()))
         self._pools.clear()
 
-    def _open(self, geometry: KVGeometry) -> None:
+    def _open(self, geometry: KVGeometry, layout: Layout) -> None:
         config = self._config
         leaving: Pool | None = None
         if len(self._pools) + len(self._opening) >= config.node.pools:
@@ -113,31 +123,32 @@ class Pools:
                     f"{geometry}: the node has its {config.node.pools} pool(s) in use; raise node.pools there"
                 )
             leaving = min(idle, key=lambda pool: pool.idle_since)
-            del self._pools[leaving.geometry]
+            del self._pools[leaving.kind]
         self._numbers += 1
         name = self._segments.arena(self._numbers)
 
         def task() -> Pool:
             if leaving:
-                log.info("pool of %s gives way", leaving.geometry)
+                log.info("pool of %s gives way", leaving.kind)
                 leaving.close(config.engine.timeout_s)
-            return Pool(config, geometry, name, self._open_store, self._retired)
+            return Pool(config, geometry, layout, name, self._open_store, self._retired)
 
-        self._opening[geometry] = self._opener.submit(task)
-        self._opening[geometry].add_done_callback(lambda _: self._done())
+        opening = self._opening[geometry, layout] = self._opener.submit(task)
+        opening.add_done_callback(lambda _: self._done())
 
 
-def config_of_pool(config: Config, geometry: KVGeometry) -> Config:
+def config_of_pool(config: Config, geometry: KVGeometry, layout: Layout) -> Config:
     """What a pool may take: its part of DRAM and of the disk, where it has a directory of its own."""
     storage, parts = config.storage, config.node.pools
     disk = storage.disk
     if disk.path is not None:
-        disk = disk.model_copy(update={"path": disk.path / directory_of(geometry), "size": disk.size // parts})
+        disk = disk.model_copy(update={"path": disk.path / directory_of(geometry, layout), "size": disk.size // parts})
     cpu = storage.cpu.model_copy(update={"size": storage.cpu.size // parts})
     return config.model_copy(update={"storage": storage.model_copy(update={"cpu": cpu, "disk": disk})})
 
 
-def directory_of(geometry: KVGeometry) -> str:
-    """A name for a geometry that people can read."""
+def directory_of(geometry: KVGeometry, layout: Layout = CANONICAL) -> str:
+    """A name for a geometry that people can read, and for a layout what tells it from others."""
     g = geometry
-    return f"{g.layers}x{g.planes}x{g.block_tokens}x{g.kv_heads}x{g.head_dim}-{g.dtype}"
+    name = f"{g.layers}x{g.planes}x{g.block_tokens}x{g.kv_heads}x{g.head_dim}-{g.dtype}"
+    return name if layout == CANONICAL else f"{name}-{layout.digest().hex()}"

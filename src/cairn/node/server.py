@@ -171,7 +171,7 @@ class Node:
         try:
             if len(self._sessions) + len(self._lingering) >= _MAX_SESSIONS:
                 raise wire.WireError(f"more than {_MAX_SESSIONS} sessions at a time")
-            pool = self._pools.get(request.geometry)
+            pool = self._pools.get(request.geometry, request.layout)
             if pool is None:
                 self._send(sender, wire.Wait(request.call))
                 return

@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from cairn.errors import CairnError
-from cairn.kv import Keys, KVGeometry
+from cairn.kv import CANONICAL, Keys, KVGeometry, Layout
 from cairn.kv.keys import KEY_BYTES
 from cairn.kv.namespace import DIGEST_BYTES
 
-VERSION: Final = 1
+VERSION: Final = 2
 
 #: Blocks of a chain that the node takes in one call. A longer prompt is served up to there.
 MAX_BLOCKS: Final = 1 << 16
@@ -52,9 +52,13 @@ class _Call(_Message):
 
 
 class Hello(_Call, tag=1):
-    """Asks for a session over blocks of this geometry. Answered by Welcome, Wait (ask again soon) or Refused."""
+    """Asks for a session over blocks of this geometry, in rows of this layout.
+
+    Answered by Welcome, Wait (ask again soon) or Refused.
+    """
 
     geometry: KVGeometry
+    layout: Layout = CANONICAL
 
 
 class Match(_Call, tag=2):

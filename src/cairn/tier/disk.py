@@ -15,7 +15,7 @@ from cairn.errors import InputError, StorageError
 from cairn.index import LRU, EvictionPolicy, PrefixIndex
 from cairn.index.journal import Journal
 from cairn.index.slots import SlotIds
-from cairn.kv import Keys, KVGeometry
+from cairn.kv import CANONICAL, Keys, KVGeometry, Layout
 from cairn.kv.namespace import DIGEST_BYTES
 from cairn.observe.reasons import Reason
 from cairn.plan.cost import OnlineFit
@@ -51,6 +51,7 @@ class DiskTier(Tier):
     a power cut. What is read is proved by its frame: key, geometry, shard and checksum; else it is a miss with a
     reason, and the block goes, with all that follow from it. All files together never exceed `capacity_bytes`.
 
+    layout: of the rows. Blocks are kept as they stand there, so those of another are foreign.
     threads: I/Os in flight. write_budget_bytes_per_day: see `cairn.tier.admission`. stuck_seconds: an I/O that takes
     longer and misses its deadline counts as a failure; three in a row, and the breaker rests the device.
 
@@ -69,6 +70,7 @@ class DiskTier(Tier):
         capacity_bytes: int,
         policy: type[EvictionPolicy] = LRU,
         shard: Shard = WHOLE,
+        layout: Layout = CANONICAL,
         threads: int = DEFAULT_THREADS,
         write_budget_bytes_per_day: float | None = None,
         stuck_seconds: float = 1.0,
@@ -76,12 +78,12 @@ class DiskTier(Tier):
     ) -> None:
         if threads < 1:
             raise InputError(f"threads={threads}: must be at least 1")
-        wanted = plan_superblock(geometry, shard, capacity_bytes)
+        wanted = plan_superblock(geometry, shard, capacity_bytes, layout)
         self.capacity_bytes = capacity_bytes
         self.geometry = geometry
         self._directory = CacheDirectory(Path(path), wanted)
         try:
-            self._slots = SlotFile(self._directory.path / "data", Framer(Raw(geometry), shard))
+            self._slots = SlotFile(self._directory.path / "data", Framer(Raw(geometry, layout), shard))
             found = recover(self._directory.table_fd, wanted.slots)
         except OSError as error:
             self._directory.close()

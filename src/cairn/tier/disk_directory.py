@@ -21,7 +21,7 @@ import msgspec
 from cairn.codec import Shard
 from cairn.codec.seal import HEADER_LIMIT, seal, unseal
 from cairn.errors import InputError, LockedError, StorageError
-from cairn.kv import KVGeometry
+from cairn.kv import CANONICAL, KVGeometry, Layout
 from cairn.observe.reasons import Reason
 
 MAGIC: Final = b"CAIRNDIR"
@@ -37,12 +37,13 @@ _LOCK_RETRY_SECONDS: Final = 0.05  # an inspector holds the lock for microsecond
 
 
 class Superblock(msgspec.Struct, frozen=True, array_like=True):
-    """What a cache directory holds (msgpack array in a sealed header)."""
+    """What a cache directory holds (msgpack array in a sealed header). layout: of the rows of who opened it last."""
 
     geometry: KVGeometry
     shard: Shard
     slot_bytes: int
     slots: int
+    layout: Layout = CANONICAL
 
     @property
     def table_bytes(self) -> int:
@@ -53,14 +54,14 @@ class Superblock(msgspec.Struct, frozen=True, array_like=True):
         return self.slots * self.slot_bytes
 
 
-def plan_superblock(geometry: KVGeometry, shard: Shard, capacity_bytes: int) -> Superblock:
+def plan_superblock(geometry: KVGeometry, shard: Shard, capacity_bytes: int, layout: Layout = CANONICAL) -> Superblock:
     """As many slots as fit `capacity_bytes`, everything on disk included. Raises InputError if that is none."""
     slot_bytes = PAGE + -(-geometry.block_bytes // PAGE) * PAGE
     slots = (capacity_bytes - _FIXED_BYTES - PAGE) // (slot_bytes + RECORD_BYTES + _BLOCK_MAP_BYTES)
     if slots < 1:
         least = _FIXED_BYTES + PAGE + slot_bytes + RECORD_BYTES + _BLOCK_MAP_BYTES
         raise InputError(f"disk capacity of {capacity_bytes} bytes: must be at least {least} bytes, one KV block")
-    return Superblock(geometry, shard, slot_bytes, slots)
+    return Superblock(geometry, shard, slot_bytes, slots, layout)
 
 
 class CacheDirectory:

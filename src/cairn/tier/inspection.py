@@ -115,7 +115,9 @@ def _read_table(path: Path, superblock: Superblock) -> _Held:
 
 
 def _check_frames(path: Path, superblock: Superblock, held: _Held) -> FrameCheck:
-    file = SlotFile(path / "data", Framer(Raw(superblock.geometry), superblock.shard), writable=False)
+    file = SlotFile(
+        path / "data", Framer(Raw(superblock.geometry, superblock.layout), superblock.shard), writable=False
+    )
     row = np.frombuffer(mmap.mmap(-1, file.slot_bytes), np.uint8)
     wrong: dict[int, bytes] = {}
     try:

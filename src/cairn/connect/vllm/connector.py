@@ -39,7 +39,7 @@ class CairnConnector(KVConnectorBase_V1):  # type: ignore[misc]
         # A block that did not arrive is computed: vLLM's own default is to fail the request.
         vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"
         config = config_of(vllm_config.kv_transfer_config.kv_connector_extra_config)
-        served = served_model(vllm_config, kv_cache_config)
+        served = served_model(vllm_config, kv_cache_config, config)
         self._caches = kv_cache_config
         self._unlink_arena = partial(Arena.unlink, served.name)
         self._scheduler: SchedulerSide | None = None

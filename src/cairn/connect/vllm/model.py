@@ -10,8 +10,9 @@ import xxhash
 from msgspec.structs import replace
 
 from cairn.config import Config
+from cairn.connect.vllm.layout import layout_of
 from cairn.errors import GeometryError
-from cairn.kv import KVGeometry, Namespace
+from cairn.kv import CANONICAL, KVGeometry, Layout, Namespace
 from cairn.kv.geometry import refuse_stateful
 from cairn.tier.arena import Arena
 from cairn.tier.dram import arena_shape
@@ -27,13 +28,16 @@ class Served:
     shards: the geometry of each rank's blocks, by global rank: pipeline stages one behind the other, and within a stage
     the tensor-parallel ranks. They differ only in their layers. stages: how many pipeline stages there are. name: of
     the arena that the engine's processes share. namespace: of requests without LoRA and salt; its geometry is that of
-    all ranks together. step_tokens: how many tokens a step computes at most.
+    all ranks together. layout: of the rows. apart: why only engines of the same kind and degree of parallelism share
+    its blocks; empty if others do, too. step_tokens: how many tokens a step computes at most.
     """
 
     shards: tuple[KVGeometry, ...]
     stages: int
     name: str
     namespace: Namespace
+    layout: Layout
+    apart: str
     step_tokens: int
 
     @property
@@ -50,8 +54,11 @@ class Served:
         return slice(begin, begin + self.shards[rank].block_bytes)
 
 
-def served_model(vllm_config: Any, kv_cache_config: Any) -> Served:
-    """Reads vLLM's configuration. Raises GeometryError, with the reason, for a model that Cairn would get wrong."""
+def served_model(vllm_config: Any, kv_cache_config: Any, config: Config) -> Served:
+    """Reads vLLM's configuration. config: Cairn's.
+
+    Raises GeometryError, with the reason, for a model that Cairn would get wrong.
+    """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     _refuse(vllm_config, kv_cache_config)
     group = kv_cache_config.kv_cache_groups[0]
@@ -66,15 +73,25 @@ def served_model(vllm_config: Any, kv_cache_config: Any) -> Served:
     )
     layers = stage_layers(model, parallel, own.layers)
     ranks = parallel.tensor_parallel_size
+    shards = tuple(replace(own, layers=count) for count in layers for _ in range(ranks))
+    whole = replace(own, layers=sum(layers), kv_heads=own.kv_heads * ranks)
+    page = f"{_platform()}:{_layout(vllm_config, kv_cache_config)}"
+    layout, named, apart = CANONICAL, "canonical", ""
+    try:
+        layout = layout_of(vllm_config, shards, len(layers), whole, page)
+    except GeometryError as error:
+        apart = str(error)
+        named = f"vllm:{page}:tp{ranks}:pp{'+'.join(map(str, layers))}"
+    served_name = model.served_model_name if isinstance(model.served_model_name, str) else model.model
     namespace = Namespace(
-        model=model.served_model_name if isinstance(model.served_model_name, str) else model.model,
-        geometry=replace(own, layers=sum(layers), kv_heads=own.kv_heads * ranks),
-        revision=_revision(vllm_config),
-        layout=f"vllm:{_platform()}:{_layout(vllm_config, kv_cache_config)}:tp{ranks}:pp{'+'.join(map(str, layers))}",
+        model=config.engine.model_name or served_name,
+        geometry=whole,
+        revision=_named_revision(vllm_config, config.engine.model_revision) or _revision(vllm_config),
+        layout=named,
     )
     name = hashlib.blake2s(str(vllm_config.kv_transfer_config.engine_id).encode(), digest_size=12).hexdigest()
-    shards = tuple(replace(own, layers=count) for count in layers for _ in range(ranks))
-    return Served(shards, len(layers), name, namespace, vllm_config.scheduler_config.max_num_batched_tokens)
+    step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+    return Served(shards, len(layers), name, namespace, layout, apart, step_tokens)
 
 
 def own_arena(served: Served, config: Config) -> Arena:
@@ -171,12 +188,28 @@ def _dtype(vllm_config: Any, spec: Any) -> str:
     return {"float8_e4m3fn": "float8_e4m3"}.get(name, name)
 
 
+def _named_revision(vllm_config: Any, given: str | None) -> str | None:
+    """The operator's name for the weights, and whatever vLLM was told to make of them; None if there is no name."""
+    model = vllm_config.model_config
+    changes = {
+        "quantization": model.quantization,
+        "draft": _draft(vllm_config),
+        "overrides": bool(model.hf_overrides) and _settings(model),
+    }
+    made = [f"{kind}={change}" for kind, change in changes.items() if change]
+    return given and " ".join([given, *made])
+
+
+def _settings(model: Any) -> str:
+    """The model's config as vLLM resolved it."""
+    return json.dumps(model.hf_config.to_dict(), sort_keys=True, default=str)
+
+
 def _revision(vllm_config: Any) -> str:
     """A digest of all that the model's KV depends on: weights, their quantization, the config as vLLM resolved it."""
     model = vllm_config.model_config
-    settings = json.dumps(model.hf_config.to_dict(), sort_keys=True, default=str)
     parts = [
-        settings,
+        _settings(model),
         str(model.dtype),
         str(model.quantization),
         vllm_config.cache_config.cache_dtype,

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from cairn.connect.vllm.movers import Layers, Mover, Rows
 from cairn.copy import TokenSlots
 from cairn.errors import StorageError
-from cairn.kv import KVGeometry
+from cairn.kv import KVGeometry, Layout
 from cairn.node.base import Home
 from cairn.node.gate import Entrance
 from cairn.node.segments import path_of
@@ -111,11 +111,12 @@ class Places:
         if own is not None:
             self._mover = make(own)
 
-    def find(self, address: str, geometry: KVGeometry, timeout_s: float) -> None:
-        """Maps the arena of the node that is there now, if one is. geometry: of all ranks together."""
+    def find(self, address: str, geometry: KVGeometry, layout: Layout, timeout_s: float) -> None:
+        """Maps the arena of the node that is there now, if one is. geometry: of all ranks together. layout: of
+        their rows."""
         from cairn.node.client import NodeClient
 
-        client = NodeClient(address, geometry, timeout_s=timeout_s)
+        client = NodeClient(address, geometry, layout, timeout_s=timeout_s)
         try:
             link = client.wait(_START_S if client.path.exists() else 0.0)
             if link:

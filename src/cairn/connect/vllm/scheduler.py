@@ -1,5 +1,6 @@
 """The scheduler's side: looks up, plans and holds what requests will load, and reserves and commits what they store."""
 
+import logging
 import os
 import time
 from concurrent.futures import Future
@@ -23,6 +24,8 @@ from cairn.node.base import Home
 from cairn.observe.reasons import Reason
 from cairn.plan import Work
 from cairn.tier.arena import Arena
+
+logger = logging.getLogger(__name__)
 
 #: A load expected to take longer than this is not waited for by a step that others take part in: its request waits
 #: alone. That holds even where the step would compute for longer than the load takes: enqueueing a load layer by layer
@@ -69,8 +72,12 @@ class SchedulerSide:
         self._block = served.block_tokens
         arena = None if config.node.address else own_arena(served, config)
         Arena.unlink(served.name)  # all workers have it mapped by now
-        self.engine = EngineCore(served.namespace, config, arena=arena)
+        self.engine = EngineCore(served.namespace, config, arena=arena, layout=served.layout)
         self.engine.cost.recompute.step_tokens = served.step_tokens
+        if served.apart and (config.storage.remote.url or config.node.address):
+            logger.warning(
+                "engines of another kind or degree of parallelism do not share this one's blocks: %s", served.apart
+            )
         self.events = TierEvents(self.engine.watch(), self._block) if mode.events else None
         self._mode = mode
         self._adapters = Adapters()

@@ -14,6 +14,7 @@ from cairn.connect.vllm.model import Served, own_arena
 from cairn.connect.vllm.movers import Layers, Mover, Rows, Timer, mover_for
 from cairn.connect.vllm.places import Places, Refused, refused
 from cairn.copy import TokenSlots
+from cairn.errors import GeometryError
 from cairn.observe.log import log_once
 from cairn.plan import Work
 from cairn.tier.arena import Arena
@@ -33,6 +34,7 @@ class WorkerSide:
         self._node = config.node
         self._own = None if config.node.address else own_arena(served, config)
         self._whole = served.namespace.geometry
+        self._layout = served.layout
         self._part = served.part(rank)
         self._block = served.block_tokens
         self._geometry = served.shards[rank]
@@ -57,6 +59,11 @@ class WorkerSide:
         names = sorted(kv_caches, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
         self._layer_of = {name: i for i, name in enumerate(names)}
         tensors = [kv_caches[name] for name in names]
+        if self._layout.page == "vllm_cpu" and not (tensors[0].dim() == 4 and tensors[0][0].is_contiguous()):
+            raise GeometryError(
+                f"pages of shape {tuple(tensors[0].shape[1:])}, strides {tensors[0].stride()[1:]}: not those of vLLM's "
+                "CPU backend, though its operator writes such; please report this, and serve without CairnConnector"
+            )
 
         def mover(arena: Arena) -> Mover:
             rows = arena.memory[:, self._part]
@@ -66,7 +73,7 @@ class WorkerSide:
 
         self._places = Places(mover, self._own)
         if self._node.address:
-            self._places.find(self._node.address, self._whole, self._node.timeout_s)
+            self._places.find(self._node.address, self._whole, self._layout, self._node.timeout_s)
 
     # --- a step --------------------------------------------------------------------------------------------------
 

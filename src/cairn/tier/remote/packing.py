@@ -82,14 +82,13 @@ class Packing:
             yield Span(start, end)
             start = end
 
-    def head(self, keys: Keys, namespace: bytes, rows: Sequence[Octets]) -> memoryview:
-        """The head of an object with these blocks: keys [n, 2], rows [n] of at least a block's bytes."""
-        head = bytearray(self.head_bytes(len(rows)))
-        offsets = [self.offset(len(rows), i) for i in range(len(rows))]
-        index = Index(offsets, [self.block_bytes] * len(rows))
+    def head(self, keys: Keys, namespace: bytes, stored: Sequence[Octets]) -> memoryview:
+        """The head of an object with these blocks: keys [n, 2], stored [n] as the codec has made them."""
+        head = bytearray(self.head_bytes(len(stored)))
+        offsets = [self.offset(len(stored), i) for i in range(len(stored))]
+        index = Index(offsets, [self.block_bytes] * len(stored))
         head[:_HEADER_BYTES] = seal(MAGIC, VERSION, msgspec.msgpack.encode(index), _HEADER_BYTES)
-        for i, row in enumerate(rows):
-            block = row[: self.block_bytes]
+        for i, block in enumerate(stored):
             at = _HEADER_BYTES + i * _FRAME_BYTES
             head[at : at + _FRAME_BYTES] = self.framer.pack(
                 keys[i].tobytes(), namespace, block, size=_FRAME_BYTES, checksum=checksum_of(block)

@@ -10,11 +10,11 @@ from functools import partial
 from threading import Event
 from typing import Final, NamedTuple
 
-from cairn.codec import Raw, Shard
-from cairn.codec.frame import WHOLE, Framer
+from cairn.codec import canonical_codec
+from cairn.codec.frame import Framer
 from cairn.config.schema import Remote
 from cairn.errors import InputError
-from cairn.kv import Keys, KVGeometry
+from cairn.kv import CANONICAL, Keys, KVGeometry, Layout
 from cairn.kv.namespace import DIGEST_BYTES
 from cairn.observe.reasons import Reason
 from cairn.tier.admission import Sightings
@@ -67,8 +67,8 @@ class RemoteTier(Tier):
     What is there is known by asking: `ask`, in the background; `match` says what is known. Nothing read is trusted
     before its frames prove it; an object that is torn, corrupt or foreign is a miss with that reason, and is taken
     away. The store may fail in any way: three failures open the breaker, which rests the store and tries it again by
-    itself. object_bytes: the size of an object; what the store likes unless given. Processes with other sizes do not
-    see each other's objects.
+    itself. layout: of the rows; objects are canonical, whatever it is. object_bytes: the size of an object; what the
+    store likes unless given. Processes with other sizes do not see each other's objects.
 
     Owns the store and closes it. Thread-safe; `match`, `touch` and `stats` wait for nothing.
     """
@@ -81,7 +81,7 @@ class RemoteTier(Tier):
         *,
         geometry: KVGeometry,
         limits: Limits = DEFAULT_LIMITS,
-        shard: Shard = WHOLE,
+        layout: Layout = CANONICAL,
         object_bytes: int | None = None,
         breaker: Breaker | None = None,
     ) -> None:
@@ -90,9 +90,8 @@ class RemoteTier(Tier):
         self._limits = limits
         self._tally = Tally()
         self._breaker = breaker or Breaker()
-        packing = Packing(
-            Framer(Raw(geometry), shard), blocks_of(object_bytes or store.object_bytes, geometry.block_bytes)
-        )
+        framer = Framer(canonical_codec(geometry, layout))
+        packing = Packing(framer, blocks_of(object_bytes or store.object_bytes, geometry.block_bytes))
         known = Known(present_s=min(PRESENT_S, (limits.ttl_s or PRESENT_S * 2) / 2), absent_s=ABSENT_S)
         self._machine = Machine(
             store=store,
@@ -262,8 +261,11 @@ class RemoteTier(Tier):
             )
 
 
-def open_remote(settings: Remote, geometry: KVGeometry) -> RemoteTier:
-    """The tier that `storage.remote` asks for, whose url is given. Raises ConfigError or StorageError."""
+def open_remote(settings: Remote, geometry: KVGeometry, layout: Layout) -> RemoteTier:
+    """The tier that `storage.remote` asks for, whose url is given, for rows of `layout`.
+
+    Raises ConfigError or StorageError.
+    """
     assert settings.url is not None
     store = open_store(settings.url, ttl_s=settings.ttl_s, capacity_bytes=settings.capacity)
     limits = Limits(
@@ -274,4 +276,4 @@ def open_remote(settings: Remote, geometry: KVGeometry) -> RemoteTier:
         second_touch=settings.admission == "second_touch",
         ttl_s=settings.ttl_s,
     )
-    return RemoteTier(store, geometry=geometry, limits=limits, object_bytes=settings.object_size)
+    return RemoteTier(store, geometry=geometry, limits=limits, layout=layout, object_bytes=settings.object_size)

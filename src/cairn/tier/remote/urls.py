@@ -107,7 +107,7 @@ def _valkey(url: StoreUrl) -> ObjectStore:
 
 def _obstore(url: StoreUrl) -> ObjectStore:
     """Settings that the URL lacks (keys, region) come from the provider's usual environment variables."""
-    url.check("endpoint", "region")
+    url.check("endpoint", "region", "ca")
     if url.ttl_s is not None or url.capacity_bytes is not None:
         raise ConfigError(f"storage.remote.ttl_s or capacity with {url}: set a lifecycle rule of the bucket's instead")
     try:
@@ -119,6 +119,7 @@ def _obstore(url: StoreUrl) -> ObjectStore:
         raise ConfigError(f"storage.remote.url={url}: needs the package obstore: pip install 'cairn-kv[s3]'") from None
     endpoint = url.options.get("endpoint", "")
     settings = dict(url.options)
+    ca = settings.pop("ca", None)
     if url.parts.username:
         settings |= {
             "access_key_id": unquote(url.parts.username),
@@ -129,9 +130,11 @@ def _obstore(url: StoreUrl) -> ObjectStore:
     address = f"{url.parts.scheme}://{url.parts.hostname or ''}{url.parts.path}"
     client = {"allow_http": endpoint.startswith("http://"), "connect_timeout": "2s", "timeout": "60s"}
     try:
+        if ca is not None:
+            client["root_certificate"] = Path(ca).read_text()
         # No retries: the tier's breaker decides when to try again.
         store = from_url(address, client_options=client, retry_config={"max_retries": 0}, **settings)  # type: ignore[call-overload]
-    except (BaseError, ValueError, TypeError) as error:
+    except (BaseError, OSError, ValueError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"storage.remote.url={url}: {reason}") from None
     return ObstoreStore(store, str(url))

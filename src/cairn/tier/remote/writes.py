@@ -109,7 +109,8 @@ class WriteBatch(SteppedBatch):
             return Reason.BREAKER_OPEN
         packing, rows = machine.packing, [self.rows.memory[self.rows.ids[i]] for i in run]
         keys = self.keys[span.start : span.stop]
-        parts = [packing.head(keys, self._namespace, rows), *(row[: packing.block_bytes].data for row in rows)]
+        stored = [packing.framer.codec.encode(row[: packing.block_bytes]) for row in rows]
+        parts = [packing.head(keys, self._namespace, stored), *(block.data for block in stored)]
         put = Put(packing.name(keys[-1].tobytes()), parts)
         machine.share.before_store(put.size, self.deadline)
         begun = time.monotonic()
