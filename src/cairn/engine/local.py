@@ -91,7 +91,8 @@ class LocalStore(BlockStore):
             below = tier.match(keys) if upto < len(keys) else 0
             if below > upto:
                 upto = self._promote(hold, tier, upto, below, deadline)
-        hold.start()
+        if upto > len(resident):
+            hold.start()
         return hold
 
     def write(self, keys: Keys, *, namespace: bytes) -> Writing:
@@ -148,12 +149,13 @@ class LocalStore(BlockStore):
         """Asks a tier for blocks first..below, batch by batch, each into rows of its own; returns up to where."""
         pack = tier.pack_blocks
         step = max(1, PROMOTION_BYTES // (pack * self._geometry.block_bytes)) * pack
+        cancel = hold.prepare()
         while first < below:
             # Batches end where the tier's groups do, so that no group is read in two parts.
             wanted = min(first // pack * pack + step, below) - first
             ids = self._dram.index.reserve(wanted)
             if len(ids):
-                future = tier.read(hold.keys, first, Rows(self.memory, ids), deadline=deadline, cancel=hold.cancel)
+                future = tier.read(hold.keys, first, Rows(self.memory, ids), deadline=deadline, cancel=cancel)
                 hold.expect(tier.name, first, ids, future)
             first += len(ids)
             if len(ids) < wanted:

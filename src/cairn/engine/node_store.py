@@ -73,7 +73,7 @@ class NodeHold(Hold):
 
     def release(self) -> None:
         self._end()
-        with self._changed:
+        with self._lock:
             if self._released:
                 return
             self._released = True
@@ -82,7 +82,7 @@ class NodeHold(Hold):
 
     def told(self, reply: wire.Reply | None) -> None:
         """What the node says of this hold, in any order; None: it will say no more."""
-        with self._changed:
+        with self._lock:
             if not self._settled:
                 if isinstance(reply, wire.Progress):
                     self._early[reply.first] = reply
@@ -93,12 +93,16 @@ class NodeHold(Hold):
                     self._settled = True
             if self._settled and self._link:
                 self._link.forget(self._number)
-            self._changed.notify_all()
+            self._notify()
 
     def _apply(self, news: wire.Progress) -> None:
         rows = rows_of(news.rows)
         at = self.ready
-        self.ids[at : at + len(rows)] = rows
+        if at == 0 and news.settled:
+            self.ids = rows
+        else:
+            self._make_room()
+            self.ids[at : at + len(rows)] = rows
         for tier, count in news.tiers:
             self._spans.append((tier, at, count))
             if tier != "dram" and count:

@@ -117,7 +117,7 @@ class Stage:
         stop = first + len(slots) // self._block
         step = max(1, COPY_BYTES // self._copier.geometry.block_bytes)
         done = first
-        while done < stop and not self._hold.cancel.is_set():
+        while done < stop and not self._hold.abandoned:
             ready = min(stop, self._hold.wait_beyond(done, self.deadline), done + step)
             if ready <= done or (done > first and time.monotonic() > self.deadline):
                 break

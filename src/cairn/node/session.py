@@ -75,7 +75,7 @@ class Session:
 
     def check_new(self, number: int) -> None:
         """Raises WireError for a number that cannot be given to something new."""
-        if any(number in used for used in (self.holds, self.writings, self.asked, self.flushing)):
+        if number in self.holds or number in self.writings or number in self.asked or number in self.flushing:
             raise WireError(f"number {number} is in use")
         if len(self.holds) + len(self.writings) + len(self.asked) + len(self.flushing) >= MAX_NUMBERS:
             raise WireError(f"more than {MAX_NUMBERS} holds and reservations at a time")

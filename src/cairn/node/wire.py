@@ -291,4 +291,4 @@ def rows_of(raw: bytearray) -> npt.NDArray[np.int32]:
 
 def raw_of(array: npt.NDArray[np.uint64] | npt.NDArray[np.int32]) -> bytearray:
     """The bytes of keys or rows."""
-    return bytearray(np.ascontiguousarray(array).data.cast("B")) if array.size else bytearray()
+    return bytearray(array)
