@@ -60,13 +60,18 @@ def _find(table: Table, slots: Slots, keys: Keys, out: SlotIds) -> int:
 
 
 @kernel
-def _pin(slots: Slots, ids: SlotIds) -> int:
+def _pin(table: Table, slots: Slots, keys: Keys, out: SlotIds) -> tuple[int, int]:
+    """As `_find`, and pins them; also returns how many of them nobody had pinned."""
     first = 0
-    for i in range(len(ids)):
-        if slots[ids[i]].pins == 0:
+    for i in range(len(keys)):
+        slot = table_find(table, slots, keys[i, 0], keys[i, 1])
+        if slot == NONE:
+            return i, first
+        if slots[slot].pins == 0:
             first += 1
-        slots[ids[i]].pins += 1
-    return first
+        slots[slot].pins += 1
+        out[i] = slot
+    return len(keys), first
 
 
 @kernel
@@ -217,8 +222,9 @@ class PrefixIndex:
         """Slots of the leading resident blocks, kept from eviction until `unpin`; counts as their use if `use`."""
         ids = np.empty(len(keys), np.int32)
         with self._lock:
-            ids = ids[: _find(self._table, self._slots, keys, ids)]
-            self._pinned += _pin(self._slots, ids)
+            found, first = _pin(self._table, self._slots, keys, ids)
+            ids = ids[:found]
+            self._pinned += first
             if use:
                 self.policy.access(keys, ids, _clock(now))
         return ids
@@ -237,8 +243,9 @@ class PrefixIndex:
         with self._lock:
             last, dead = _unpin(self._slots, ids, doomed)
             self._pinned -= last
-            self._doomed -= dead
-            self._push_free(doomed[:dead])
+            if dead:
+                self._doomed -= dead
+                self._push_free(doomed[:dead])
 
     def reserve(self, count: int, now: float | None = None) -> SlotIds:
         """Up to `count` slots for the caller to fill, evicting as needed; fewer if the rest is in use."""
