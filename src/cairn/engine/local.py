@@ -105,12 +105,14 @@ class LocalStore(BlockStore):
         return writing
 
     def watch(self) -> dict[str, Journal]:
-        journals = {self._dram.name: self._dram.index.watch()}
-        for tier in self._lower:
-            journal = tier.watch()
-            if journal is not None:
-                journals[tier.name] = journal
-        return journals
+        tiers = [self._dram.name, *(tier.name for tier in self._lower)]
+        return {tier: journal for tier in tiers if (journal := self.journal(tier)) is not None}
+
+    def journal(self, tier: str) -> Journal | None:
+        """Another journal of one tier, until its `end`; None where there is no such tier, or others come and go."""
+        if tier == self._dram.name:
+            return self._dram.index.watch()
+        return next((one.watch() for one in self._lower if one.name == tier), None)
 
     def flush(self, timeout: float) -> bool:
         deadline = time.monotonic() + timeout

@@ -1,6 +1,5 @@
 """The store of an engine that is a client of the host's node: blocks are the node's, their bytes are copied here."""
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -12,24 +11,23 @@ import numpy as np
 
 from cairn.engine.base import BlockStore, Held
 from cairn.engine.hold import Hold
+from cairn.engine.node_journal import NodeJournal
 from cairn.engine.writing import Writing
 from cairn.errors import StorageError
-from cairn.index.journal import Journal
 from cairn.kv import Keys, KVGeometry
 from cairn.node import wire
 from cairn.node.base import Memory
 from cairn.node.client import Link, NodeClient
 from cairn.node.wire import MAX_BLOCKS, raw_of, rows_of
-from cairn.observe.log import log_once
 from cairn.observe.metrics import Metrics
 from cairn.observe.reasons import Reason
 from cairn.plan import CostModel
 
-log = logging.getLogger(__name__)
-
 _NO_ROWS = np.empty(0, np.int32)
 #: Figures of the node that are younger than this are not asked for again, seconds.
 _FRESH_S = 0.1
+#: The tiers of which it is known what comes and goes.
+_WATCHED = ("dram", "disk")
 
 
 class NodeHold(Hold):
@@ -169,6 +167,7 @@ class NodeStore(BlockStore):
         self._figures: dict[str, dict[str, float]] = {}
         self._figures_at = 0.0
         self._figures_lock = threading.Lock()
+        self._journals: dict[str, NodeJournal] = {}
         metrics.watch("node", self._own_figures)
         self._client = NodeClient(address, geometry, timeout_s=timeout_s, on_link=self._linked)
         self._client.wait(wait_s)
@@ -223,10 +222,13 @@ class NodeStore(BlockStore):
             reply = link.call(request)
         return NodeWriting(link, number, reply, self._committed)
 
-    def watch(self) -> dict[str, Journal]:
-        """Nothing yet: several clients would read one journal."""
-        log_once(log, "watch", "KV events of the node's tiers are not told yet: listeners see this engine's own only")
-        return {}
+    def watch(self) -> dict[str, NodeJournal]:
+        if not self._journals:
+            self._journals = {tier: NodeJournal(tier, self._client, self._figures_of) for tier in _WATCHED}
+            link = self._link()
+            if link:
+                self._follow(link)
+        return self._journals
 
     def flush(self, timeout: float) -> bool:
         link = self._link()
@@ -258,6 +260,11 @@ class NodeStore(BlockStore):
     def _linked(self, link: Link) -> None:
         for tier in link.welcome.tiers:
             self._metrics.watch(tier, partial(self._figures_of, tier))
+        self._follow(link)
+
+    def _follow(self, link: Link) -> None:
+        for journal in self._journals.values():
+            journal.begin(link)
 
     def _figures_of(self, tier: str) -> Mapping[str, float]:
         with self._figures_lock:

@@ -6,7 +6,8 @@ that came and went meanwhile, or moved to another slot, is not mentioned at all.
 """
 
 import threading
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -133,18 +134,38 @@ class Changes(NamedTuple):
     removed: Keys
 
 
+NOTHING = Changes(np.empty((0, 2), np.uint64), np.empty(0, np.int32), np.empty((0, 2), np.uint64))
+
+
+class JournalReader(Protocol):
+    """What the reader of a journal does with it, wherever the index is: see `Journal`."""
+
+    @property
+    def capacity(self) -> int: ...
+
+    def changes(self) -> Changes: ...
+
+    def silence(self, slots: SlotIds) -> None: ...
+
+    def mention(self, keys: Keys) -> None: ...
+
+    def clear(self) -> None: ...
+
+
 class Journal:
-    """Follows one index; made by `PrefixIndex.watch`. About 30 bytes a slot.
+    """Follows one index for one reader; made by `PrefixIndex.watch`. About 30 bytes a slot.
 
     Every block is *told* (its reader has had it in `stored`), *silent* (resident, and held back until it is mentioned),
     or gone. What was resident before the journal began is silent. `added` and `dropped` are the index's, which calls
     them under its lock; the others are the reader's, and take it. Thread-safe.
     """
 
-    def __init__(self, table: Table, slots: Slots, lock: threading.Lock) -> None:
+    def __init__(self, table: Table, slots: Slots, lock: threading.Lock, ended: "Callable[[Journal], None]") -> None:
+        """Under the lock."""
         self._table = table
         self._slots = slots
         self._lock = lock
+        self._ended = ended
         self._told: Keys = np.zeros((len(slots), 2), np.uint64)
         self._flags: Flags = np.where(slots["state"] == RESIDENT, _SILENT, np.uint8(0))
         self._order: Order = np.zeros(len(slots), np.uint64)
@@ -171,7 +192,7 @@ class Journal:
     def changes(self) -> Changes:
         """The difference since the last call; from now on it counts as told."""
         if not self._count:  # without the lock: what comes now is there the next time
-            return _NOTHING
+            return NOTHING
         with self._lock:
             queue = self._queue[: self._count]
             gone, new = np.empty((len(queue), 2), np.uint64), np.empty(len(queue), np.int32)
@@ -203,5 +224,6 @@ class Journal:
             self._silent = int(np.count_nonzero(self._flags))
             self._count = 0
 
-
-_NOTHING = Changes(np.empty((0, 2), np.uint64), np.empty(0, np.int32), np.empty((0, 2), np.uint64))
+    def end(self) -> None:
+        """Nobody reads it any more. Idempotent."""
+        self._ended(self)

@@ -191,17 +191,18 @@ class PrefixIndex:
         self.evicted = 0
         self.policy = policy(self._slots)
         self._lock = threading.Lock()
-        self._journal: Journal | None = None
+        self._journals: tuple[Journal, ...] = ()
 
     def __len__(self) -> int:
         """Resident blocks."""
         return self._resident
 
     def watch(self) -> Journal:
-        """From now on keeps a journal of what comes and goes, for one reader; what is resident now starts silent."""
+        """Another journal of what comes and goes, for one reader, until its `end`; what is resident starts silent."""
         with self._lock:
-            self._journal = self._journal or Journal(self._table, self._slots, self._lock)
-            return self._journal
+            journal = Journal(self._table, self._slots, self._lock, self._unwatch)
+            self._journals = (*self._journals, journal)
+            return journal
 
     def occupancy(self) -> Occupancy:
         with self._lock:
@@ -268,8 +269,8 @@ class PrefixIndex:
             _commit(self._table, self._slots, keys, first, ids, done)
             self._resident += int(np.count_nonzero(done))
             self.policy.insert(ids[done], _clock(now))
-            if self._journal:
-                self._journal.added(ids[done])
+            for journal in self._journals:
+                journal.added(ids[done])
             self._push_free(ids[~done])
         return done
 
@@ -289,8 +290,8 @@ class PrefixIndex:
             freed = freed[: _detach(self._table, self._slots, tree, freed)]
             self._resident -= len(tree)
             self._doomed += len(tree) - len(freed)
-            if self._journal:
-                self._journal.dropped(tree)
+            for journal in self._journals:
+                journal.dropped(tree)
             self._push_free(freed)
             return len(tree)
 
@@ -335,13 +336,17 @@ class PrefixIndex:
         tree = np.empty(self._resident, np.int32)
         return tree[: _subtree(self._slots, slot, tree)]
 
+    def _unwatch(self, journal: Journal) -> None:
+        with self._lock:
+            self._journals = tuple(one for one in self._journals if one is not journal)
+
     def _evict(self, want: int, now: float) -> None:
         victims = self.policy.evict(want, self._pinned, now)
         _forget(self._table, self._slots, victims)
         self._resident -= len(victims)
         self.evicted += len(victims)
-        if self._journal:
-            self._journal.dropped(victims)
+        for journal in self._journals:
+            journal.dropped(victims)
         self._push_free(victims)
 
     def _push_free(self, ids: SlotIds) -> None:

@@ -33,7 +33,7 @@ _REFUSED_S: Final = 5.0
 
 #: Replies that end a session, and those that come by themselves. (A union made at each call takes a microsecond.)
 _OVER: Final = (wire.Gone, wire.Refused)
-_NEWS: Final = (wire.Progress, wire.Answered, wire.Flushed)
+_NEWS: Final = (wire.Progress, wire.Answered, wire.Flushed, wire.Changed)
 
 #: Told of what the node says about a number (None: the session is over, and nothing more will come). Called by the
 #: client's thread, which it must not keep.
@@ -104,11 +104,15 @@ class Link:
         """Gives back what has these numbers. Never waits for the node."""
         for number in numbers:
             self.forget(number)
+        self.tell(wire.End(self.welcome.session, list(numbers)))
+
+    def tell(self, message: wire.Request) -> None:
+        """Says what is not answered. Never waits for the node."""
         if not self.alive or not self._lock.acquire(timeout=self._client.timeout_s):
             return
         try:
             if self.alive:
-                self._calls.send(wire.encode(wire.End(self.welcome.session, list(numbers))), zmq.NOBLOCK)
+                self._calls.send(wire.encode(message), zmq.NOBLOCK)
         except zmq.Again:
             self._lost("it is not connected any more")
         except zmq.ZMQError as error:

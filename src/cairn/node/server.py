@@ -21,15 +21,17 @@ from cairn.node.gate import Entrance, Gate
 from cairn.node.pools import Pools
 from cairn.node.segments import HOME, Segments, sweep
 from cairn.node.session import Held, Session, Written
-from cairn.node.wire import keys_of, raw_of
+from cairn.node.wire import keys_of, raw_of, rows_of
 from cairn.observe.log import log_once
 
 log = logging.getLogger(__name__)
 
 #: Sessions at a time: more engine processes than any host runs.
 _MAX_SESSIONS: Final = 1024
-#: How often leases are looked at, seconds.
-_TICK_S: Final = 0.2
+#: Sessions that follow the tiers: each costs some 30 bytes a slot.
+_MAX_FOLLOWERS: Final = 64
+#: How often leases are looked at, and who follows the tiers is told of changes, seconds.
+_TICK_S: Final = 0.05
 _FLUSHERS: Final = 2
 
 
@@ -85,6 +87,8 @@ class Node:
             wire.End: self._end,
             wire.Beat: self._beat,
             wire.Bye: self._bye,
+            wire.Follow: self._follow,
+            wire.Silence: self._silence,
         }
 
     def run(self) -> None:
@@ -96,6 +100,7 @@ class Node:
                 self._run_one(self._news.popleft())
             if time.monotonic() >= tick:
                 self._look_at_leases()
+                self._tell_changes()
                 tick = time.monotonic() + _TICK_S
 
     def stop(self) -> None:
@@ -198,7 +203,9 @@ class Node:
     def _match(self, sender: bytes, request: wire.Match) -> None:
         session = self._session(sender, request)
         if session:
-            held = session.pool.store.match(keys_of(request.keys))
+            keys = keys_of(request.keys)
+            session.mention(keys)
+            held = session.pool.store.match(keys)
             self._send(sender, wire.Matched(request.call, held.dram, list(held.below)))
 
     def _take(self, sender: bytes, request: wire.Take) -> None:
@@ -216,7 +223,9 @@ class Node:
         session = self._session(sender, request)
         if session:
             session.check_new(request.number)
-            writing = session.pool.store.write(keys_of(request.keys), namespace=request.namespace)
+            keys = keys_of(request.keys)
+            session.mention(keys)
+            writing = session.pool.store.write(keys, namespace=request.namespace)
             session.writings[request.number] = Written(writing)
             self._send(sender, wire.Reserved(request.call, writing.first, raw_of(writing.rows)))
 
@@ -268,6 +277,23 @@ class Node:
             for number in request.numbers:
                 session.end(number)
 
+    def _follow(self, _: bytes, request: wire.Follow) -> None:
+        session = self._sessions.get(request.session)
+        if session:
+            session.seen = time.monotonic()
+            if not session.following and sum(bool(one.following) for one in self._sessions.values()) >= _MAX_FOLLOWERS:
+                log_once(log, "followers", f"more than {_MAX_FOLLOWERS} engines follow the tiers: the rest is not told")
+                return
+            session.follow(request.number, request.tier)
+
+    def _silence(self, _: bytes, request: wire.Silence) -> None:
+        session = self._sessions.get(request.session)
+        if session:
+            session.seen = time.monotonic()
+            for following in session.following.values():
+                if following.number == request.number:
+                    following.silence(rows_of(request.rows))
+
     def _beat(self, sender: bytes, request: wire.Beat) -> None:
         session = self._session(sender, request)
         if session:
@@ -294,6 +320,13 @@ class Node:
     def _flushed(self, session: Session, number: int, done: bool) -> None:
         session.flushing.discard(number)
         self._tell(session, wire.Flushed(0, number, done))
+
+    def _tell_changes(self) -> None:
+        for session in self._sessions.values():
+            for following in session.following.values():
+                changed = following.next()
+                if changed:
+                    self._tell(session, changed)
 
     def _tell(self, session: Session, message: wire.Reply) -> None:
         if session.hears is not None:

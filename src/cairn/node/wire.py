@@ -125,7 +125,26 @@ class Bye(_Message, tag=11):
     session: _Number
 
 
-Request = Hello | Match | Take | Reserve | Commit | Ask | Stats | Flush | End | Beat | Bye
+class Follow(_Message, tag=40):
+    """Asks for the next `Changed` about a tier of the session's pool. Under another number than the last time it begins
+    anew: what is there now is silent (`cairn.index.journal`). What the session matches and reserves is mentioned. Not
+    answered at once, but when there is something.
+    """
+
+    session: _Number
+    number: _Number
+    tier: _Text
+
+
+class Silence(_Message, tag=41):
+    """These rows of the latest `Changed` are not to count as told. Not answered."""
+
+    session: _Number
+    number: _Number
+    rows: _Rows
+
+
+Request = Hello | Match | Take | Reserve | Commit | Ask | Stats | Flush | End | Beat | Bye | Follow | Silence
 
 
 # --- from the node ----------------------------------------------------------------------------------------------------
@@ -224,8 +243,31 @@ class Gone(_Message, tag=12):
     call: _Number
 
 
+class Changed(_Message, tag=40):
+    """What has come to a tier, parents first, and into which rows of it; and what has gone of that which was told.
+    There is no more until the client asks for it.
+    """
+
+    number: _Number
+    stored: _Keys
+    rows: _Rows
+    removed: _Keys
+
+
 Reply = (
-    Welcome | Wait | Refused | Matched | Progress | Reserved | Committed | Answered | Figures | Flushed | Beaten | Gone
+    Welcome
+    | Wait
+    | Refused
+    | Matched
+    | Progress
+    | Reserved
+    | Committed
+    | Answered
+    | Figures
+    | Flushed
+    | Beaten
+    | Gone
+    | Changed
 )
 
 _encoder = msgspec.msgpack.Encoder()
