@@ -82,18 +82,26 @@ class LocalStore(BlockStore):
         answers = (tier.ask(keys, deadline=deadline, worth_s=worth_s) for tier in self._lower)
         return next((answer for answer in answers if answer is not None), None)
 
-    def hold(self, keys: Keys, *, deadline: float) -> LocalHold:
-        resident = self._dram.index.pin(keys)
+    def hold(self, keys: Keys, *, deadline: float, use: bool = True) -> LocalHold:
+        """use: whether it counts as a use of the blocks now; else the caller says so by `used`, once he has time."""
+        resident = self._dram.index.pin(keys, use=use)
         hold = LocalHold(self._dram.index, keys, resident, self._landed, self.memory)
         upto = len(resident)
         for tier in self._lower:
-            tier.touch(keys)
+            if use:
+                tier.touch(keys)
             below = tier.match(keys) if upto < len(keys) else 0
             if below > upto:
                 upto = self._promote(hold, tier, upto, below, deadline)
         if upto > len(resident):
             hold.start()
         return hold
+
+    def used(self, keys: Keys) -> None:
+        """Counts a use of a chain's blocks in every tier."""
+        self._dram.index.touch(keys)
+        for tier in self._lower:
+            tier.touch(keys)
 
     def write(self, keys: Keys, *, namespace: bytes) -> Writing:
         index = self._dram.index

@@ -69,7 +69,7 @@ class PoolWriting(Protocol):
 
 
 class PoolStore(Protocol):
-    """DRAM and what is below it, for the blocks of one geometry: see `cairn.engine.base.BlockStore`."""
+    """DRAM and what is below it, for the blocks of one geometry: see `cairn.engine.local.LocalStore`."""
 
     asks: bool
 
@@ -77,7 +77,9 @@ class PoolStore(Protocol):
 
     def ask(self, keys: Keys, *, deadline: float, worth_s: float) -> "Future[None] | None": ...
 
-    def hold(self, keys: Keys, *, deadline: float) -> PoolHold: ...
+    def hold(self, keys: Keys, *, deadline: float, use: bool = True) -> PoolHold: ...
+
+    def used(self, keys: Keys) -> None: ...
 
     def write(self, keys: Keys, *, namespace: bytes) -> PoolWriting: ...
 

@@ -213,11 +213,13 @@ class Node:
         if session:
             session.check_new(request.number)
             deadline = time.monotonic() + request.seconds
-            hold = session.pool.store.hold(keys_of(request.keys), deadline=deadline)
+            keys, store = keys_of(request.keys), session.pool.store
+            hold = store.hold(keys, deadline=deadline, use=False)
             held = session.holds[request.number] = Held(request.number, hold)
             if not hold.settled:
                 hold.progress = partial(self._later, partial(self._progress, session, held))
             self._send(sender, held.news(request.call))
+            store.used(keys)  # the client need not wait for the eviction policies
 
     def _reserve(self, sender: bytes, request: wire.Reserve) -> None:
         session = self._session(sender, request)
