@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from cairn.config import load_config
 from cairn.engine import CacheEngine
 from cairn.index.slots import RESIDENT
-from cairn.node import following
+from cairn.node import following, wire
 from tests.engine.pages import SLOT, namespace, prompt, retrieved, stored
 
+from .peer import Peer, keys_of
 from .rig import ThreadNode, address_in, thread_node
 
 TIERS: Final = ("dram", "disk")
@@ -164,3 +165,22 @@ def test_nobody_knows_what_a_lost_node_holds(tmp_path: Path) -> None:
         one.read("dram")
         waiting.wait(0.01)
     one.engine.close()
+
+
+def test_rules_of_following(tmp_path: Path) -> None:
+    """A client that breaks them has an error, and the others their node."""
+    with thread_node(address_in(tmp_path), **{"storage.cpu.size": 12 * SLOT}):
+        one, other = Peer(address_in(tmp_path)).hello(), Peer(address_in(tmp_path)).hello()
+        one.tell(wire.Follow(one.session, 7, "no such tier"))
+        one.tell(wire.Follow(one.session, 8, "dram"))
+        for rows in ([12], [-1]):
+            one.tell(wire.Silence(one.session, 8, wire.raw_of(np.array(rows, np.int32))))
+            answer = one.reply()
+            assert isinstance(answer, wire.Refused)
+            assert "of a tier that has 12" in answer.why
+        one.tell(wire.Silence(one.session, 8, bytearray(3)))
+        assert isinstance(one.reply(), wire.Refused)
+        one.tell(wire.Silence(one.session, 9, bytearray(4)))  # of a number that is over: nothing
+        assert other.match(keys_of(0, 3)) == 0
+        for peer in (one, other):
+            peer.close()
