@@ -1,6 +1,7 @@
 """The bell: how other threads wake the node's loop."""
 
 import threading
+from contextlib import suppress
 from typing import Final
 
 import zmq
@@ -36,7 +37,8 @@ class Bell:
         try:
             if not self._rung and not self._socket.closed:
                 self._rung = True
-                self._socket.send(b"", zmq.NOBLOCK)
+                with suppress(zmq.Again):  # the loop has ended
+                    self._socket.send(b"", zmq.NOBLOCK)
         finally:
             self._lock.release()
 
