@@ -19,9 +19,9 @@ from cairn.jit import kernel
 Flags = npt.NDArray[np.uint8]
 Order = npt.NDArray[np.uint64]
 
-_TOLD, _QUEUED, _SILENT = np.uint8(1), np.uint8(2), np.uint8(4)
+_TOLD, _QUEUED, _SILENT, _NEW = np.uint8(1), np.uint8(2), np.uint8(4), np.uint8(8)
 """Of a slot: its key was told as stored; it may differ from what was told; it is resident and not to be told yet. A
-silent slot is neither told nor queued."""
+silent slot is neither told nor queued. New: only while changes are put in order."""
 
 
 @kernel
@@ -92,6 +92,27 @@ def _settle(
             new[fresh] = slot
             fresh += 1
     return count, fresh
+
+
+@kernel
+def _parents_first(slots: Slots, flags: Flags, new: SlotIds, out: SlotIds) -> None:
+    """The same slots, each behind its parent where that is among them: a parent may have been woken after its child
+    was stored, by others.
+    """
+    for i in range(len(new)):
+        flags[new[i]] |= _NEW
+    count = 0
+    for i in range(len(new)):
+        slot, depth = new[i], 0
+        while slot != NONE and flags[slot] & _NEW:
+            flags[slot] &= ~_NEW
+            depth += 1
+            slot = slots[slot].parent
+        slot = new[i]
+        for step in range(depth):
+            out[count + depth - 1 - step] = slot
+            slot = slots[slot].parent
+        count += depth
 
 
 @kernel
@@ -199,8 +220,9 @@ class Journal:
             left, fresh = _settle(self._table, self._slots, self._flags, self._told, queue, gone, new)
             self._count = 0
             new = new[:fresh]
-            new = new[np.argsort(self._order[new])]
-            return Changes(self._told[new], new, gone[:left])
+            new, slots = new[np.argsort(self._order[new])], np.empty(fresh, np.int32)
+            _parents_first(self._slots, self._flags, new, slots)
+            return Changes(self._told[slots], slots, gone[:left])
 
     def silence(self, slots: SlotIds) -> None:
         """Takes back that these slots, of the latest changes, were told: they are silent, and so will be their end."""
