@@ -169,3 +169,13 @@ def test_no_change_is_lost_between_threads() -> None:
     reader.read()
     held = {keys[i].tobytes() for keys in chains for i in range(index.match(keys))}
     assert reader.blocks == held
+
+
+def test_a_parent_that_is_woken_after_its_child_was_stored_comes_first() -> None:
+    index = PrefixIndex(8, POLICIES["lru"])
+    journal, keys = index.watch(), np.arange(1, 11, dtype=np.uint64).reshape(5, 2)
+    index.commit(keys, 0, index.reserve(2))
+    journal.silence(journal.changes().slots)
+    index.commit(keys, 2, index.reserve(3))
+    journal.mention(keys[:2])
+    assert np.array_equal(journal.changes().stored, keys)

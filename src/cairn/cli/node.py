@@ -49,6 +49,7 @@ def node(
 
 def _serve(config: "Config", address: str) -> None:
     """Until SIGTERM or SIGINT; a second one ends the flush, too."""
+    import gc
     import logging
     import signal
 
@@ -67,6 +68,7 @@ def _serve(config: "Config", address: str) -> None:
     try:
         log.info("listening at %s; up to %d bytes of DRAM", address, config.storage.cpu.size)
         tell_ready()
+        gc.freeze()  # what is there now stays: a collection that looked at it would hold up calls for milliseconds
         node.run()
     finally:
         for number, handler in previous.items():

@@ -1,12 +1,13 @@
 """The contract between the engine and where its blocks live: in this process, or in the host's node."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import NamedTuple
 
 from cairn.engine.hold import Hold
 from cairn.engine.writing import Writing
-from cairn.index.journal import Journal
+from cairn.index.journal import JournalReader
 from cairn.kv import Keys
 
 
@@ -60,8 +61,8 @@ class BlockStore(ABC):
         """Rows for the blocks of a chain that DRAM lacks, as many as can be had; counts a use of those it has."""
 
     @abstractmethod
-    def watch(self) -> dict[str, Journal]:
-        """A journal a tier, by the tier's name; see `cairn.index.journal`. Kept from the first call on."""
+    def watch(self) -> Mapping[str, JournalReader]:
+        """A journal a tier, by its name, for one reader as long as the store lives; see `cairn.index.journal`."""
 
     @abstractmethod
     def flush(self, timeout: float) -> bool:

@@ -25,7 +25,7 @@ from cairn.engine.stage import COPY_BYTES, VRAM_COPY_BYTES, Span, Stage
 from cairn.engine.writing import Writing
 from cairn.errors import ClosedError, ConfigError, GeometryError, InputError, StorageError
 from cairn.index import POLICIES
-from cairn.index.journal import Journal
+from cairn.index.journal import JournalReader
 from cairn.kv import CANONICAL, KeyChain, KVGeometry, Layout, Namespace
 from cairn.observe.log import log_once, setup_logging
 from cairn.observe.metrics import Figures, Metrics
@@ -305,7 +305,7 @@ class EngineCore:
         """Everything counted so far, by name; see docs/architecture.md for the reasons of misses."""
         return self.metrics.snapshot()
 
-    def watch(self) -> dict[str, Journal]:
+    def watch(self) -> Mapping[str, JournalReader]:
         """A journal a tier of what becomes findable and what goes, by the tier's name, for one reader."""
         self._check_open()
         return self._store.watch()

@@ -58,21 +58,22 @@ class Hold(ABC):
 
     `ids[:ready]` are the rows of the blocks that are there and pinned; `ready` grows as batches land, in order, and
     stops growing at the first block that could not be brought up (`reason` says why; None: no tier had it).
-    `resident`: how many were there from the beginning. `home`: see `Home`.
+    `resident`: how many were there from the beginning. `home`: see `Home`. `abandoned`: nobody waits for it any more.
+
+    Most holds have all their blocks from the beginning, so what only waiting needs is made by who waits.
 
     Thread-safe. Never raises for what happens below.
     """
 
     def __init__(self, keys: Keys, resident: npt.NDArray[np.int32], home: Home | None = None) -> None:
         self.keys = keys
-        self.resident = len(resident)
-        self.ids = np.empty(len(keys), np.int32)
-        self.ids[: self.resident] = resident
-        self.ready = self.resident
+        self.ids = resident
+        self.resident = self.ready = len(resident)
         self.reason: Reason | None = None
-        self.cancel = threading.Event()
+        self.abandoned = False
         self.home = home
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed: threading.Condition | None = None
 
     @property
     @abstractmethod
@@ -124,12 +125,14 @@ class Hold(ABC):
         """Waits until more than `ready` blocks are there, or no more will come, or the deadline (monotonic) has
         passed.
         """
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self.ready > ready or self.settled or self.cancel.is_set(), deadline - time.monotonic()
-            )
+        with self._lock:
             if self.ready <= ready and not self.settled:
-                self.stop_short(Reason.CANCELLED if self.cancel.is_set() else Reason.TIMEOUT)
+                self._changed = self._changed or threading.Condition(self._lock)
+                self._changed.wait_for(
+                    lambda: self.ready > ready or self.settled or self.abandoned, deadline - time.monotonic()
+                )
+            if self.ready <= ready and not self.settled:
+                self.stop_short(Reason.CANCELLED if self.abandoned else Reason.TIMEOUT)
             return self.ready
 
     def wait(self, deadline: float) -> int:
@@ -147,9 +150,21 @@ class Hold(ABC):
         self._end()
 
     def _end(self) -> None:
-        self.cancel.set()
-        with self._changed:
+        with self._lock:
+            self.abandoned = True
+            self._notify()
+
+    def _notify(self) -> None:
+        """Wakes who waits. Under the lock."""
+        if self._changed:
             self._changed.notify_all()
+
+    def _make_room(self) -> None:
+        """For rows that come later. Under the lock, or before anybody else has the hold."""
+        if len(self.ids) < len(self.keys):
+            ids = np.empty(len(self.keys), np.int32)
+            ids[: len(self.ids)] = self.ids
+            self.ids = ids
 
 
 class LocalHold(Hold):
@@ -172,6 +187,13 @@ class LocalHold(Hold):
         self._next = 0
         self._brought: Counter[str] = Counter()
         self._released = False
+        self._cancel: threading.Event | None = None
+
+    def prepare(self) -> threading.Event:
+        """Before anything is expected; what it returns is set when the reads are not wanted any more."""
+        self._make_room()
+        self._cancel = self._cancel or threading.Event()
+        return self._cancel
 
     def expect(self, tier: str, first: int, ids: npt.NDArray[np.int32], future: "Future[Outcomes]") -> None:
         """Adds the next batch: blocks first.. are being read from `tier` into the reserved rows `ids`."""
@@ -185,10 +207,12 @@ class LocalHold(Hold):
 
     def blocks_by_tier(self, start: int, stop: int) -> dict[str, int]:
         stop = min(stop, self.ready)
-        found = Counter({"dram": max(0, min(stop, self.resident) - start)})
+        found = {"dram": max(0, min(stop, self.resident) - start)}
         for batch in self._batches:
-            found[batch.tier] += max(0, min(stop, batch.first + len(batch.ids)) - max(start, batch.first))
-        return {tier: blocks for tier, blocks in found.items() if blocks or tier == "dram"}
+            blocks = min(stop, batch.first + len(batch.ids)) - max(start, batch.first)
+            if blocks > 0:
+                found[batch.tier] = found.get(batch.tier, 0) + blocks
+        return found
 
     @property
     def settled(self) -> bool:
@@ -199,11 +223,16 @@ class LocalHold(Hold):
 
     def release(self) -> None:
         self._end()
-        with self._changed:
+        with self._lock:
             if self._released:
                 return
             self._released = True
             self._index.unpin(self.ids[: self.ready])
+
+    def _end(self) -> None:
+        super()._end()
+        if self._cancel:
+            self._cancel.set()
 
     def _finished(self, batch: _Batch, _: "Future[Outcomes]") -> None:
         batch.finished = time.monotonic()
@@ -211,12 +240,12 @@ class LocalHold(Hold):
 
     def _land(self) -> None:
         """Publishes every finished batch whose predecessors are published."""
-        with self._changed:
+        with self._lock:
             before = self._next
             while self._next < len(self._batches) and self._batches[self._next].future.done():
                 self._land_one(self._batches[self._next])
                 self._next += 1
-            self._changed.notify_all()
+            self._notify()
             if self._next > before and self.settled:
                 for tier, blocks in self._brought.items():
                     last = max(batch.finished for batch in self._batches if batch.tier == tier)

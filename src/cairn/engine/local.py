@@ -82,17 +82,26 @@ class LocalStore(BlockStore):
         answers = (tier.ask(keys, deadline=deadline, worth_s=worth_s) for tier in self._lower)
         return next((answer for answer in answers if answer is not None), None)
 
-    def hold(self, keys: Keys, *, deadline: float) -> LocalHold:
-        resident = self._dram.index.pin(keys)
+    def hold(self, keys: Keys, *, deadline: float, use: bool = True) -> LocalHold:
+        """use: whether it counts as a use of the blocks now; else the caller says so by `used`, once he has time."""
+        resident = self._dram.index.pin(keys, use=use)
         hold = LocalHold(self._dram.index, keys, resident, self._landed, self.memory)
         upto = len(resident)
         for tier in self._lower:
-            tier.touch(keys)
+            if use:
+                tier.touch(keys)
             below = tier.match(keys) if upto < len(keys) else 0
             if below > upto:
                 upto = self._promote(hold, tier, upto, below, deadline)
-        hold.start()
+        if upto > len(resident):
+            hold.start()
         return hold
+
+    def used(self, keys: Keys) -> None:
+        """Counts a use of a chain's blocks in every tier."""
+        self._dram.index.touch(keys)
+        for tier in self._lower:
+            tier.touch(keys)
 
     def write(self, keys: Keys, *, namespace: bytes) -> Writing:
         index = self._dram.index
@@ -104,12 +113,14 @@ class LocalStore(BlockStore):
         return writing
 
     def watch(self) -> dict[str, Journal]:
-        journals = {self._dram.name: self._dram.index.watch()}
-        for tier in self._lower:
-            journal = tier.watch()
-            if journal is not None:
-                journals[tier.name] = journal
-        return journals
+        tiers = [self._dram.name, *(tier.name for tier in self._lower)]
+        return {tier: journal for tier in tiers if (journal := self.journal(tier)) is not None}
+
+    def journal(self, tier: str) -> Journal | None:
+        """Another journal of one tier, until its `end`; None where there is no such tier, or others come and go."""
+        if tier == self._dram.name:
+            return self._dram.index.watch()
+        return next((one.watch() for one in self._lower if one.name == tier), None)
 
     def flush(self, timeout: float) -> bool:
         deadline = time.monotonic() + timeout
@@ -148,12 +159,13 @@ class LocalStore(BlockStore):
         """Asks a tier for blocks first..below, batch by batch, each into rows of its own; returns up to where."""
         pack = tier.pack_blocks
         step = max(1, PROMOTION_BYTES // (pack * self._geometry.block_bytes)) * pack
+        cancel = hold.prepare()
         while first < below:
             # Batches end where the tier's groups do, so that no group is read in two parts.
             wanted = min(first // pack * pack + step, below) - first
             ids = self._dram.index.reserve(wanted)
             if len(ids):
-                future = tier.read(hold.keys, first, Rows(self.memory, ids), deadline=deadline, cancel=hold.cancel)
+                future = tier.read(hold.keys, first, Rows(self.memory, ids), deadline=deadline, cancel=cancel)
                 hold.expect(tier.name, first, ids, future)
             first += len(ids)
             if len(ids) < wanted:

@@ -1,6 +1,5 @@
 """The store of an engine that is a client of the host's node: blocks are the node's, their bytes are copied here."""
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -13,24 +12,23 @@ import numpy as np
 from cairn.copy import RowMemory
 from cairn.engine.base import BlockStore, Held
 from cairn.engine.hold import Hold
+from cairn.engine.node_journal import NodeJournal
 from cairn.engine.writing import Writing
 from cairn.errors import StorageError
-from cairn.index.journal import Journal
 from cairn.kv import Keys, KVGeometry, Layout
 from cairn.node import wire
 from cairn.node.base import Memory
 from cairn.node.client import Link, NodeClient
 from cairn.node.wire import MAX_BLOCKS, raw_of, rows_of
-from cairn.observe.log import log_once
 from cairn.observe.metrics import Metrics
 from cairn.observe.reasons import Reason
 from cairn.plan import CostModel
 
-log = logging.getLogger(__name__)
-
 _NO_ROWS = np.empty(0, np.int32)
 #: Figures of the node that are younger than this are not asked for again, seconds.
 _FRESH_S = 0.1
+#: The tiers of which it is known what comes and goes.
+_WATCHED = ("dram", "disk")
 
 
 class NodeHold(Hold):
@@ -75,7 +73,7 @@ class NodeHold(Hold):
 
     def release(self) -> None:
         self._end()
-        with self._changed:
+        with self._lock:
             if self._released:
                 return
             self._released = True
@@ -84,7 +82,7 @@ class NodeHold(Hold):
 
     def told(self, reply: wire.Reply | None) -> None:
         """What the node says of this hold, in any order; None: it will say no more."""
-        with self._changed:
+        with self._lock:
             if not self._settled:
                 if isinstance(reply, wire.Progress):
                     self._early[reply.first] = reply
@@ -95,12 +93,16 @@ class NodeHold(Hold):
                     self._settled = True
             if self._settled and self._link:
                 self._link.forget(self.number)
-            self._changed.notify_all()
+            self._notify()
 
     def _apply(self, news: wire.Progress) -> None:
         rows = rows_of(news.rows)
         at = self._arrived
-        self.ids[at : at + len(rows)] = rows
+        if at == 0 and news.settled:
+            self.ids = rows
+        else:
+            self._make_room()
+            self.ids[at : at + len(rows)] = rows
         for tier, count in news.tiers:
             self._spans.append((tier, at, count))
             if tier != "dram" and count:
@@ -176,6 +178,7 @@ class NodeStore(BlockStore):
         self._figures: dict[str, dict[str, float]] = {}
         self._figures_at = 0.0
         self._figures_lock = threading.Lock()
+        self._journals: dict[str, NodeJournal] = {}
         metrics.watch("node", self._own_figures)
         self._client = NodeClient(address, geometry, layout, timeout_s=timeout_s, on_link=self._linked)
         self._client.wait(wait_s)
@@ -227,10 +230,13 @@ class NodeStore(BlockStore):
             reply = link.call(request)
         return NodeWriting(link, number, reply, self._committed)
 
-    def watch(self) -> dict[str, Journal]:
-        """Nothing yet: several clients would read one journal."""
-        log_once(log, "watch", "KV events of the node's tiers are not told yet: listeners see this engine's own only")
-        return {}
+    def watch(self) -> dict[str, NodeJournal]:
+        if not self._journals:
+            self._journals = {tier: NodeJournal(tier, self._client, self._figures_of) for tier in _WATCHED}
+            link = self._link()
+            if link:
+                self._follow(link)
+        return self._journals
 
     def flush(self, timeout: float) -> bool:
         link = self._link()
@@ -268,6 +274,11 @@ class NodeStore(BlockStore):
     def _linked(self, link: Link) -> None:
         for tier in link.welcome.tiers:
             self._metrics.watch(tier, partial(self._figures_of, tier))
+        self._follow(link)
+
+    def _follow(self, link: Link) -> None:
+        for journal in self._journals.values():
+            journal.begin(link)
 
     def _figures_of(self, tier: str) -> Mapping[str, float]:
         with self._figures_lock:

@@ -121,7 +121,7 @@ class Stage:
         first, slots = self._whole_blocks(slots)
         stop = first + len(slots) // self._block
         done = first
-        while done < stop and not self._hold.cancel.is_set():
+        while done < stop and not self._hold.abandoned:
             run = self._hold.run(done)
             most = VRAM_COPY_BYTES if run.tier == "vram" else COPY_BYTES
             step = max(1, most // self._copier.geometry.block_bytes)

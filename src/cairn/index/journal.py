@@ -6,7 +6,8 @@ that came and went meanwhile, or moved to another slot, is not mentioned at all.
 """
 
 import threading
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +19,9 @@ from cairn.jit import kernel
 Flags = npt.NDArray[np.uint8]
 Order = npt.NDArray[np.uint64]
 
-_TOLD, _QUEUED, _SILENT = np.uint8(1), np.uint8(2), np.uint8(4)
+_TOLD, _QUEUED, _SILENT, _NEW = np.uint8(1), np.uint8(2), np.uint8(4), np.uint8(8)
 """Of a slot: its key was told as stored; it may differ from what was told; it is resident and not to be told yet. A
-silent slot is neither told nor queued."""
+silent slot is neither told nor queued. New: only while changes are put in order."""
 
 
 @kernel
@@ -94,6 +95,27 @@ def _settle(
 
 
 @kernel
+def _parents_first(slots: Slots, flags: Flags, new: SlotIds, out: SlotIds) -> None:
+    """The same slots, each behind its parent where that is among them: a parent may have been woken after its child
+    was stored, by others.
+    """
+    for i in range(len(new)):
+        flags[new[i]] |= _NEW
+    count = 0
+    for i in range(len(new)):
+        slot, depth = new[i], 0
+        while slot != NONE and flags[slot] & _NEW:
+            flags[slot] &= ~_NEW
+            depth += 1
+            slot = slots[slot].parent
+        slot = new[i]
+        for step in range(depth):
+            out[count + depth - 1 - step] = slot
+            slot = slots[slot].parent
+        count += depth
+
+
+@kernel
 def _silence(flags: Flags, ids: SlotIds) -> int:
     """Takes back that slots were told; returns how many are silent by it."""
     count = 0
@@ -133,18 +155,38 @@ class Changes(NamedTuple):
     removed: Keys
 
 
+NOTHING = Changes(np.empty((0, 2), np.uint64), np.empty(0, np.int32), np.empty((0, 2), np.uint64))
+
+
+class JournalReader(Protocol):
+    """What the reader of a journal does with it, wherever the index is: see `Journal`."""
+
+    @property
+    def capacity(self) -> int: ...
+
+    def changes(self) -> Changes: ...
+
+    def silence(self, slots: SlotIds) -> None: ...
+
+    def mention(self, keys: Keys) -> None: ...
+
+    def clear(self) -> None: ...
+
+
 class Journal:
-    """Follows one index; made by `PrefixIndex.watch`. About 30 bytes a slot.
+    """Follows one index for one reader; made by `PrefixIndex.watch`. About 30 bytes a slot.
 
     Every block is *told* (its reader has had it in `stored`), *silent* (resident, and held back until it is mentioned),
     or gone. What was resident before the journal began is silent. `added` and `dropped` are the index's, which calls
     them under its lock; the others are the reader's, and take it. Thread-safe.
     """
 
-    def __init__(self, table: Table, slots: Slots, lock: threading.Lock) -> None:
+    def __init__(self, table: Table, slots: Slots, lock: threading.Lock, ended: "Callable[[Journal], None]") -> None:
+        """Under the lock."""
         self._table = table
         self._slots = slots
         self._lock = lock
+        self._ended = ended
         self._told: Keys = np.zeros((len(slots), 2), np.uint64)
         self._flags: Flags = np.where(slots["state"] == RESIDENT, _SILENT, np.uint8(0))
         self._order: Order = np.zeros(len(slots), np.uint64)
@@ -171,15 +213,16 @@ class Journal:
     def changes(self) -> Changes:
         """The difference since the last call; from now on it counts as told."""
         if not self._count:  # without the lock: what comes now is there the next time
-            return _NOTHING
+            return NOTHING
         with self._lock:
             queue = self._queue[: self._count]
             gone, new = np.empty((len(queue), 2), np.uint64), np.empty(len(queue), np.int32)
             left, fresh = _settle(self._table, self._slots, self._flags, self._told, queue, gone, new)
             self._count = 0
             new = new[:fresh]
-            new = new[np.argsort(self._order[new])]
-            return Changes(self._told[new], new, gone[:left])
+            new, slots = new[np.argsort(self._order[new])], np.empty(fresh, np.int32)
+            _parents_first(self._slots, self._flags, new, slots)
+            return Changes(self._told[slots], slots, gone[:left])
 
     def silence(self, slots: SlotIds) -> None:
         """Takes back that these slots, of the latest changes, were told: they are silent, and so will be their end."""
@@ -203,5 +246,6 @@ class Journal:
             self._silent = int(np.count_nonzero(self._flags))
             self._count = 0
 
-
-_NOTHING = Changes(np.empty((0, 2), np.uint64), np.empty(0, np.int32), np.empty((0, 2), np.uint64))
+    def end(self) -> None:
+        """Nobody reads it any more. Idempotent."""
+        self._ended(self)

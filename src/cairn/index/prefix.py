@@ -60,13 +60,18 @@ def _find(table: Table, slots: Slots, keys: Keys, out: SlotIds) -> int:
 
 
 @kernel
-def _pin(slots: Slots, ids: SlotIds) -> int:
+def _pin(table: Table, slots: Slots, keys: Keys, out: SlotIds) -> tuple[int, int]:
+    """As `_find`, and pins them; also returns how many of them nobody had pinned."""
     first = 0
-    for i in range(len(ids)):
-        if slots[ids[i]].pins == 0:
+    for i in range(len(keys)):
+        slot = table_find(table, slots, keys[i, 0], keys[i, 1])
+        if slot == NONE:
+            return i, first
+        if slots[slot].pins == 0:
             first += 1
-        slots[ids[i]].pins += 1
-    return first
+        slots[slot].pins += 1
+        out[i] = slot
+    return len(keys), first
 
 
 @kernel
@@ -186,17 +191,18 @@ class PrefixIndex:
         self.evicted = 0
         self.policy = policy(self._slots)
         self._lock = threading.Lock()
-        self._journal: Journal | None = None
+        self._journals: tuple[Journal, ...] = ()
 
     def __len__(self) -> int:
         """Resident blocks."""
         return self._resident
 
     def watch(self) -> Journal:
-        """From now on keeps a journal of what comes and goes, for one reader; what is resident now starts silent."""
+        """Another journal of what comes and goes, for one reader, until its `end`; what is resident starts silent."""
         with self._lock:
-            self._journal = self._journal or Journal(self._table, self._slots, self._lock)
-            return self._journal
+            journal = Journal(self._table, self._slots, self._lock, self._unwatch)
+            self._journals = (*self._journals, journal)
+            return journal
 
     def occupancy(self) -> Occupancy:
         with self._lock:
@@ -217,8 +223,9 @@ class PrefixIndex:
         """Slots of the leading resident blocks, kept from eviction until `unpin`; counts as their use if `use`."""
         ids = np.empty(len(keys), np.int32)
         with self._lock:
-            ids = ids[: _find(self._table, self._slots, keys, ids)]
-            self._pinned += _pin(self._slots, ids)
+            found, first = _pin(self._table, self._slots, keys, ids)
+            ids = ids[:found]
+            self._pinned += first
             if use:
                 self.policy.access(keys, ids, _clock(now))
         return ids
@@ -237,8 +244,9 @@ class PrefixIndex:
         with self._lock:
             last, dead = _unpin(self._slots, ids, doomed)
             self._pinned -= last
-            self._doomed -= dead
-            self._push_free(doomed[:dead])
+            if dead:
+                self._doomed -= dead
+                self._push_free(doomed[:dead])
 
     def reserve(self, count: int, now: float | None = None) -> SlotIds:
         """Up to `count` slots for the caller to fill, evicting as needed; fewer if the rest is in use."""
@@ -261,8 +269,8 @@ class PrefixIndex:
             _commit(self._table, self._slots, keys, first, ids, done)
             self._resident += int(np.count_nonzero(done))
             self.policy.insert(ids[done], _clock(now))
-            if self._journal:
-                self._journal.added(ids[done])
+            for journal in self._journals:
+                journal.added(ids[done])
             self._push_free(ids[~done])
         return done
 
@@ -282,8 +290,8 @@ class PrefixIndex:
             freed = freed[: _detach(self._table, self._slots, tree, freed)]
             self._resident -= len(tree)
             self._doomed += len(tree) - len(freed)
-            if self._journal:
-                self._journal.dropped(tree)
+            for journal in self._journals:
+                journal.dropped(tree)
             self._push_free(freed)
             return len(tree)
 
@@ -328,13 +336,17 @@ class PrefixIndex:
         tree = np.empty(self._resident, np.int32)
         return tree[: _subtree(self._slots, slot, tree)]
 
+    def _unwatch(self, journal: Journal) -> None:
+        with self._lock:
+            self._journals = tuple(one for one in self._journals if one is not journal)
+
     def _evict(self, want: int, now: float) -> None:
         victims = self.policy.evict(want, self._pinned, now)
         _forget(self._table, self._slots, victims)
         self._resident -= len(victims)
         self.evicted += len(victims)
-        if self._journal:
-            self._journal.dropped(victims)
+        for journal in self._journals:
+            journal.dropped(victims)
         self._push_free(victims)
 
     def _push_free(self, ids: SlotIds) -> None:

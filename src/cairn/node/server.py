@@ -1,8 +1,6 @@
 """The node's loop: one thread that answers clients and never waits, neither for a disk nor for a client."""
 
 import logging
-import math
-import os
 import secrets
 import time
 from collections import deque
@@ -18,20 +16,23 @@ from cairn.errors import CairnError
 from cairn.node import wire
 from cairn.node.address import Address
 from cairn.node.base import OpenStore
+from cairn.node.bell import Bell
 from cairn.node.gate import Entrance, Gate
 from cairn.node.pools import Pools
 from cairn.node.segments import HOME, Segments, sweep
 from cairn.node.session import Held, Session, Written
-from cairn.node.wire import keys_of, raw_of
+from cairn.node.wire import keys_of, raw_of, rows_of
 from cairn.observe.log import log_once
 
 log = logging.getLogger(__name__)
 
 #: Sessions at a time: more engine processes than any host runs.
 _MAX_SESSIONS: Final = 1024
-#: How often leases are looked at, seconds.
-_TICK_S: Final = 0.2
-#: Frames taken in before what has come from other threads has its turn.
+#: Sessions that follow the tiers: each costs some 30 bytes a slot.
+_MAX_FOLLOWERS: Final = 64
+#: How often leases are looked at, and who follows the tiers is told of changes, seconds.
+_TICK_S: Final = 0.05
+#: Frames that are taken in before a look at the leases that is due.
 _BATCH: Final = 64
 _FLUSHERS: Final = 2
 
@@ -51,9 +52,9 @@ class Node:
         self._config = config
         self._lease_s = config.node.lease_s
         self._address = Address(address)
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._context = zmq.Context()
         self._segments: Segments | None = None
+        self._bell: Bell | None = None
         try:
             sweep()
             self._segments = Segments()
@@ -61,6 +62,8 @@ class Node:
             self._router: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
             self._router.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME)
             self._router.setsockopt(zmq.LINGER, 0)
+            self._router.setsockopt(zmq.RCVTIMEO, int(_TICK_S * 1000))
+            self._bell = Bell(self._context, self._router)
             self._address.bind(self._router)
         except BaseException:
             self._give_back()
@@ -90,30 +93,30 @@ class Node:
             wire.Withdraw: self._withdraw,
             wire.TakeVram: self._take_vram,
             wire.ReserveVram: self._reserve_vram,
+            wire.Follow: self._follow,
+            wire.Silence: self._silence,
         }
 
     def run(self) -> None:
         """Serves until `stop`."""
-        poller = zmq.Poller()
-        poller.register(self._router, zmq.POLLIN)
-        poller.register(self._wake, zmq.POLLIN)
-        tick = time.monotonic() + _TICK_S
+        tick, late = time.monotonic() + _TICK_S, 0
         while not self._stopping:
-            ready = dict(poller.poll(_milliseconds(tick - time.monotonic())))
-            if self._wake in ready:
-                os.eventfd_read(self._wake)
+            self._receive()
             while self._news:
                 self._run_one(self._news.popleft())
-            if self._router in ready:
-                self._receive()
             if time.monotonic() >= tick:
-                self._look_at_leases()
-                tick = time.monotonic() + _TICK_S
+                late += 1
+                # What waits comes first: after a node was stopped, the beats of its clients are in it.
+                if late > _BATCH or not int(self._router.get(zmq.EVENTS)) & zmq.POLLIN:
+                    self._look_at_leases()
+                    self._tell_changes()
+                    tick, late = time.monotonic() + _TICK_S, 0
 
     def stop(self) -> None:
         """Ends `run`, from any thread or a signal's handler."""
         self._stopping = True
-        self._nudge()
+        if self._bell:
+            self._bell.ring(wait=False)
 
     def close(self, timeout: float) -> None:
         """Tells the clients, flushes within `timeout`, and gives everything back. After `run` has ended."""
@@ -141,23 +144,30 @@ class Node:
     # --- what comes in -------------------------------------------------------------------------------------------
 
     def _receive(self) -> None:
-        for _ in range(_BATCH):
-            if not int(self._router.getsockopt(zmq.EVENTS)) & zmq.POLLIN:  # cheaper than to be told so by an exception
-                return
-            frames = self._router.recv_multipart(zmq.NOBLOCK)
-            self._counts["calls_total"] += 1
-            sender, frame = frames[0], frames[1] if len(frames) == 2 else b""
-            try:
-                request = wire.decode_request(frame)
-                self._handlers[type(request)](sender, request)
-            except wire.WireError as error:
-                self._counts["malformed_total"] += 1
-                log_once(log, "malformed", str(error))
-                self._send(sender, wire.Refused(0, str(error)[:1000]))
-            except Exception as error:  # noqa: BLE001 - a bug costs one call and not all clients: counted, logged
-                self._counts["failed_calls_total"] += 1
-                log_once(log, f"call {type(error).__name__}", f"a call failed: {error!r}")
-                self._send(sender, wire.Refused(0, "the node failed at this; its log says how"))
+        """Answers the next frame, if one comes before it is time to look at the leases."""
+        try:
+            sender, frame = self._router.recv(), self._router.recv()
+        except zmq.Again:
+            return
+        while self._router.get(zmq.RCVMORE):
+            self._router.recv()
+            frame = b""  # no client sends more than one
+        if sender == Bell.NAME:
+            assert self._bell
+            self._bell.heard()
+            return
+        self._counts["calls_total"] += 1
+        try:
+            request = wire.decode_request(frame)
+            self._handlers[type(request)](sender, request)
+        except wire.WireError as error:
+            self._counts["malformed_total"] += 1
+            log_once(log, "malformed", str(error))
+            self._send(sender, wire.Refused(0, str(error)[:1000]))
+        except Exception as error:  # noqa: BLE001 - a bug costs one call and not all clients: counted, logged
+            self._counts["failed_calls_total"] += 1
+            log_once(log, f"call {type(error).__name__}", f"a call failed: {error!r}")
+            self._send(sender, wire.Refused(0, "the node failed at this; its log says how"))
 
     def _session(self, sender: bytes, request: Any) -> Session | None:
         session = self._sessions.get(request.session)
@@ -204,6 +214,7 @@ class Node:
         session = self._session(sender, request)
         if session:
             keys = keys_of(request.keys)
+            session.mention(keys)
             held = session.pool.store.match(keys)
             in_vram = session.pool.vram.match(session.number, keys)
             self._send(sender, wire.Matched(request.call, held.dram, list(held.below), *in_vram))
@@ -213,17 +224,21 @@ class Node:
         if session:
             session.check_new(request.number)
             deadline = time.monotonic() + request.seconds
-            hold = session.pool.store.hold(keys_of(request.keys), deadline=deadline)
+            keys, store = keys_of(request.keys), session.pool.store
+            hold = store.hold(keys, deadline=deadline, use=False)
             held = session.holds[request.number] = Held(request.number, hold)
             if not hold.settled:
                 hold.progress = partial(self._later, partial(self._progress, session, held))
             self._send(sender, held.news(request.call))
+            store.used(keys)  # the client need not wait for the eviction policies
 
     def _reserve(self, sender: bytes, request: wire.Reserve) -> None:
         session = self._session(sender, request)
         if session:
             session.check_new(request.number)
-            writing = session.pool.store.write(keys_of(request.keys), namespace=request.namespace)
+            keys = keys_of(request.keys)
+            session.mention(keys)
+            writing = session.pool.store.write(keys, namespace=request.namespace)
             session.writings[request.number] = Written(writing)
             self._send(sender, wire.Reserved(request.call, writing.first, raw_of(writing.rows)))
 
@@ -275,6 +290,23 @@ class Node:
             session.seen = time.monotonic()
             for number in request.numbers:
                 session.end(number)
+
+    def _follow(self, _: bytes, request: wire.Follow) -> None:
+        session = self._sessions.get(request.session)
+        if session:
+            session.seen = time.monotonic()
+            if not session.following and sum(bool(one.following) for one in self._sessions.values()) >= _MAX_FOLLOWERS:
+                log_once(log, "followers", f"more than {_MAX_FOLLOWERS} engines follow the tiers: the rest is not told")
+                return
+            session.follow(request.number, request.tier)
+
+    def _silence(self, _: bytes, request: wire.Silence) -> None:
+        session = self._sessions.get(request.session)
+        if session:
+            session.seen = time.monotonic()
+            for following in session.following.values():
+                if following.number == request.number:
+                    following.silence(rows_of(request.rows))
 
     def _beat(self, sender: bytes, request: wire.Beat) -> None:
         session = self._session(sender, request)
@@ -344,6 +376,13 @@ class Node:
         session.flushing.discard(number)
         self._tell(session, wire.Flushed(0, number, done))
 
+    def _tell_changes(self) -> None:
+        for session in self._sessions.values():
+            for following in session.following.values():
+                changed = following.next()
+                if changed:
+                    self._tell(session, changed)
+
     def _tell(self, session: Session, message: wire.Reply) -> None:
         if session.hears is not None:
             self._send(session.hears, message)
@@ -351,7 +390,8 @@ class Node:
     def _send(self, to: bytes, message: wire.Reply) -> None:
         """To a client that does not take it in, the ROUTER drops it: then the client's deadline passes."""
         try:
-            self._router.send_multipart([to, wire.encode(message)], zmq.NOBLOCK)
+            self._router.send(to, zmq.SNDMORE | zmq.NOBLOCK)
+            self._router.send(wire.encode(message), zmq.NOBLOCK)
         except zmq.ZMQError as error:
             log_once(log, f"send {error.errno}", f"an answer could not be sent: {error}")
 
@@ -389,16 +429,16 @@ class Node:
         self._nudge()
 
     def _nudge(self) -> None:
-        if self._wake >= 0:
-            os.eventfd_write(self._wake, 1)
+        if self._bell:
+            self._bell.ring()
 
     def _give_back(self) -> None:
         if self._segments:
             self._segments.close()
         self._address.release()
+        if self._bell:
+            self._bell.close()
         self._context.destroy(linger=200)
-        wake, self._wake = self._wake, -1
-        os.close(wake)
 
 
 def _given_back(session: Session) -> bool:
@@ -407,11 +447,6 @@ def _given_back(session: Session) -> bool:
         return False
     session.give_back()
     return True
-
-
-def _milliseconds(seconds: float) -> int:
-    """For polls: rounded up, so that they do not end too soon and again and again."""
-    return max(0, math.ceil(seconds * 1000))
 
 
 def _rehearse(segments: Segments) -> None:

@@ -3,7 +3,9 @@
 import time
 from typing import Final
 
+from cairn.kv import Keys
 from cairn.node.base import PoolHold, PoolWriting
+from cairn.node.following import Following
 from cairn.node.gate import Gate
 from cairn.node.pools import Pool
 from cairn.node.vram import Donation, VramHold
@@ -74,15 +76,40 @@ class Session:
         self.writings: dict[int, Written] = {}
         self.asked: set[int] = set()
         self.flushing: set[int] = set()
+        self.following: dict[str, Following] = {}
         pool.sessions += 1
 
     def check_new(self, number: int) -> None:
         """Raises WireError for a number that cannot be given to something new."""
-        in_use = (self.holds, self.vram_holds, self.writings, self.asked, self.flushing)
-        if any(number in used for used in in_use):
+        if (
+            number in self.holds
+            or number in self.vram_holds
+            or number in self.writings
+            or number in self.asked
+            or number in self.flushing
+        ):
             raise WireError(f"number {number} is in use")
-        if sum(len(used) for used in in_use) >= MAX_NUMBERS:
+        used = len(self.holds) + len(self.vram_holds) + len(self.writings) + len(self.asked) + len(self.flushing)
+        if used >= MAX_NUMBERS:
             raise WireError(f"more than {MAX_NUMBERS} holds and reservations at a time")
+
+    def follow(self, number: int, tier: str) -> None:
+        """Its next changes are asked for, or its first."""
+        following = self.following.get(tier)
+        if following is None or following.number != number:
+            if following:
+                following.end()
+                del self.following[tier]
+            journal = self.pool.store.journal(tier)
+            if journal is None:
+                return  # nothing will ever come
+            following = self.following[tier] = Following(number, journal)
+        following.asked = True
+
+    def mention(self, keys: Keys) -> None:
+        """What the session asks for is told to it, however long it has been there."""
+        for following in self.following.values():
+            following.journal.mention(keys)
 
     def end(self, number: int) -> None:
         """Gives back what has this number, if anything has."""
@@ -101,6 +128,8 @@ class Session:
         """Everything. Only behind a gate that is closed, with nobody inside."""
         for number in [*self.holds, *self.vram_holds, *self.writings]:
             self.end(number)
+        for following in self.following.values():
+            following.end()
         self.gate.remove()
         self.pool.sessions -= 1
         self.pool.idle_since = time.monotonic()

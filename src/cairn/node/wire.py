@@ -161,6 +161,25 @@ class ReserveVram(_Call, tag=33):
     keys: _Keys
 
 
+class Follow(_Message, tag=40):
+    """Asks for the next `Changed` about a tier of the session's pool. Under another number than the last time it begins
+    anew: what is there now is silent (`cairn.index.journal`). What the session matches and reserves is mentioned. Not
+    answered at once, but when there is something.
+    """
+
+    session: _Number
+    number: _Number
+    tier: _Text
+
+
+class Silence(_Message, tag=41):
+    """These rows of the latest `Changed` are not to count as told. Not answered."""
+
+    session: _Number
+    number: _Number
+    rows: _Rows
+
+
 Request = (
     Hello
     | Match
@@ -177,6 +196,8 @@ Request = (
     | Withdraw
     | TakeVram
     | ReserveVram
+    | Follow
+    | Silence
 )
 
 
@@ -318,6 +339,17 @@ class Retired(_Message, tag=33):
     number: _Number
 
 
+class Changed(_Message, tag=40):
+    """What has come to a tier, parents first, and into which rows of it; and what has gone of that which was told.
+    There is no more until the client asks for it.
+    """
+
+    number: _Number
+    stored: _Keys
+    rows: _Rows
+    removed: _Keys
+
+
 Reply = (
     Welcome
     | Wait
@@ -335,6 +367,7 @@ Reply = (
     | Withdrawn
     | TakenVram
     | Retired
+    | Changed
 )
 
 _encoder = msgspec.msgpack.Encoder()
@@ -400,4 +433,4 @@ def rows_of(raw: bytearray) -> npt.NDArray[np.int32]:
 
 def raw_of(array: npt.NDArray[np.uint64] | npt.NDArray[np.int32]) -> bytearray:
     """The bytes of keys or rows."""
-    return bytearray(np.ascontiguousarray(array).data.cast("B")) if array.size else bytearray()
+    return bytearray(array)

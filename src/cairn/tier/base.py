@@ -99,7 +99,7 @@ class Tier(ABC):
 
     @abstractmethod
     def watch(self) -> Journal | None:
-        """The journal of what can be found, for one reader; kept from the first call on. None: others come and go there
+        """Another journal of what can be found, for one reader, until its `end`. None: others come and go there
         too, so there is none."""
 
     @abstractmethod

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 
 from cairn.connect.vllm.identity import pictures
-from cairn.index.journal import Changes, Journal
+from cairn.index.journal import Changes, JournalReader
 from cairn.kv import KeyChain, Keys
 from cairn.kv.keys import KEY_BYTES
 from cairn.kv.namespace import salt_mark
@@ -59,7 +59,7 @@ class TierEvents:
     stored is told as removed by its tier, or cleared; a tier tells a block once, however often it is stored.
     """
 
-    def __init__(self, journals: Mapping[str, Journal], block_tokens: int) -> None:
+    def __init__(self, journals: Mapping[str, JournalReader], block_tokens: int) -> None:
         self._journals = [(_MEDIUM[tier], journal) for tier, journal in journals.items()]
         self._block = block_tokens
         self._limit = max([_NAMES, *(journal.capacity for journal in journals.values())])
@@ -114,7 +114,7 @@ class TierEvents:
                 self._stored(changes, journal, medium, events)
         return events
 
-    def _stored(self, changes: Changes, journal: Journal, medium: str, events: list[Any]) -> None:
+    def _stored(self, changes: Changes, journal: JournalReader, medium: str, events: list[Any]) -> None:
         """Adds an event for each run of blocks that one request has named; silences the others."""
         hashes, at, silent = _split(changes.stored), 0, []
         while at < len(hashes):

@@ -1,0 +1,50 @@
+"""A node that is stopped, and not dead: it is waited for once, and found again when it goes on."""
+
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Final
+
+from cairn.config import load_config
+from cairn.engine import CacheEngine
+from cairn.observe.reasons import Reason
+from tests.engine.pages import SLOT, namespace, prompt, retrieved, stored
+
+from .rig import ProcessNode, address_in
+
+TIMEOUT_S: Final = 1.0
+CALLS: Final = 12
+
+
+def test_a_frozen_node_is_waited_for_once(tmp_path: Path) -> None:
+    """By all threads together, in whatever they do: else these calls would take a minute."""
+    node = ProcessNode(address_in(tmp_path), **{"storage.cpu.size": 64 * SLOT})
+    overrides = {"engine.planner": False, "node.timeout_s": TIMEOUT_S}
+    tokens = prompt(1, 40)
+    with CacheEngine(namespace(), load_config(environ={}, overrides=overrides), node=address_in(tmp_path)) as engine:
+        assert stored(engine, tokens) == 40
+        client = engine._store._client  # type: ignore[attr-defined]
+        assert client.losses == 0
+        client._found.clear()
+        node.process.send_signal(signal.SIGSTOP)
+        found: list[int] = []
+
+        def use(seed: int) -> None:
+            for i in range(CALLS):
+                found.append(retrieved(engine, tokens))
+                found.append(stored(engine, prompt(100 * seed + i, 8)))
+
+        threads = [threading.Thread(target=use, args=(seed,)) for seed in range(3)]
+        started = time.monotonic()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert time.monotonic() - started < 20 * TIMEOUT_S
+        assert found == [0] * (2 * 3 * CALLS)
+        assert client.losses == 1
+        assert engine.metrics.miss_tokens.value(reason=Reason.NODE_AWAY) > 0
+        node.process.send_signal(signal.SIGCONT)
+        assert client.wait(60)
+        assert retrieved(engine, tokens) == 40
