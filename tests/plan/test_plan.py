@@ -96,6 +96,10 @@ def test_no_other_split_is_cheaper(
     assert best * (1 - 1e-4) <= plan.seconds <= (best + (0.0 if rest else in_vain)) * (1 + 1e-4)
 
 
+def test_nothing_is_known_before_anything_was_measured() -> None:
+    assert not any(RecomputeCost().knows(tokens) for tokens in (0, 1, 100))
+
+
 def test_everything_is_loaded_until_prefill_is_known() -> None:
     plan = plan_load([Segment("dram", 32), Segment("disk", 64)], 100, 1, CostModel())
     assert plan.tokens == 96

@@ -115,7 +115,7 @@ class RecomputeCost:
         """
         step = min(tokens, self.step_tokens or tokens)
         last = Work.of([(step, context + tokens - step)])
-        return step <= self.horizon and last.pairs <= 4 * self._fit.largest(2)
+        return self.ready and step <= self.horizon and last.pairs <= 4 * self._fit.largest(2)
 
     def coefficients(self) -> Vector:
         """a, b and c [3]. Call only when `ready`."""
