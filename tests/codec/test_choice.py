@@ -4,8 +4,9 @@ from typing import Any, get_args
 
 import pytest
 
-from cairn.codec.choice import Algorithm, Quality, codec_for
+from cairn.codec.choice import codec_for
 from cairn.codec.levels import LEVELS
+from cairn.config.schema import Algorithm, Quality
 from cairn.errors import InputError
 from cairn.kv import KVGeometry
 

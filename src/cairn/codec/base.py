@@ -1,13 +1,16 @@
 """The contract of a codec: the canonical bytes of KV blocks <-> the bytes that are stored."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from cairn.errors import InputError
 from cairn.kv import KVGeometry
+
+#: Leading tokens that attention sinks on (Xiao et al., arXiv 2309.17453); they are kept exact where a sequence begins.
+SINK_TOKENS: Final = 8
 
 #: Bytes in host memory, uint8 [n] contiguous, or rows uint8 [blocks, stride] whose last axis is contiguous.
 Octets = npt.NDArray[np.uint8]
@@ -40,9 +43,10 @@ class Codec(ABC):
         """The most bytes `encode` can return for so many blocks; what a reader takes memory for."""
 
     @abstractmethod
-    def encode(self, blocks: Octets) -> Octets:
+    def encode(self, blocks: Octets, *, sinks: int = 0) -> Octets:
         """The stored form of the blocks, uint8 [n]. May be `blocks` itself, which the caller then keeps untouched for
-        as long as it uses the result. Raises InputError for memory of another shape."""
+        as long as it uses the result. sinks: leading tokens that a codec which loses anything keeps exact all the same;
+        `SINK_TOKENS` where the first block begins a sequence. Raises InputError for memory of another shape."""
 
     @abstractmethod
     def decode(self, stored: Octets, out: Octets) -> bool:

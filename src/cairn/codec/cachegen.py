@@ -19,8 +19,6 @@ from cairn.codec.rotary import Rotary, sines
 from cairn.errors import InputError
 from cairn.kv import KVGeometry
 
-#: Leading tokens that attention sinks on (Xiao et al., arXiv 2309.17453); they are kept exact where a sequence begins.
-SINK_TOKENS: Final = 8
 #: What a sequence of so many tokens in one stream is cut to.
 _MOST_TOKENS: Final = 1 << 16
 
@@ -53,8 +51,8 @@ class CacheGen(Codec):
         """What does not get smaller is stored as it is, behind a header."""
         return blocks * self.geometry.block_bytes + _HEAD
 
-    def encode(self, blocks: Octets, *, level: Level | None = None, sinks: int = 0) -> Octets:
-        """sinks: leading tokens to keep exact: `SINK_TOKENS` where the first block begins a sequence, else 0."""
+    def encode(self, blocks: Octets, *, sinks: int = 0, level: Level | None = None) -> Octets:
+        """As the contract says. level: instead of the codec's own."""
         return self.encode_at((level or self._level).relative_steps(self.geometry, self._calibration), blocks, sinks)
 
     def encode_at(self, steps: npt.NDArray[np.float32], blocks: Octets, sinks: int = 0) -> Octets:

@@ -34,7 +34,7 @@ class Lossless(Codec):
         """What does not get smaller is stored as it is, behind a header."""
         return blocks * self.geometry.block_bytes + _HEAD
 
-    def encode(self, blocks: Octets) -> Octets:
+    def encode(self, blocks: Octets, *, sinks: int = 0) -> Octets:
         g, rows = self.geometry, self.rows(blocks)
         tokens, limit = len(rows) * g.block_tokens, self.stored_bytes_limit(len(rows))
         groups = groups_a_stream(tokens, g.kv_heads * g.head_dim)

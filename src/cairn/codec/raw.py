@@ -14,7 +14,7 @@ class Raw(Codec):
     def stored_bytes_limit(self, blocks: int = 1) -> int:
         return blocks * self.geometry.block_bytes
 
-    def encode(self, blocks: Octets) -> Octets:
+    def encode(self, blocks: Octets, *, sinks: int = 0) -> Octets:
         return blocks if blocks.ndim == 1 else np.ascontiguousarray(self.rows(blocks)).reshape(-1)
 
     def decode(self, stored: Octets, out: Octets) -> bool:

@@ -39,7 +39,9 @@ _WORKERS = 4
 _SEEK_GRACE_S = 0.1
 
 
-def open_node(address: str, config: Config, geometry: KVGeometry, metrics: Metrics, cost: CostModel) -> BlockStore:
+def open_node(
+    address: str, config: Config, geometry: KVGeometry, metrics: Metrics, cost: CostModel, *, canonical: bool
+) -> BlockStore:
     """The node's store: see `NodeStore`, whose sockets are loaded only by who has a node."""
     from cairn.engine.node_store import NodeStore
 
@@ -50,6 +52,7 @@ def open_node(address: str, config: Config, geometry: KVGeometry, metrics: Metri
         wait_s=config.engine.timeout_s,
         metrics=metrics,
         cost=cost,
+        canonical=canonical,
     )
 
 
@@ -71,7 +74,8 @@ class EngineCore:
     `close`; whatever goes wrong inside is a counted miss (`get_stats`). The engine owns its tiers; KV tensors stay the
     caller's, who must leave the slots of a call alone until it returns. `arena`: memory for the DRAM tier that other
     processes map too (`cairn.tier.arena`), for connectors whose workers copy by themselves. `node`: the address of the
-    host's node (else `node.address`), which then keeps the blocks instead of this process.
+    host's node (else `node.address`), which then keeps the blocks instead of this process. canonical: whether a block's
+    bytes are those of the canonical layout, so that codecs can read them; what the namespace says unless given.
     """
 
     def __init__(
@@ -81,8 +85,10 @@ class EngineCore:
         *,
         arena: Arena | None = None,
         node: str | None = None,
+        canonical: bool | None = None,
     ) -> None:
         self.namespace = namespace
+        self._canonical = namespace.layout == "canonical" if canonical is None else canonical
         self.geometry = namespace.geometry
         self.config = config or Config()
         setup_logging(self.config.engine.log_level)
@@ -93,9 +99,13 @@ class EngineCore:
         address = node or self.config.node.address
         self._store: BlockStore
         if address:
-            self._store = open_node(address, self.config, self.geometry, self.metrics, self.cost)
+            self._store = open_node(
+                address, self.config, self.geometry, self.metrics, self.cost, canonical=self._canonical
+            )
         else:
-            self._store = open_local(self.config, self.geometry, self.metrics, self.cost, arena)
+            self._store = open_local(
+                self.config, self.geometry, self.metrics, self.cost, arena, canonical=self._canonical
+            )
         self._copier = CpuCopier(self.geometry, self.config.engine.copy_threads)
         self._layers = ThreadPoolExecutor(_WORKERS, "cairn-layers")
         self._root = namespace.digest()

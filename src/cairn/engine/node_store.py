@@ -154,7 +154,15 @@ class NodeStore(BlockStore):
     """The node's blocks. While there is no node, everything is a miss with reason `node_away`, at once."""
 
     def __init__(
-        self, address: str, geometry: KVGeometry, *, timeout_s: float, wait_s: float, metrics: Metrics, cost: CostModel
+        self,
+        address: str,
+        geometry: KVGeometry,
+        *,
+        timeout_s: float,
+        wait_s: float,
+        metrics: Metrics,
+        cost: CostModel,
+        canonical: bool = True,
     ) -> None:
         """Waits up to `wait_s` for a node. Raises InputError for what is no address, and StorageError if the node
         refuses this client; that there is none is no error.
@@ -166,7 +174,7 @@ class NodeStore(BlockStore):
         self._figures_at = 0.0
         self._figures_lock = threading.Lock()
         metrics.watch("node", self._own_figures)
-        self._client = NodeClient(address, geometry, timeout_s=timeout_s, on_link=self._linked)
+        self._client = NodeClient(address, geometry, timeout_s=timeout_s, on_link=self._linked, canonical=canonical)
         self._client.wait(wait_s)
         if self._client.refusal:
             why = self._client.refusal

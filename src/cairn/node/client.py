@@ -141,10 +141,17 @@ class NodeClient:
     """Keeps a session at the node for the blocks of one geometry, and finds another when it is over.
 
     `refusal`: why the node will not have this client; None while it might. on_link: told of every new session.
+    canonical: whether its blocks' bytes are those of the canonical layout.
     """
 
     def __init__(
-        self, address: str, geometry: KVGeometry, *, timeout_s: float, on_link: Callable[[Link], None] | None = None
+        self,
+        address: str,
+        geometry: KVGeometry,
+        *,
+        timeout_s: float,
+        on_link: Callable[[Link], None] | None = None,
+        canonical: bool = True,
     ) -> None:
         """Raises InputError for what is no address. Waits for nothing."""
         self.address = address
@@ -155,6 +162,7 @@ class NodeClient:
         self.losses = 0
         self.path = socket_path(address)
         self._geometry = geometry
+        self._canonical = canonical
         self._on_link = on_link
         self._context = zmq.Context()
         self._ids = itertools.count(1)
@@ -227,7 +235,7 @@ class NodeClient:
         try:
             for socket in (calls, hears):
                 socket.connect(self.address)
-            reply = _first(calls, wire.Hello(self.number(), 0, self._geometry), self.timeout_s)
+            reply = _first(calls, wire.Hello(self.number(), 0, self._geometry, self._canonical), self.timeout_s)
             if isinstance(reply, wire.Wait):
                 return None, _SOON_S
             if isinstance(reply, wire.Refused):

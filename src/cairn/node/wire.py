@@ -49,9 +49,13 @@ class _Call(_Message):
 
 
 class Hello(_Call, tag=1):
-    """Asks for a session over blocks of this geometry. Answered by Welcome, Wait (ask again soon) or Refused."""
+    """Asks for a session over blocks of this geometry. Answered by Welcome, Wait (ask again soon) or Refused.
+
+    canonical: whether their bytes are those of the canonical layout.
+    """
 
     geometry: KVGeometry
+    canonical: bool = True
 
 
 class Match(_Call, tag=2):

@@ -9,7 +9,8 @@ import numpy as np
 from cairn.cli.quality.measure import CHUNK, Subject, codec_subject, scores
 from cairn.cli.quality.published import Floats
 from cairn.cli.quality.texts import WINDOW, Window
-from cairn.codec.cachegen import SINK_TOKENS, CacheGen
+from cairn.codec.base import SINK_TOKENS
+from cairn.codec.cachegen import CacheGen
 from cairn.codec.calibration import Calibration
 from cairn.codec.rotary import Rotary
 from cairn.connect.hf_model import geometry_of

@@ -27,13 +27,15 @@ class Served:
     shards: the geometry of each rank's blocks, by global rank: pipeline stages one behind the other, and within a stage
     the tensor-parallel ranks. They differ only in their layers. stages: how many pipeline stages there are. name: of
     the arena that the engine's processes share. namespace: of requests without LoRA and salt; its geometry is that of
-    all ranks together.
+    all ranks together. canonical: whether a row of the arena is a block of the canonical layout: on one rank, except on
+    a CPU, whose pages are opaque.
     """
 
     shards: tuple[KVGeometry, ...]
     stages: int
     name: str
     namespace: Namespace
+    canonical: bool = False
 
     @property
     def ranks(self) -> int:
@@ -73,7 +75,7 @@ def served_model(vllm_config: Any, kv_cache_config: Any) -> Served:
     )
     name = hashlib.blake2s(str(vllm_config.kv_transfer_config.engine_id).encode(), digest_size=12).hexdigest()
     shards = tuple(replace(own, layers=count) for count in layers for _ in range(ranks))
-    return Served(shards, len(layers), name, namespace)
+    return Served(shards, len(layers), name, namespace, canonical=ranks == 1 and _platform() != "cpu")
 
 
 def own_arena(served: Served, config: Config) -> Arena:

@@ -66,7 +66,7 @@ class SchedulerSide:
         self._block = served.block_tokens
         arena = None if config.node.address else own_arena(served, config)
         Arena.unlink(served.name)  # all workers have it mapped by now
-        self.engine = EngineCore(served.namespace, config, arena=arena)
+        self.engine = EngineCore(served.namespace, config, arena=arena, canonical=served.canonical)
         self.events = TierEvents(self.engine.watch(), self._block) if mode.events else None
         self._mode = mode
         self._adapters = Adapters()

@@ -12,10 +12,12 @@ from typing import Final, NamedTuple
 
 from cairn.codec import Raw, Shard
 from cairn.codec.frame import WHOLE, Framer
+from cairn.codec.ladder import Ladder
 from cairn.config.schema import Remote
 from cairn.errors import InputError
 from cairn.kv import Keys, KVGeometry
 from cairn.kv.namespace import DIGEST_BYTES
+from cairn.observe.metrics import Metrics
 from cairn.observe.reasons import Reason
 from cairn.tier.admission import Sightings
 from cairn.tier.base import Outcomes, Rows, Tier, check_span
@@ -28,6 +30,7 @@ from cairn.tier.remote.packing import Packing, blocks_of
 from cairn.tier.remote.reads import Fetches, ReadBatch
 from cairn.tier.remote.scout import ABSENT_S, Scout
 from cairn.tier.remote.share import Share
+from cairn.tier.remote.streams import COMPRESSED_TO, Streams
 from cairn.tier.remote.urls import open_store
 from cairn.tier.remote.writes import WriteBatch
 from cairn.tier.tally import Tally
@@ -68,7 +71,8 @@ class RemoteTier(Tier):
     before its frames prove it; an object that is torn, corrupt or foreign is a miss with that reason, and is taken
     away. The store may fail in any way: three failures open the breaker, which rests the store and tries it again by
     itself. object_bytes: the size of an object; what the store likes unless given. Processes with other sizes do not
-    see each other's objects.
+    see each other's objects. ladder: of codecs, if objects are compressed; who compresses sees the objects of all who do
+    and lose as little or as much. metrics: where that is counted.
 
     Owns the store and closes it. Thread-safe; `match`, `touch` and `stats` wait for nothing.
     """
@@ -84,14 +88,21 @@ class RemoteTier(Tier):
         shard: Shard = WHOLE,
         object_bytes: int | None = None,
         breaker: Breaker | None = None,
+        ladder: Ladder | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self.geometry = geometry
+        self._metrics = metrics or Metrics()
         self._store = store
         self._limits = limits
         self._tally = Tally()
         self._breaker = breaker or Breaker()
+        streams = Streams(ladder, shard, self._metrics) if ladder else None
+        liked = object_bytes or store.object_bytes * (COMPRESSED_TO if ladder else 1)
         packing = Packing(
-            Framer(Raw(geometry), shard), blocks_of(object_bytes or store.object_bytes, geometry.block_bytes)
+            Framer(Raw(geometry), shard),
+            blocks_of(liked, geometry.block_bytes),
+            streams.family if streams else "",
         )
         known = Known(present_s=min(PRESENT_S, (limits.ttl_s or PRESENT_S * 2) / 2), absent_s=ABSENT_S)
         self._machine = Machine(
@@ -104,6 +115,7 @@ class RemoteTier(Tier):
             share=Share(limits.write_share),
             tally=self._tally,
             timeout_s=limits.timeout_s,
+            streams=streams,
         )
         self.pack_blocks = packing.blocks
         self._sightings = Sightings(_REMEMBERED) if limits.second_touch else None
@@ -199,6 +211,7 @@ class RemoteTier(Tier):
             "lookup_seconds": scout.seconds,
             "shared_reads_total": self._fetches.shared,
             "held_back_writes_total": self._machine.share.held_back,
+            "compression_ratio": self._metrics.compression.value(tier=self.name) or 1.0,
             "batches_under_way": len(self._flights),
             "breaker_open": 0 if self._breaker.closed else 1,
             "breaker_opened_total": self._breaker.opened,
@@ -262,9 +275,13 @@ class RemoteTier(Tier):
             )
 
 
-def open_remote(settings: Remote, geometry: KVGeometry) -> RemoteTier:
+def open_remote(
+    settings: Remote, geometry: KVGeometry, ladder: Ladder | None = None, metrics: Metrics | None = None
+) -> RemoteTier:
     """The tier that `storage.remote` asks for, whose url is given. Raises ConfigError or StorageError."""
     assert settings.url is not None
+    if ladder:
+        ladder.rehearse()
     store = open_store(settings.url, ttl_s=settings.ttl_s, capacity_bytes=settings.capacity)
     limits = Limits(
         timeout_s=settings.timeout_s,
@@ -274,4 +291,11 @@ def open_remote(settings: Remote, geometry: KVGeometry) -> RemoteTier:
         second_touch=settings.admission == "second_touch",
         ttl_s=settings.ttl_s,
     )
-    return RemoteTier(store, geometry=geometry, limits=limits, object_bytes=settings.object_size)
+    return RemoteTier(
+        store,
+        geometry=geometry,
+        limits=limits,
+        object_bytes=settings.object_size,
+        ladder=ladder,
+        metrics=metrics,
+    )
