@@ -15,7 +15,7 @@ GEOMETRY = KVGeometry(layers=1, kv_heads=1, head_dim=8)
 
 def test_every_name_makes_a_codec_of_its_own() -> None:
     ids = {codec_for(GEOMETRY, name, quantization_bits=bits).id for name in get_args(Algorithm) for bits in (4, 8)}
-    assert ids == {"raw", "lossless", "fp8", "int4", "int8", "cachegen"}
+    assert ids == {"raw", "lossless", "packed", "fp8", "int4", "int8", "cachegen"}
     assert get_args(Quality) == tuple(LEVELS)
 
 

@@ -58,11 +58,27 @@ class Codec(ABC):
         """
 
     def rows(self, blocks: Octets) -> Octets:
-        """`blocks` as rows uint8 [n, block_bytes]: a view. Raises InputError for another shape."""
+        """`blocks` as rows uint8 [n, >= block_bytes]: a view. Raises InputError for another shape.
+
+        Not cut to the block's bytes: kernels are compiled for contiguous arrays, which an arena's rows are, and parts
+        of them are not.
+        """
         rows = blocks[np.newaxis] if blocks.ndim == 1 else blocks
         size = self.geometry.block_bytes
         if rows.ndim != 2 or len(rows) == 0 or rows.shape[1] < size or (blocks.ndim == 1 and len(blocks) != size):
             raise InputError(f"blocks of shape {blocks.shape}: must be [{size}] or [blocks, {size} or more] bytes")
         if rows.strides[1] != 1:
             raise InputError(f"blocks with a stride of {rows.strides[1]} bytes: a block must be contiguous")
-        return rows[:, :size]
+        return rows if rows.shape[1] % self.geometry.element_bytes == 0 else rows[:, :size]
+
+    def plain(self, rows: Octets) -> Octets:
+        """The bytes of the blocks in `rows`, one behind the other, uint8 [n]."""
+        return rows[:, : self.geometry.block_bytes].reshape(-1)
+
+    def put_plain(self, stored: Octets, rows: Octets) -> bool:
+        """The inverse of `plain`; False for another number of bytes."""
+        size = self.geometry.block_bytes
+        if stored.size != len(rows) * size:
+            return False
+        rows[:, :size] = stored.reshape(len(rows), size)
+        return True

@@ -7,13 +7,13 @@ from cairn.codec.cachegen import CacheGen
 from cairn.codec.calibration import Calibration
 from cairn.codec.fixed import Fp8, Int4, Int8
 from cairn.codec.levels import LEVELS
-from cairn.codec.lossless import Lossless
+from cairn.codec.lossless import Lossless, Packed
 from cairn.codec.raw import Raw
 from cairn.config.schema import Algorithm, Compression, Quality
 from cairn.errors import GeometryError, InputError
 from cairn.kv import KVGeometry
 
-_KINDS: Final[dict[str, type[Codec]]] = {kind.id: kind for kind in (Raw, Lossless, Int4, Int8, Fp8, CacheGen)}
+_KINDS: Final[dict[str, type[Codec]]] = {kind.id: kind for kind in (Raw, Lossless, Packed, Int4, Int8, Fp8, CacheGen)}
 _BITS: Final[dict[int, type[Int4 | Int8]]] = {4: Int4, 8: Int8}
 
 
@@ -57,6 +57,4 @@ def codec_for(
         if quality not in LEVELS:
             raise InputError(f"compression.quality={quality!r}: must be one of {', '.join(LEVELS)}")
         return CacheGen(geometry, LEVELS[quality], calibration)
-    if algorithm == "fp8":
-        return Fp8(geometry)
-    return Lossless(geometry) if algorithm == "lossless" else Raw(geometry)
+    return _KINDS["raw" if algorithm == "none" else algorithm](geometry)

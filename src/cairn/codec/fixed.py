@@ -79,7 +79,8 @@ class _Fixed(Codec):
     def _token(self, rows: Octets, token: int) -> Octets:
         """All of a token's bytes, uint8 [layers, planes, vector_bytes]: a view."""
         g = self.geometry
-        block: Octets = rows[token // g.block_tokens].reshape(g.layers, g.planes, g.block_tokens, g.vector_bytes)
+        row = rows[token // g.block_tokens, : g.block_bytes]
+        block: Octets = row.reshape(g.layers, g.planes, g.block_tokens, g.vector_bytes)
         return block[:, :, token % g.block_tokens]
 
 

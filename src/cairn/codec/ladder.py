@@ -3,11 +3,12 @@
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
-from cairn.codec.base import SINK_TOKENS, Codec, Octets
+from cairn.codec.base import Codec, Octets
 from cairn.codec.cachegen import CacheGen
 from cairn.codec.calibration import Calibration
 from cairn.codec.choice import codec_for, refuse_opaque
@@ -44,9 +45,9 @@ class Rung:
             self.cost = self.cost._replace(decode_s=_mix(self.cost.decode_s, seconds / size))
 
     def rehearse(self, blocks: Octets) -> None:
-        """Compiles the codec, and measures it on `blocks` [n, block_bytes], which are left as they are."""
+        """Compiles the codec, and measures it on `blocks`, uint8 [n, block_bytes]."""
         out = np.empty_like(blocks)
-        stored = self.codec.encode(blocks, sinks=SINK_TOKENS)
+        stored = self.codec.encode(blocks)
         self.codec.decode(stored, out)
         begun = time.perf_counter()
         self.codec.decode(stored, out)
@@ -117,11 +118,11 @@ def _drawn(geometry: KVGeometry) -> Octets:
     """A block of drawn values of the geometry's dtype, channels of different widths, uint8 [1, block_bytes]."""
     rng = np.random.default_rng(0)
     width = np.exp(rng.normal(-1, 0.6, geometry.block_shape[3:]))
-    values = (rng.normal(0, 1, geometry.block_shape) * width).astype(np.float32)
+    values: npt.NDArray[Any] = (rng.normal(0, 1, geometry.block_shape) * width).astype(np.float32)
     if geometry.dtype == "bfloat16":
-        values = (values.view(np.uint32) >> 16).astype(np.uint16)  # type: ignore[assignment]
+        values = (values.view(np.uint32) >> 16).astype(np.uint16)
     elif geometry.dtype == "float16":
-        values = values.astype(np.float16)  # type: ignore[assignment]
+        values = values.astype(np.float16)
     return values.reshape(1, -1).view(np.uint8)
 
 

@@ -1,7 +1,5 @@
 """The identity codec: stored bytes are the blocks' bytes."""
 
-import numpy as np
-
 from cairn.codec.base import Codec, Octets
 
 
@@ -15,12 +13,7 @@ class Raw(Codec):
         return blocks * self.geometry.block_bytes
 
     def encode(self, blocks: Octets, *, sinks: int = 0) -> Octets:
-        return blocks if blocks.ndim == 1 else np.ascontiguousarray(self.rows(blocks)).reshape(-1)
+        return blocks if blocks.ndim == 1 else self.plain(self.rows(blocks))
 
     def decode(self, stored: Octets, out: Octets) -> bool:
-        rows = out if out.ndim == 1 else self.rows(out)
-        if stored.size != rows.size:
-            return False
-        if stored is not out:
-            rows[:] = stored.reshape(rows.shape)
-        return True
+        return stored is out or self.put_plain(stored, self.rows(out))

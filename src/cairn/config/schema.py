@@ -156,7 +156,7 @@ class Compression(Section):
 
     algorithm: Algorithm = Field(
         default="none",
-        description="none; lossless; packed: lossless too, larger, faster; int, fp8: of fixed rate; cachegen: smallest. "
+        description="none; lossless; packed: lossless too, larger, faster; int, fp8: fixed rate; cachegen: smallest. "
         "Objects are shared among processes that all have none, all a lossless one, or all one with loss.",
     )
     quantization_bits: Literal[4, 8] = Field(default=8, description="Bits of `int`.")

@@ -125,16 +125,9 @@ class Packing:
     def _digest(self) -> bytes:
         """Of all that makes objects of another kind unreadable, so that they are not even found."""
         codec = self.framer.codec
-        fields: tuple[object, ...] = (
-            VERSION,
-            codec.geometry,
-            self.framer.shard,
-            codec.id,
-            codec.parameters,
-            self.blocks,
-        )
-        fields += (self.family,) if self.family else ()
-        return hashlib.blake2s(msgspec.msgpack.encode(fields), digest_size=8, person=b"cairn/ob").hexdigest().encode()
+        fields = (VERSION, codec.geometry, self.framer.shard, codec.id, codec.parameters, self.blocks)
+        told = (*fields, self.family) if self.family else fields
+        return hashlib.blake2s(msgspec.msgpack.encode(told), digest_size=8, person=b"cairn/ob").hexdigest().encode()
 
 
 def blocks_of(object_bytes: int, block_bytes: int) -> int:

@@ -64,14 +64,17 @@ class Streams:
 
     def encode(self, keys: Keys, namespace: bytes, rows: Rows, *, begins: bool) -> list[memoryview]:
         """The bytes of an object of these blocks, keys [n, 2]; begins: whether the first one begins a sequence."""
-        blocks = _gathered(rows, self._block_bytes)
+        blocks = _neighbours(rows)
+        if blocks is None:
+            blocks = _gathered(rows)
+        size = len(blocks) * self._block_bytes
         known = next((cost for cost in (self._loads, self._stores) if cost.ready), None)
-        rung = self._ladder.choose(blocks.size, known.seconds if known else None)
+        rung = self._ladder.choose(size, known.seconds if known else None)
         framer, stream = Framer(rung.codec, self._shard), rung.codec.encode(blocks, sinks=SINK_TOKENS if begins else 0)
-        rung.encoded(blocks.size, len(stream))
-        if len(stream) >= blocks.size:
-            framer, stream = self._raw, blocks.reshape(-1)
-        self._metrics.compression.add(blocks.size, len(stream), tier=self._tier)
+        rung.encoded(size, len(stream))
+        if len(stream) >= size:
+            framer, stream = self._raw, self._raw.codec.encode(blocks)
+        self._metrics.compression.add(size, len(stream), tier=self._tier)
         page = framer.pack(keys[-1].tobytes(), namespace, stream, size=_PAGE, blocks=len(blocks))
         return [memoryview(page), stream.data]
 
@@ -127,12 +130,9 @@ def _neighbours(rows: Rows) -> Octets | None:
     return rows.memory[first : first + count] if (np.diff(rows.ids) == 1).all() else None
 
 
-def _gathered(rows: Rows, size: int) -> Octets:
-    """The first `size` bytes of the rows, uint8 [n, size]: a copy, where they are not neighbours."""
-    span = _neighbours(rows)
-    if span is not None:
-        return span[:, :size]
-    out = np.empty((len(rows.ids), size), np.uint8)
+def _gathered(rows: Rows) -> Octets:
+    """The rows as one array: a copy."""
+    out = np.empty((len(rows.ids), rows.memory.shape[1]), np.uint8)
     for target, row in zip(out, rows.ids, strict=True):
-        np.copyto(target, rows.memory[row, :size])
+        np.copyto(target, rows.memory[row])
     return out

@@ -71,8 +71,8 @@ class RemoteTier(Tier):
     before its frames prove it; an object that is torn, corrupt or foreign is a miss with that reason, and is taken
     away. The store may fail in any way: three failures open the breaker, which rests the store and tries it again by
     itself. object_bytes: the size of an object; what the store likes unless given. Processes with other sizes do not
-    see each other's objects. ladder: of codecs, if objects are compressed; who compresses sees the objects of all who do
-    and lose as little or as much. metrics: where that is counted.
+    see each other's objects. ladder: of codecs, if objects are compressed (`streams` says who sees whose objects then).
+    metrics: where that is counted.
 
     Owns the store and closes it. Thread-safe; `match`, `touch` and `stats` wait for nothing.
     """
