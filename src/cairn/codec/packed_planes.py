@@ -6,8 +6,7 @@
                 those out of the window. Two bits of four tokens, two of the others, and the third bit of all
     high        as codes, of float16 only: the 3 bits of sign and mantissa above the low 8
     low         u8 [tokens, bytes, channels]: the low bytes of sign and mantissa
-    places      u32 [strays]: token * channels + channel, ascending
-    exponents   u8 [strays]
+    exponents   u8 [strays]: theirs, in order
 
 Every loop runs along the channels of one token and does the same for each, so that compilers use vectors.
 """
@@ -27,6 +26,8 @@ _GROUP: Final = 8
 _WINDOW: Final = 7
 #: Tokens that a window is chosen by.
 _SAMPLE: Final = 16
+#: The lowest bit of each of 8 codes.
+_ONES: Final = np.uint64(0x0101010101010101)
 
 
 @kernel
@@ -46,7 +47,7 @@ def encode_packed(rows: Bits, shape: Shape, kind: int, groups: int, begin: int, 
 
 @kernel
 def _parts(at: Any, tokens: int, channels: int, kind: int) -> Any:
-    """Where top, codes, high, low and places of the plane at `at` are."""
+    """Where top, codes, high, low and exponents of the plane at `at` are."""
     code_bytes = (tokens + _GROUP - 1) // _GROUP * 3 * channels
     top_at = at + 4
     code_at = top_at + up(channels)
@@ -64,44 +65,43 @@ def _low_bytes(kind: int) -> Any:
 def _encode_plane(rows: Bits, offset: int, block_tokens: int, channels: int, kind: int, out: Octets, at: int) -> Any:
     """Writes one plane at out[at]; returns where it ends, or -1."""
     tokens, low_bytes = len(rows) * block_tokens, _low_bytes(kind)
-    top_at, code_at, high_at, low_at, place_at = _parts(at, tokens, channels, kind)
-    if place_at > len(out):
+    top_at, code_at, high_at, low_at, stray_at = _parts(at, tokens, channels, kind)
+    if stray_at > len(out):
         return -1
     out[at:low_at] = 0
-    out[place_at - 4 : place_at] = 0
+    out[stray_at - 4 : stray_at] = 0
     top = out[top_at : top_at + channels]
     _choose_window(rows, offset, block_tokens, kind, top)
-    codes, exponents = np.empty(channels, np.uint8), np.empty(channels, np.uint8)
-    rests = np.empty(channels, np.uint32)
-    strays, most = 0, (len(out) - place_at) // 5
-    places, found = np.empty(most, np.uint32), np.empty(most, np.uint8)
+    padded, exponents = np.zeros((channels + 7) // 8 * 8, np.uint8), np.empty(channels, np.uint8)
+    codes, rests, strays = padded[:channels], np.empty(channels, np.uint32), np.int64(0)
     for t in range(tokens):
         place = offset + t % block_tokens * channels
         row = rows[t // block_tokens, place : place + channels]
         outside = _split_row(row, kind, top, exponents, codes, rests)
         group = t // _GROUP * 3 * channels
         _pack(codes, t % _GROUP, out[code_at + group : code_at + group + 3 * channels])
-        low = out[low_at + t * low_bytes * channels : low_at + (t + 1) * low_bytes * channels]
-        for byte in range(low_bytes):
-            part = low[byte * channels : (byte + 1) * channels]
-            for c in range(channels):
-                part[c] = rests[c] >> np.uint32(8 * byte)
+        if stray_at + strays + outside > len(out):
+            return -1
+        strays += _note_strays(padded, exponents, out[stray_at + strays :])
+        _write_low(rests, low_bytes, out[low_at + t * low_bytes * channels :])
         if kind == FLOAT16:
-            for c in range(channels):
-                codes[c] = rests[c] >> np.uint32(8)
+            codes[:] = rests >> np.uint32(8)
             _pack(codes, t % _GROUP, out[high_at + group : high_at + group + 3 * channels])
-        if outside:
-            if strays + outside > most:
-                return -1
-            strays += _list_strays(exponents, top, t, places[strays:], found[strays:])
-    end = place_at + 4 * strays + up(strays)
+    out[at : at + 4].view(np.uint32)[0] = strays
+    end = stray_at + up(strays)
     if end > len(out):
         return -1
-    out[end - 4 : end] = 0
-    out[at : at + 4].view(np.uint32)[0] = strays
-    out[place_at : place_at + 4 * strays].view(np.uint32)[:] = places[:strays]
-    out[place_at + 4 * strays : place_at + 5 * strays] = found[:strays]
+    out[stray_at + strays : end] = 0
     return end
+
+
+@kernel
+def _write_low(rests: Words, low_bytes: int, out: Octets) -> None:
+    channels = len(rests)
+    for byte in range(low_bytes):
+        part = out[byte * channels : (byte + 1) * channels]
+        for c in range(channels):
+            part[c] = rests[c] >> np.uint32(8 * byte)
 
 
 @kernel
@@ -164,14 +164,37 @@ def _unpack(packed: Octets, place: int, codes: Octets) -> None:
 
 
 @kernel
-def _list_strays(exponents: Octets, top: Octets, t: int, places: Words, found: Octets) -> int:
-    """Writes down a token's elements that are out of their windows; returns how many."""
-    count = 0
-    for c in range(len(top)):
-        if (np.int64(top[c]) - np.int64(exponents[c])) & 255 >= _WINDOW:
-            places[count] = t * len(top) + c
-            found[count] = exponents[c]
-            count += 1
+def _any_stray(word: Any) -> Any:
+    """Of 8 codes at once: whether one of them is out of its window, all three bits set."""
+    return (word & word >> np.uint64(1) & word >> np.uint64(2)) & _ONES
+
+
+@kernel
+def _note_strays(padded: Octets, exponents: Octets, out: Octets) -> Any:
+    """Writes down the exponents of a token that are out of their windows; returns how many. padded: codes."""
+    count, words = np.int64(0), padded.view(np.uint64)
+    for i in range(len(words)):
+        if _any_stray(words[i]):
+            for c in range(8 * i, 8 * i + 8):
+                if padded[c] == _WINDOW:
+                    out[count] = exponents[c]
+                    count += 1
+    return count
+
+
+@kernel
+def _place_strays(padded: Octets, exponents: Octets, kind: int, row: Bits) -> Any:
+    """Puts exponents into a token's elements that are out of their windows; returns how many there are, or -1 if these
+    are more than `exponents`."""
+    count, words = np.int64(0), padded.view(np.uint64)
+    for i in range(len(words)):
+        if _any_stray(words[i]):
+            for c in range(8 * i, 8 * i + 8):
+                if padded[c] == _WINDOW:
+                    if count == len(exponents):
+                        return np.int64(-1)
+                    row[c] = join(np.int64(exponents[count]), split(row[c], kind)[1], kind)
+                    count += 1
     return count
 
 
@@ -202,14 +225,16 @@ def decode_packed(
 def _decode_plane(stored: Octets, at: Any, rows: Bits, offset: int, block_tokens: int, channels: int, kind: int) -> Any:
     """Reads the plane at stored[at]; returns where it ends, or -1 if there is none."""
     tokens, low_bytes = len(rows) * block_tokens, _low_bytes(kind)
-    top_at, code_at, high_at, low_at, place_at = _parts(at, tokens, channels, kind)
-    if at % 4 or place_at > len(stored):
+    top_at, code_at, high_at, low_at, stray_at = _parts(at, tokens, channels, kind)
+    if at % 4 or stray_at > len(stored):
         return np.int64(-1)
     strays = np.int64(stored[at : at + 4].view(np.uint32)[0])
-    end = place_at + 4 * strays + up(strays)
-    if strays > tokens * channels or end > len(stored):
+    end = stray_at + strays
+    if end > len(stored):
         return np.int64(-1)
-    top, codes, highs = stored[top_at : top_at + channels], np.empty(channels, np.uint8), np.zeros(channels, np.uint8)
+    top, highs = stored[top_at : top_at + channels], np.zeros(channels, np.uint8)
+    padded = np.zeros((channels + 7) // 8 * 8, np.uint8)
+    codes = padded[:channels]
     for t in range(tokens):
         group = t // _GROUP * 3 * channels
         _unpack(stored[code_at + group : code_at + group + 3 * channels], t % _GROUP, codes)
@@ -217,16 +242,13 @@ def _decode_plane(stored: Octets, at: Any, rows: Bits, offset: int, block_tokens
             _unpack(stored[high_at + group : high_at + group + 3 * channels], t % _GROUP, highs)
         low = stored[low_at + t * low_bytes * channels : low_at + (t + 1) * low_bytes * channels]
         place = offset + t % block_tokens * channels
-        _join_row(top, codes, highs, low, kind, rows[t // block_tokens, place : place + channels])
-    places, found = stored[place_at : place_at + 4 * strays].view(np.uint32), stored[place_at + 4 * strays :]
-    for i in range(strays):
-        where: Any = np.int64(places[i])
-        if where >= tokens * channels:
+        target = rows[t // block_tokens, place : place + channels]
+        _join_row(top, codes, highs, low, kind, target)
+        placed = _place_strays(padded, stored[stray_at:end], kind, target)
+        if placed < 0:
             return np.int64(-1)
-        t, c = where // channels, where % channels
-        row = rows[t // block_tokens, offset + t % block_tokens * channels :]
-        row[c] = join(np.int64(found[i]), split(row[c], kind)[1], kind)
-    return end
+        stray_at += placed
+    return up(end) if stray_at == end else np.int64(-1)
 
 
 @kernel
