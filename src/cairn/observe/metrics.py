@@ -82,14 +82,18 @@ class Pair:
         second = dict(self._second.samples())
         return [(values, amount, second.get(values, 0.0)) for values, amount in self._first.samples()]
 
+    def sums(self, **labels: str) -> tuple[float, float]:
+        """Both over every combination that has these labels' values."""
+        return self._first.value(**labels), self._second.value(**labels)
+
 
 class Ratio(Pair):
     """The first sum over the second one."""
 
     def value(self, **labels: str) -> float:
         """Over every combination that has these labels' values; 0 before there is any."""
-        below = self._second.value(**labels)
-        return self._first.value(**labels) / below if below else 0.0
+        above, below = self.sums(**labels)
+        return above / below if below else 0.0
 
     def figures(self) -> Figures:
         return {".".join(values): first / second for values, first, second in self.samples() if second}

@@ -202,6 +202,7 @@ class RemoteTier(Tier):
         """Counts by reason, `read_blocks`, `read_bytes`, `written_blocks`, `written_bytes` (frames included),
         `dropped_blocks`, lookups and their round trips, and the state now."""
         scout = self._machine.scout
+        decoded, decoding_s = self._metrics.decompression.sums(tier=self.name)
         return {
             **self._tally.read(),
             **self._store.stats(),
@@ -212,6 +213,8 @@ class RemoteTier(Tier):
             "shared_reads_total": self._fetches.shared,
             "held_back_writes_total": self._machine.share.held_back,
             "compression_ratio": self._metrics.compression.value(tier=self.name) or 1.0,
+            "decompressed_objects_total": decoded,
+            "decompression_seconds_total": decoding_s,
             "batches_under_way": len(self._flights),
             "breaker_open": 0 if self._breaker.closed else 1,
             "breaker_opened_total": self._breaker.opened,
