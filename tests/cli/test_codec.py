@@ -35,7 +35,7 @@ def test_it_ends_and_makes_a_calibration_of_this_model(model: Path, tmp_path: Pa
     text.write_text(" ".join(f"w{i * i % 89}" for i in range(2 * 1536)))
     ended = CliRunner().invoke(app, ["calibrate", str(model), str(text), "--out", str(out), "--windows", "2"])
     assert ended.exit_code == 0, ended.output
-    assert "1 of 8 passes" in ended.stderr
+    assert "1 of 8 passes\n" in ended.stderr
     assert "8 of 8 passes, 0 s left" in ended.stderr
     assert ended.stdout == f"{out}: 2 layers; give it to compression.calibration\n"
     made = Calibration.load(out)

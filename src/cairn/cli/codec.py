@@ -1,5 +1,6 @@
 """`cairn codec`: what compression needs to know about a model."""
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -50,11 +51,14 @@ def calibrate(
 
 def _progress() -> Callable[[int, int], None]:
     """Says on stderr how far it is: in one line on a terminal, elsewhere whenever another tenth is done."""
-    begun, terminal = time.monotonic(), sys.stderr.isatty()
+    terminal, first = sys.stderr.isatty(), math.inf
 
     def tick(done: int, of: int) -> None:
-        left = (time.monotonic() - begun) / done * (of - done)
-        text = f"{done} of {of} passes, {left:.0f} s left"
+        nonlocal first
+        first = min(first, now := time.monotonic())
+        # Before the first pass the model was loaded and kernels were compiled, which says nothing of the others.
+        left = f", {(now - first) / (done - 1) * (of - done):.0f} s left" if done > 1 else ""
+        text = f"{done} of {of} passes{left}"
         if terminal:
             typer.echo(f"\r{text:<50}", err=True, nl=done == of)
         elif done == 1 or done * 10 // of > (done - 1) * 10 // of:
