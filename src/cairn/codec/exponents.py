@@ -17,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from cairn.codec.floats import FLOAT16, FLOAT32, Bits
+from cairn.codec.floats import FLOAT16, FLOAT32, Bits, join, split
 from cairn.codec.parts import (
     Octets,
     Shape,
@@ -34,27 +34,6 @@ from cairn.codec.tables import HALF, SLOTS, SYMBOLS
 from cairn.jit import kernel
 
 _HALF_LOW: Final = 3
-
-
-@kernel
-def split(bits: Any, kind: int) -> Any:
-    """(exponent, sign and mantissa) of an element."""
-    bits = np.int64(bits)
-    if kind == FLOAT32:
-        return bits >> 23 & 255, (bits >> 31) << 23 | bits & 0x7FFFFF
-    if kind == FLOAT16:
-        return bits >> 10 & 31, (bits >> 15) << 10 | bits & 0x3FF
-    return bits >> 7 & 255, (bits >> 15) << 7 | bits & 0x7F
-
-
-@kernel
-def join(exponent: Any, rest: Any, kind: int) -> Any:
-    """The inverse of `split`."""
-    if kind == FLOAT32:
-        return (rest >> 23) << 31 | exponent << 23 | rest & 0x7FFFFF
-    if kind == FLOAT16:
-        return (rest >> 10) << 15 | exponent << 10 | rest & 0x3FF
-    return (rest >> 7) << 15 | exponent << 7 | rest & 0x7F
 
 
 @kernel

@@ -15,8 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from cairn.codec.exponents import join, split
-from cairn.codec.floats import FLOAT16, FLOAT32, Bits
+from cairn.codec.floats import FLOAT16, FLOAT32, Bits, join, split
 from cairn.codec.parts import Octets, Shape, Words, up
 from cairn.jit import kernel
 

@@ -28,9 +28,9 @@ from cairn.observe.reasons import Reason
 from cairn.plan import LoadCost
 from cairn.tier.base import Rows
 
-#: An object may be so many times larger than a store likes, before it is compressed: to about this part of it. Codecs
-#: take the fewer bits the more tokens there are.
-COMPRESSED_TO: Final = 4
+#: An object with loss may be so many times larger than a store likes, before it is compressed: every lossy codec makes
+#: about that of it or less, and takes the fewer bits the more tokens there are.
+LOSSY_GROWTH: Final = 2
 #: Raised when a codec is added, so that those who cannot read it do not find what it made.
 _VERSION: Final = 1
 _PAGE: Final = HEADER_LIMIT
@@ -41,6 +41,7 @@ class Streams:
 
     def __init__(self, ladder: Ladder, shard: Shard, metrics: Metrics, tier: str = "remote") -> None:
         self.family = f"{'lossy' if ladder.lossy else 'exact'} {_VERSION}"
+        self.growth = LOSSY_GROWTH if ladder.lossy else 1
         self._ladder = ladder
         self._shard = shard
         self._metrics = metrics
@@ -70,7 +71,7 @@ class Streams:
         size = len(blocks) * self._block_bytes
         known = next((cost for cost in (self._loads, self._stores) if cost.ready), None)
         rung = self._ladder.choose(size, known.seconds if known else None)
-        framer, stream = Framer(rung.codec, self._shard), rung.codec.encode(blocks, sinks=SINK_TOKENS if begins else 0)
+        framer, stream = self._framers[rung.codec.id], rung.codec.encode(blocks, sinks=SINK_TOKENS if begins else 0)
         rung.encoded(size, len(stream))
         if len(stream) >= size:
             framer, stream = self._raw, self._raw.codec.encode(blocks)

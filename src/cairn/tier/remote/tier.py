@@ -30,7 +30,7 @@ from cairn.tier.remote.packing import Packing, blocks_of
 from cairn.tier.remote.reads import Fetches, ReadBatch
 from cairn.tier.remote.scout import ABSENT_S, Scout
 from cairn.tier.remote.share import Share
-from cairn.tier.remote.streams import COMPRESSED_TO, Streams
+from cairn.tier.remote.streams import Streams
 from cairn.tier.remote.urls import open_store
 from cairn.tier.remote.writes import WriteBatch
 from cairn.tier.tally import Tally
@@ -98,7 +98,7 @@ class RemoteTier(Tier):
         self._tally = Tally()
         self._breaker = breaker or Breaker()
         streams = Streams(ladder, shard, self._metrics) if ladder else None
-        liked = object_bytes or store.object_bytes * (COMPRESSED_TO if ladder else 1)
+        liked = object_bytes or store.object_bytes * (streams.growth if streams else 1)
         packing = Packing(
             Framer(Raw(geometry), shard),
             blocks_of(liked, geometry.block_bytes),
