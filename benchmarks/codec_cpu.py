@@ -20,13 +20,13 @@ from cairn.codec.cachegen import CacheGen
 from cairn.codec.calibration import Calibration
 from cairn.codec.fixed import Fp8, Int4, Int8
 from cairn.codec.levels import LEVELS
-from cairn.codec.lossless import Lossless
+from cairn.codec.lossless import Lossless, Packed
 from cairn.codec.rotary import Rotary
 from cairn.kv import KVGeometry
 
 GEOMETRY = KVGeometry(layers=8, kv_heads=8, head_dim=128, block_tokens=16)
 BLOCKS, RUNS = 16, 15
-BARS = {"cachegen decode": 300}
+BARS = {"cachegen decode": 300, "packed decode": 1000}
 
 
 def drawn() -> Any:
@@ -58,7 +58,7 @@ def main() -> None:
     )
     codecs: dict[str, Codec] = {f"cachegen {name}": CacheGen(GEOMETRY, level) for name, level in LEVELS.items()}
     codecs["cachegen high, turning keys"] = CacheGen(GEOMETRY, calibration=turning)
-    codecs |= {kind.id: kind(GEOMETRY) for kind in (Lossless, Int8, Fp8, Int4)}
+    codecs |= {kind.id: kind(GEOMETRY) for kind in (Lossless, Packed, Int8, Fp8, Int4)}
     rows = drawn()
     out = np.empty_like(rows)
     result: dict[str, Any] = {}

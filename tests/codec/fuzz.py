@@ -14,7 +14,7 @@ import numpy as np
 from cairn.codec.base import Codec
 from cairn.codec.cachegen import CacheGen
 from cairn.codec.fixed import Fp8, Int4, Int8
-from cairn.codec.lossless import Lossless
+from cairn.codec.lossless import Lossless, Packed
 from cairn.codec.raw import Raw
 from cairn.kv import KVGeometry
 from tests.codec import samples
@@ -35,6 +35,7 @@ def codecs() -> Iterator[tuple[Codec, samples.Octets]]:
             CacheGen(g, calibration=samples.calibration(g)),
             CacheGen(g),
             Lossless(g),
+            Packed(g),
             Int8(g),
             Int4(g),
             Fp8(g),

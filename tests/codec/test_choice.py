@@ -4,8 +4,9 @@ from typing import Any, get_args
 
 import pytest
 
-from cairn.codec.choice import Algorithm, Quality, codec_for
+from cairn.codec.choice import codec_for
 from cairn.codec.levels import LEVELS
+from cairn.config.schema import Algorithm, Quality
 from cairn.errors import InputError
 from cairn.kv import KVGeometry
 
@@ -14,7 +15,7 @@ GEOMETRY = KVGeometry(layers=1, kv_heads=1, head_dim=8)
 
 def test_every_name_makes_a_codec_of_its_own() -> None:
     ids = {codec_for(GEOMETRY, name, quantization_bits=bits).id for name in get_args(Algorithm) for bits in (4, 8)}
-    assert ids == {"raw", "lossless", "fp8", "int4", "int8", "cachegen"}
+    assert ids == {"raw", "lossless", "packed", "fp8", "int4", "int8", "cachegen"}
     assert get_args(Quality) == tuple(LEVELS)
 
 

@@ -7,7 +7,7 @@ from cairn.codec.base import Codec
 from cairn.codec.cachegen import CacheGen
 from cairn.codec.fixed import Fp8, Int4, Int8
 from cairn.codec.levels import LEVELS
-from cairn.codec.lossless import Lossless
+from cairn.codec.lossless import Exact, Lossless, Packed
 from cairn.errors import GeometryError, InputError
 from cairn.kv import KVGeometry
 from tests.codec import samples
@@ -76,9 +76,10 @@ def test_fixed_rates_are_fixed_and_near(kind: type[Int8], shape: str, dtype: str
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("blocks", [1, 9])
-def test_lossless_gives_every_bit_back(shape: str, dtype: str, blocks: int) -> None:
+@pytest.mark.parametrize("kind", [Lossless, Packed])
+def test_without_loss_every_bit_comes_back(kind: type[Exact], shape: str, dtype: str, blocks: int) -> None:
     g = geometry(shape, dtype)
-    codec = Lossless(g)
+    codec = kind(g)
     rng = np.random.default_rng(3)
     noise = rng.integers(0, 256, (blocks, g.block_bytes), np.uint8)
     ordinary = samples.to_rows(samples.values(g, blocks), dtype)
@@ -88,13 +89,14 @@ def test_lossless_gives_every_bit_back(shape: str, dtype: str, blocks: int) -> N
         assert (samples.back(codec, stored, blocks) == rows).all()
 
 
-def test_lossless_saves_a_fifth_of_bfloat16() -> None:
+@pytest.mark.parametrize("kind", [Lossless, Packed])
+def test_a_fifth_of_bfloat16_is_saved_without_loss(kind: type[Exact]) -> None:
     g = geometry("mha", "bfloat16")
     rows = samples.to_rows(samples.values(g, 32), "bfloat16")
-    assert len(rows.reshape(-1)) / len(Lossless(g).encode(rows)) >= 1.25
+    assert len(rows.reshape(-1)) / len(kind(g).encode(rows)) >= 1.25
 
 
-@pytest.mark.parametrize("codec", [CacheGen, Int8, Int4, Fp8, Lossless])
+@pytest.mark.parametrize("codec", [CacheGen, Int8, Int4, Fp8, Lossless, Packed])
 @pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf, 3e38, 1e-40])
 def test_strange_values_do_no_harm_to_others(codec: type[Codec], special: float) -> None:
     g = geometry("gqa", "float32")
@@ -102,13 +104,13 @@ def test_strange_values_do_no_harm_to_others(codec: type[Codec], special: float)
     x[1, 1, 0, 3, 1, 5] = special
     made = codec(g)
     y = samples.from_rows(samples.back(made, made.encode(samples.to_rows(x, g.dtype)), 3), g)
-    if codec is Lossless or (codec is CacheGen and not abs(special) < 1):
+    if issubclass(codec, Exact) or (codec is CacheGen and not abs(special) < 1):
         assert np.array_equal(y[1, 1, 0, 3, 1, 5], np.float32(special), equal_nan=True)
     assert np.isfinite(y[:, 2]).all()
     assert np.abs(y[:, 2] - x[:, 2]).max() < 0.2 * np.abs(x[:, 2]).max()
 
 
-@pytest.mark.parametrize("codec", [CacheGen, Int8, Int4, Fp8, Lossless])
+@pytest.mark.parametrize("codec", [CacheGen, Int8, Int4, Fp8, Lossless, Packed])
 def test_layer_by_layer_is_the_same(codec: type[Codec]) -> None:
     g = geometry("gqa", "bfloat16")
     made = codec(g)
@@ -152,7 +154,7 @@ def test_levels_grow_smaller_and_calibration_helps_none_but_the_writer() -> None
     assert (plain == samples.back(CacheGen(g, calibration=samples.calibration(g)), stored, 16)).all()
 
 
-@pytest.mark.parametrize("codec", [CacheGen, Int8, Int4, Fp8, Lossless])
+@pytest.mark.parametrize("codec", [CacheGen, Int8, Int4, Fp8, Lossless, Packed])
 def test_quantized_geometries_are_refused(codec: type[Codec]) -> None:
     with pytest.raises(GeometryError, match="can be compressed"):
         codec(KVGeometry(layers=1, kv_heads=1, head_dim=8, dtype="float8_e4m3"))

@@ -321,3 +321,14 @@ def test_numbers_of_rows_are_those_of_the_arena(peers: Callable[[], Peer]) -> No
     assert held.tiers == [("dram", 4)]
     assert np.array_equal(wire.rows_of(held.rows), rows)
     assert rows.max() < one.welcome.slots
+
+
+def test_opaque_blocks_are_refused_by_a_node_that_compresses(tmp_path: Path) -> None:
+    """Only the node knows what it does to blocks, and only the client what is in them."""
+    where = address_in(tmp_path)
+    with thread_node(where, **{"storage.cpu.size": ROWS * SLOT, "compression.algorithm": "lossless"}):
+        with pytest.raises(StorageError, match=r"opaque pages.*set compression.algorithm to none"):
+            CacheEngine(namespace(layout="vllm:cpu:default:tp1:pp2"), node=where)
+        with CacheEngine(namespace(), node=where) as engine:
+            assert stored(engine, prompt(1, 8)) == 8
+            assert retrieved(engine, prompt(1, 8)) == 8

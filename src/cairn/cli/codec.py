@@ -1,5 +1,9 @@
 """`cairn codec`: what compression needs to know about a model."""
 
+import math
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +27,7 @@ def calibrate(
     windows: Annotated[int, typer.Option(min=1, max=64, help="Parts of the text, 1,536 tokens each.")] = 3,
 ) -> None:
     """Measure what noise in each layer's K and V costs a model, on the CPU. Takes a forward pass of 256 tokens a layer,
-    plane and window.
+    plane and window, of half the layers on average. Says how far it is, and how long it still takes.
 
     \b
     Example:
@@ -39,7 +43,25 @@ def calibrate(
         text.read_text(encoding="utf-8", errors="replace"),
         name=model.resolve().name,
         windows=windows,
-        tick=lambda done, of: typer.echo(f"window {done} of {of}", err=True),
+        tick=_progress(),
     )
     made.save(out)
     typer.echo(f"{out}: {len(made.sensitivity)} layers; give it to compression.calibration")
+
+
+def _progress() -> Callable[[int, int], None]:
+    """Says on stderr how far it is: in one line on a terminal, elsewhere whenever another tenth is done."""
+    terminal, first = sys.stderr.isatty(), math.inf
+
+    def tick(done: int, of: int) -> None:
+        nonlocal first
+        first = min(first, now := time.monotonic())
+        # Before the first pass the model was loaded and kernels were compiled, which says nothing of the others.
+        left = f", {(now - first) / (done - 1) * (of - done):.0f} s left" if done > 1 else ""
+        text = f"{done} of {of} passes{left}"
+        if terminal:
+            typer.echo(f"\r{text:<50}", err=True, nl=done == of)
+        elif done == 1 or done * 10 // of > (done - 1) * 10 // of:
+            typer.echo(text, err=True)
+
+    return tick

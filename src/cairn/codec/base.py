@@ -1,13 +1,16 @@
 """The contract of a codec: the canonical bytes of KV blocks <-> the bytes that are stored."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from cairn.errors import InputError
 from cairn.kv import KVGeometry
+
+#: Leading tokens that attention sinks on (Xiao et al., arXiv 2309.17453); they are kept exact where a sequence begins.
+SINK_TOKENS: Final = 8
 
 #: Bytes in host memory, uint8 [n] contiguous, or rows uint8 [blocks, stride] whose last axis is contiguous.
 Octets = npt.NDArray[np.uint8]
@@ -40,9 +43,10 @@ class Codec(ABC):
         """The most bytes `encode` can return for so many blocks; what a reader takes memory for."""
 
     @abstractmethod
-    def encode(self, blocks: Octets) -> Octets:
+    def encode(self, blocks: Octets, *, sinks: int = 0) -> Octets:
         """The stored form of the blocks, uint8 [n]. May be `blocks` itself, which the caller then keeps untouched for
-        as long as it uses the result. Raises InputError for memory of another shape."""
+        as long as it uses the result. sinks: leading tokens that a codec which loses anything keeps exact all the same;
+        `SINK_TOKENS` where the first block begins a sequence. Raises InputError for memory of another shape."""
 
     @abstractmethod
     def decode(self, stored: Octets, out: Octets) -> bool:
@@ -54,11 +58,27 @@ class Codec(ABC):
         """
 
     def rows(self, blocks: Octets) -> Octets:
-        """`blocks` as rows uint8 [n, block_bytes]: a view. Raises InputError for another shape."""
+        """`blocks` as rows uint8 [n, >= block_bytes]: a view. Raises InputError for another shape.
+
+        Not cut to the block's bytes: kernels are compiled for contiguous arrays, which an arena's rows are, and parts
+        of them are not.
+        """
         rows = blocks[np.newaxis] if blocks.ndim == 1 else blocks
         size = self.geometry.block_bytes
         if rows.ndim != 2 or len(rows) == 0 or rows.shape[1] < size or (blocks.ndim == 1 and len(blocks) != size):
             raise InputError(f"blocks of shape {blocks.shape}: must be [{size}] or [blocks, {size} or more] bytes")
         if rows.strides[1] != 1:
             raise InputError(f"blocks with a stride of {rows.strides[1]} bytes: a block must be contiguous")
-        return rows[:, :size]
+        return rows if rows.shape[1] % self.geometry.element_bytes == 0 else rows[:, :size]
+
+    def plain(self, rows: Octets) -> Octets:
+        """The bytes of the blocks in `rows`, one behind the other, uint8 [n]."""
+        return rows[:, : self.geometry.block_bytes].reshape(-1)
+
+    def put_plain(self, stored: Octets, rows: Octets) -> bool:
+        """The inverse of `plain`; False for another number of bytes."""
+        size = self.geometry.block_bytes
+        if stored.size != len(rows) * size:
+            return False
+        rows[:, :size] = stored.reshape(len(rows), size)
+        return True

@@ -15,12 +15,11 @@ from cairn.codec.base import Codec, Octets
 from cairn.codec.calibration import Calibration
 from cairn.codec.floats import bits_of, kind_of
 from cairn.codec.levels import LEVELS, Level
+from cairn.codec.parts import groups_a_stream
 from cairn.codec.rotary import Rotary, sines
 from cairn.errors import InputError
 from cairn.kv import KVGeometry
 
-#: Leading tokens that attention sinks on (Xiao et al., arXiv 2309.17453); they are kept exact where a sequence begins.
-SINK_TOKENS: Final = 8
 #: What a sequence of so many tokens in one stream is cut to.
 _MOST_TOKENS: Final = 1 << 16
 
@@ -53,8 +52,8 @@ class CacheGen(Codec):
         """What does not get smaller is stored as it is, behind a header."""
         return blocks * self.geometry.block_bytes + _HEAD
 
-    def encode(self, blocks: Octets, *, level: Level | None = None, sinks: int = 0) -> Octets:
-        """sinks: leading tokens to keep exact: `SINK_TOKENS` where the first block begins a sequence, else 0."""
+    def encode(self, blocks: Octets, *, sinks: int = 0, level: Level | None = None) -> Octets:
+        """As the contract says. level: instead of the codec's own."""
         return self.encode_at((level or self._level).relative_steps(self.geometry, self._calibration), blocks, sinks)
 
     def encode_at(self, steps: npt.NDArray[np.float32], blocks: Octets, sinks: int = 0) -> Octets:
@@ -63,7 +62,7 @@ class CacheGen(Codec):
         tokens = len(rows) * g.block_tokens
         if tokens > _MOST_TOKENS:
             raise InputError(f"{tokens} tokens in one stream: at most {_MOST_TOKENS}; encode fewer blocks at a time")
-        groups = sections.groups_a_stream(tokens, g.kv_heads * g.head_dim)
+        groups = groups_a_stream(tokens, g.kv_heads * g.head_dim)
         turns = np.array(self._rotary.turns, np.uint32)
         out = np.empty((self.stored_bytes_limit(len(rows)) + 3) // 4 * 4, np.uint8)
         head = out.view(np.uint32)
@@ -103,7 +102,7 @@ class CacheGen(Codec):
             return False
         groups, first = packed & 255, packed >> 8
         if groups == 0:
-            return self._unraw(stored[_HEAD:], rows)
+            return self.put_plain(stored[_HEAD:], rows)
         begin = _HEAD + 4 * (g.layers + pairs)
         if len(stored) % 4 or begin > len(stored) or first + 2 * pairs > g.head_dim:
             return False
@@ -126,11 +125,5 @@ class CacheGen(Codec):
         )
 
     def _raw(self, rows: Octets, tokens: int) -> Octets:
-        head = np.array([sections.MAGIC, tokens, 0, 0, _HEAD + rows.size], np.uint32)
-        return np.concatenate([head.view(np.uint8), np.ascontiguousarray(rows).reshape(-1)])
-
-    def _unraw(self, body: Octets, rows: Octets) -> bool:
-        if len(body) != rows.size:
-            return False
-        rows[:] = body.reshape(rows.shape)
-        return True
+        head = np.array([sections.MAGIC, tokens, 0, 0, self.stored_bytes_limit(len(rows))], np.uint32)
+        return np.concatenate([head.view(np.uint8), self.plain(rows)])

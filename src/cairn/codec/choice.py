@@ -1,23 +1,38 @@
 """A codec by the names that the configuration has for it."""
 
-from typing import Final, Literal, get_args
+from typing import Final, get_args
 
 from cairn.codec.base import Codec
 from cairn.codec.cachegen import CacheGen
 from cairn.codec.calibration import Calibration
 from cairn.codec.fixed import Fp8, Int4, Int8
 from cairn.codec.levels import LEVELS
-from cairn.codec.lossless import Lossless
+from cairn.codec.lossless import Lossless, Packed
 from cairn.codec.raw import Raw
-from cairn.errors import InputError
+from cairn.config.schema import Algorithm, Compression, Quality
+from cairn.errors import GeometryError, InputError
 from cairn.kv import KVGeometry
 
-#: compression.algorithm.
-Algorithm = Literal["none", "lossless", "fp8", "int", "cachegen"]
-#: compression.quality: levels of `cachegen`.
-Quality = Literal["near-lossless", "high", "balanced", "small"]
-
+_KINDS: Final[dict[str, type[Codec]]] = {kind.id: kind for kind in (Raw, Lossless, Packed, Int4, Int8, Fp8, CacheGen)}
 _BITS: Final[dict[int, type[Int4 | Int8]]] = {4: Int4, 8: Int8}
+
+
+def refuse_opaque(settings: Compression, canonical: bool) -> None:
+    """Raises GeometryError where blocks are to be compressed whose bytes no codec can make sense of."""
+    if settings.algorithm != "none" and not canonical:
+        raise GeometryError(
+            f"compression.algorithm={settings.algorithm}: this engine's blocks are opaque pages, or parts of several "
+            "ranks, which no codec can read; set compression.algorithm to none"
+        )
+
+
+def reader_for(geometry: KVGeometry, codec_id: str) -> Codec | None:
+    """A codec that decodes what the one of this id has stored, whatever its level was; None if there is no such codec.
+
+    Raises GeometryError for a geometry that is quantized already.
+    """
+    kind = _KINDS.get(codec_id)
+    return kind(geometry) if kind else None
 
 
 def codec_for(
@@ -42,6 +57,4 @@ def codec_for(
         if quality not in LEVELS:
             raise InputError(f"compression.quality={quality!r}: must be one of {', '.join(LEVELS)}")
         return CacheGen(geometry, LEVELS[quality], calibration)
-    if algorithm == "fp8":
-        return Fp8(geometry)
-    return Lossless(geometry) if algorithm == "lossless" else Raw(geometry)
+    return _KINDS["raw" if algorithm == "none" else algorithm](geometry)

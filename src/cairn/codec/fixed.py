@@ -4,8 +4,7 @@ from typing import ClassVar, Final
 
 import numpy as np
 
-from cairn.codec.base import Codec, Octets
-from cairn.codec.cachegen import SINK_TOKENS
+from cairn.codec.base import SINK_TOKENS, Codec, Octets
 from cairn.codec.fixed_planes import decode_fixed, encode_fixed, plane_bytes
 from cairn.codec.floats import bits_of, kind_of
 from cairn.kv import KVGeometry
@@ -41,7 +40,7 @@ class _Fixed(Codec):
         return int(_HEAD + sinks * g.token_bytes + g.layers * sum(size + size % 2 for size in sizes))
 
     def encode(self, blocks: Octets, *, sinks: int = 0) -> Octets:
-        """sinks: leading tokens to keep exact, at most SINK_TOKENS: where the first block begins a sequence."""
+        """As the contract says; at most SINK_TOKENS tokens are kept exact."""
         g, rows = self.geometry, self.rows(blocks)
         sinks = min(sinks, SINK_TOKENS, len(rows) * g.block_tokens)
         size = self.stored_bytes(len(rows), sinks)
@@ -80,7 +79,8 @@ class _Fixed(Codec):
     def _token(self, rows: Octets, token: int) -> Octets:
         """All of a token's bytes, uint8 [layers, planes, vector_bytes]: a view."""
         g = self.geometry
-        block: Octets = rows[token // g.block_tokens].reshape(g.layers, g.planes, g.block_tokens, g.vector_bytes)
+        row = rows[token // g.block_tokens, : g.block_bytes]
+        block: Octets = row.reshape(g.layers, g.planes, g.block_tokens, g.vector_bytes)
         return block[:, :, token % g.block_tokens]
 
 

@@ -69,3 +69,24 @@ def narrow(value: Any, kind: int) -> Any:
         scaled = np.float32(abs(value)) * np.float32(2.0**24)
         return sign | np.int64(np.rint(scaled))
     return sign | ((magnitude - 0x38000000 + 0xFFF + (magnitude >> 13 & 1)) >> 13)
+
+
+@kernel
+def split(bits: Any, kind: int) -> Any:
+    """(exponent, sign and mantissa) of an element."""
+    bits = np.int64(bits)
+    if kind == FLOAT32:
+        return bits >> 23 & 255, (bits >> 31) << 23 | bits & 0x7FFFFF
+    if kind == FLOAT16:
+        return bits >> 10 & 31, (bits >> 15) << 10 | bits & 0x3FF
+    return bits >> 7 & 255, (bits >> 15) << 7 | bits & 0x7F
+
+
+@kernel
+def join(exponent: Any, rest: Any, kind: int) -> Any:
+    """The inverse of `split`."""
+    if kind == FLOAT32:
+        return (rest >> 23) << 31 | exponent << 23 | rest & 0x7FFFFF
+    if kind == FLOAT16:
+        return (rest >> 10) << 15 | exponent << 10 | rest & 0x3FF
+    return (rest >> 7) << 15 | exponent << 7 | rest & 0x7F

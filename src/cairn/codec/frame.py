@@ -68,9 +68,19 @@ class Framer:
         self._stored_limit = codec.stored_bytes_limit()
 
     def pack(
-        self, key: bytes, namespace: bytes, stored: Octets, *, size: int | None = None, checksum: bytes | None = None
+        self,
+        key: bytes,
+        namespace: bytes,
+        stored: Octets,
+        *,
+        size: int | None = None,
+        checksum: bytes | None = None,
+        blocks: int = 1,
     ) -> bytes:
-        """The header for `stored`, zero-padded to `size` bytes if given; `checksum`: that of `stored`, if known."""
+        """The header for `stored`, zero-padded to `size` bytes if given; `checksum`: that of `stored`, if known.
+
+        blocks: how many `stored` holds, the last of which is `key`.
+        """
         header = FrameHeader(
             key=key,
             namespace=namespace,
@@ -78,21 +88,23 @@ class Framer:
             shard=self.shard,
             codec=self.codec.id,
             parameters=self.codec.parameters,
-            raw_bytes=self.codec.geometry.block_bytes,
+            raw_bytes=blocks * self.codec.geometry.block_bytes,
             stored_bytes=len(stored),
             checksum=checksum or checksum_of(stored),
         )
         return seal(MAGIC, VERSION, msgspec.msgpack.encode(header), size)
 
-    def expect(self, data: memoryview, key: bytes) -> FrameHeader | Reason:
-        """The header at the start of `data` if it is that of `key` and of this kind; else CORRUPT or FOREIGN."""
+    def expect(self, data: memoryview, key: bytes, blocks: int = 1) -> FrameHeader | Reason:
+        """The header at the start of `data` if it is that of `key` and of this kind, and of so many blocks; else
+        CORRUPT or FOREIGN."""
         header = parse(data)
         if isinstance(header, Reason):
             return header
         wanted = (key, self.codec.geometry, self.shard, self.codec.id, self.codec.parameters)
         if (header.key, header.geometry, header.shard, header.codec, header.parameters) != wanted:
             return Reason.FOREIGN
-        if header.raw_bytes != self.codec.geometry.block_bytes or header.stored_bytes > self._stored_limit:
+        limit = self._stored_limit if blocks == 1 else self.codec.stored_bytes_limit(blocks)
+        if header.raw_bytes != blocks * self.codec.geometry.block_bytes or header.stored_bytes > limit:
             return Reason.CORRUPT
         return header
 

@@ -26,16 +26,11 @@ class Raw(Codec):
     def stored_bytes_limit(self, blocks: int = 1) -> int:
         return blocks * self.geometry.block_bytes
 
-    def encode(self, blocks: Octets) -> Octets:
-        return blocks if blocks.ndim == 1 else np.ascontiguousarray(self.rows(blocks)).reshape(-1)
+    def encode(self, blocks: Octets, *, sinks: int = 0) -> Octets:
+        return blocks if blocks.ndim == 1 else self.plain(self.rows(blocks))
 
     def decode(self, stored: Octets, out: Octets) -> bool:
-        rows = out if out.ndim == 1 else self.rows(out)
-        if stored.size != rows.size:
-            return False
-        if stored is not out:
-            rows[:] = stored.reshape(rows.shape)
-        return True
+        return stored is out or self.put_plain(stored, self.rows(out))
 
 
 class Reordered(Raw):
@@ -46,7 +41,7 @@ class Reordered(Raw):
         layout.check(geometry)
         self._layout = layout
 
-    def encode(self, blocks: Octets) -> Octets:
+    def encode(self, blocks: Octets, *, sinks: int = 0) -> Octets:
         rows = self.rows(blocks)
         stored = np.empty(rows.shape, np.uint8)
         for row, block in zip(rows, stored, strict=True):

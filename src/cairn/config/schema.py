@@ -100,6 +100,8 @@ Worth = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 Secret = Annotated[SecretStr, BeforeValidator(_secret)]
 Level = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)]
 Policy = Literal["lru", "s3fifo", "tenure"]
+Algorithm = Literal["none", "lossless", "packed", "fp8", "int", "cachegen"]
+Quality = Literal["near-lossless", "high", "balanced", "small"]
 
 
 class Section(BaseModel):
@@ -170,6 +172,32 @@ class Remote(Section):
     )
     capacity: Size | None = Field(
         default=None, description="Bytes that all objects may take (file); null: no limit, or the store's own."
+    )
+
+
+class Compression(Section):
+    """How the objects of `storage.remote` are stored; DRAM and disk keep blocks as they are. See compression.md."""
+
+    algorithm: Algorithm = Field(
+        default="none",
+        description="none; lossless; packed: lossless too, larger, faster; int, fp8: fixed rate; cachegen: smallest. "
+        "Objects are shared among processes that all have none, all a lossless one, or all one with loss.",
+    )
+    quantization_bits: Literal[4, 8] = Field(default=8, description="Bits of `int`.")
+    quality: Quality = Field(
+        default="high", description="What `cachegen` promises: a cost of 0.0002, 0.001, 0.003 or 0.01 nats a token."
+    )
+    calibration: File | None = Field(
+        default=None, description="File of `cairn codec calibrate`, which makes `cachegen` smaller; null: none."
+    )
+    adaptive: bool = Field(
+        default=True,
+        description="Store more exactly, or uncompressed, where measurement says that this loads as fast; "
+        "false: always as set, for the space that it saves.",
+    )
+    deadline_s: Seconds | None = Field(
+        default=None,
+        description="Adaptive: seconds that an object may take to load if that spares loss; null: as few as possible.",
     )
 
 
@@ -359,6 +387,7 @@ class Config(Section):
     """All of Cairn's settings; every one has a default. Made by `load_config`; immutable."""
 
     storage: Storage = Storage()
+    compression: Compression = Compression()
     engine: Engine = Engine()
     index: Index = Index()
     cluster: Cluster = Cluster()

@@ -44,7 +44,14 @@ _SEEK_GRACE_S = 0.1
 
 
 def open_node(
-    address: str, config: Config, geometry: KVGeometry, layout: Layout, metrics: Metrics, cost: CostModel
+    address: str,
+    config: Config,
+    geometry: KVGeometry,
+    layout: Layout,
+    metrics: Metrics,
+    cost: CostModel,
+    *,
+    canonical: bool,
 ) -> BlockStore:
     """The node's store: see `NodeStore`, whose sockets are loaded only by who has a node."""
     from cairn.engine.node_store import NodeStore
@@ -57,11 +64,19 @@ def open_node(
         wait_s=config.engine.timeout_s,
         metrics=metrics,
         cost=cost,
+        canonical=canonical,
     )
 
 
 def open_vram(
-    address: str | None, config: Config, geometry: KVGeometry, layout: Layout, metrics: Metrics, cost: CostModel
+    address: str | None,
+    config: Config,
+    geometry: KVGeometry,
+    layout: Layout,
+    metrics: Metrics,
+    cost: CostModel,
+    *,
+    canonical: bool,
 ) -> tuple[BlockStore, Copier]:
     """The node's store with this process's VRAM before it, and what copies there: see `VramStore`."""
     from cairn.engine.vram_store import open_vram_store
@@ -70,7 +85,7 @@ def open_vram(
         raise ConfigError(
             "storage.vram.size: VRAM is shared through the host's node; set node.address, or the size to 0"
         )
-    return open_vram_store(address, config, geometry, layout, metrics, cost)
+    return open_vram_store(address, config, geometry, layout, metrics, cost, canonical=canonical)
 
 
 class Stored(NamedTuple):
@@ -92,7 +107,8 @@ class EngineCore:
     caller's, who must leave the slots of a call alone until it returns. `arena`: memory for the DRAM tier that other
     processes map too (`cairn.tier.arena`), for connectors whose workers copy by themselves. `node`: the address of the
     host's node (else `node.address`), which then keeps the blocks instead of this process. `layout`: of the rows, for
-    connectors that do not write canonical ones.
+    connectors that do not write canonical ones. canonical: whether codecs can read the rows' values; what the namespace
+    and the layout say unless given.
     """
 
     def __init__(
@@ -103,8 +119,11 @@ class EngineCore:
         arena: Arena | None = None,
         node: str | None = None,
         layout: Layout = CANONICAL,
+        canonical: bool | None = None,
     ) -> None:
         self.namespace = namespace
+        said = namespace.layout == "canonical" and layout == CANONICAL
+        self._canonical = said if canonical is None else canonical
         self.geometry = namespace.geometry
         self.config = config or Config()
         setup_logging(self.config.engine.log_level)
@@ -116,13 +135,19 @@ class EngineCore:
         self._store: BlockStore
         self._copier: Copier
         if self.config.storage.vram.size:
-            self._store, self._copier = open_vram(address, self.config, self.geometry, layout, self.metrics, self.cost)
+            self._store, self._copier = open_vram(
+                address, self.config, self.geometry, layout, self.metrics, self.cost, canonical=self._canonical
+            )
         else:
             self._copier = CpuCopier(self.geometry, self.config.engine.copy_threads)
             if address:
-                self._store = open_node(address, self.config, self.geometry, layout, self.metrics, self.cost)
+                self._store = open_node(
+                    address, self.config, self.geometry, layout, self.metrics, self.cost, canonical=self._canonical
+                )
             else:
-                self._store = open_local(self.config, self.geometry, layout, self.metrics, self.cost, arena)
+                self._store = open_local(
+                    self.config, self.geometry, layout, self.metrics, self.cost, arena, canonical=self._canonical
+                )
         self._probes = Probes(self._store, self.geometry.block_bytes)
         self._layers = ThreadPoolExecutor(_WORKERS, "cairn-layers")
         self._root = namespace.digest()

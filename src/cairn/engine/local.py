@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
+from cairn.codec.ladder import ladder_for
 from cairn.config import Config
 from cairn.engine.base import BlockStore, Held
 from cairn.engine.hold import LocalHold
@@ -192,13 +193,22 @@ class LocalStore(BlockStore):
 
 
 def open_local(
-    config: Config, geometry: KVGeometry, layout: Layout, metrics: Metrics, cost: CostModel, arena: Arena | None = None
+    config: Config,
+    geometry: KVGeometry,
+    layout: Layout,
+    metrics: Metrics,
+    cost: CostModel,
+    arena: Arena | None = None,
+    *,
+    canonical: bool = True,
 ) -> LocalStore:
     """The tiers that the configuration asks for, for rows of `layout`; DRAM in `arena` if one is given.
 
-    Raises StorageError or ConfigError when they cannot be had.
+    canonical: whether blocks are bytes of the canonical layout. Raises StorageError or ConfigError when the tiers
+    cannot be had, GeometryError or InputError where blocks cannot be compressed as is asked for.
     """
     storage, share = config.storage, config.engine.write_behind
+    ladder = ladder_for(geometry, config.compression, canonical=canonical)
     lower: list[tuple[Tier, Writes]] = []
     try:
         if storage.disk.path is not None:
@@ -210,10 +220,11 @@ def open_local(
                 policy=POLICIES[storage.disk.policy],
                 threads=storage.disk.threads,
                 write_budget_bytes_per_day=storage.disk.write_budget_per_day,
+                lossy=ladder is not None and ladder.lossy,
             )
             lower.append((disk, Writes(share)))
         if storage.remote.url is not None:
-            remote = open_remote(storage.remote, geometry, layout)
+            remote = open_remote(storage.remote, geometry, layout, ladder, metrics)
             may_write = share if storage.remote.write != "off" else 0.0
             writes = Writes(may_write, linger_s=storage.remote.linger_s, lazy=storage.remote.write == "back")
             lower.append((remote, writes))

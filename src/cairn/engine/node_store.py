@@ -168,6 +168,7 @@ class NodeStore(BlockStore):
         wait_s: float,
         metrics: Metrics,
         cost: CostModel,
+        canonical: bool = True,
     ) -> None:
         """Waits up to `wait_s` for a node. Raises InputError for what is no address, and StorageError if the node
         refuses this client; that there is none is no error.
@@ -180,7 +181,9 @@ class NodeStore(BlockStore):
         self._figures_lock = threading.Lock()
         self._journals: dict[str, NodeJournal] = {}
         metrics.watch("node", self._own_figures)
-        self._client = NodeClient(address, geometry, layout, timeout_s=timeout_s, on_link=self._linked)
+        self._client = NodeClient(
+            address, geometry, layout, timeout_s=timeout_s, on_link=self._linked, canonical=canonical
+        )
         self._client.wait(wait_s)
         if self._client.refusal:
             why = self._client.refusal

@@ -242,7 +242,14 @@ class VramStore(NodeStore):
 
 
 def open_vram_store(
-    address: str, config: Config, geometry: KVGeometry, layout: Layout, metrics: Metrics, cost: CostModel
+    address: str,
+    config: Config,
+    geometry: KVGeometry,
+    layout: Layout,
+    metrics: Metrics,
+    cost: CostModel,
+    *,
+    canonical: bool,
 ) -> tuple[VramStore, Copier]:
     """The store of an engine that shares VRAM, and its copier. Raises ConfigError or StorageError."""
     stride = round_up(geometry.block_bytes, PAGE)
@@ -262,6 +269,7 @@ def open_vram_store(
             copier,
             device,
             layout=layout,
+            canonical=canonical,
             timeout_s=config.node.timeout_s,
             wait_s=config.engine.timeout_s,
             metrics=metrics,

@@ -149,6 +149,7 @@ class NodeClient:
     """Keeps a session at the node for the blocks of one geometry and layout, and finds another when it is over.
 
     `refusal`: why the node will not have this client; None while it might. on_link: told of every new session.
+    canonical: whether codecs can read its rows' values.
     """
 
     def __init__(
@@ -159,6 +160,7 @@ class NodeClient:
         *,
         timeout_s: float,
         on_link: Callable[[Link], None] | None = None,
+        canonical: bool = True,
     ) -> None:
         """Raises InputError for what is no address. Waits for nothing."""
         self.address = address
@@ -170,6 +172,7 @@ class NodeClient:
         self.path = socket_path(address)
         self._geometry = geometry
         self._layout = layout
+        self._canonical = canonical
         self._on_link = on_link
         self._context = zmq.Context()
         self._ids = itertools.count(1)
@@ -242,7 +245,8 @@ class NodeClient:
         try:
             for socket in (calls, hears):
                 socket.connect(self.address)
-            reply = _first(calls, wire.Hello(self.number(), 0, self._geometry, self._layout), self.timeout_s)
+            hello = wire.Hello(self.number(), 0, self._geometry, self._layout, self._canonical)
+            reply = _first(calls, hello, self.timeout_s)
             if isinstance(reply, wire.Wait):
                 return None, _SOON_S
             if isinstance(reply, wire.Refused):

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import zmq
 
+from cairn.codec.choice import refuse_opaque
 from cairn.config import Config
 from cairn.errors import CairnError
 from cairn.node import wire
@@ -181,6 +182,7 @@ class Node:
         try:
             if len(self._sessions) + len(self._lingering) >= _MAX_SESSIONS:
                 raise wire.WireError(f"more than {_MAX_SESSIONS} sessions at a time")
+            refuse_opaque(self._config.compression, request.canonical)
             pool = self._pools.get(request.geometry, request.layout)
             if pool is None:
                 self._send(sender, wire.Wait(request.call))

@@ -52,13 +52,15 @@ class _Call(_Message):
 
 
 class Hello(_Call, tag=1):
-    """Asks for a session over blocks of this geometry, in rows of this layout.
+    """Asks for a session over blocks of this geometry, in rows of this layout; canonical: whether codecs can read their
+    values.
 
     Answered by Welcome, Wait (ask again soon) or Refused.
     """
 
     geometry: KVGeometry
     layout: Layout = CANONICAL
+    canonical: bool = True
 
 
 class Match(_Call, tag=2):

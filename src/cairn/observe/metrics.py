@@ -61,6 +61,54 @@ class Counter:
         return root
 
 
+class Pair:
+    """Two sums that belong together, a pair for each combination of labels' values. Thread-safe."""
+
+    __slots__ = ("_first", "_second", "help", "labels", "name")
+
+    def __init__(self, name: str, help: str, *labels: str) -> None:
+        self.name = name
+        self.help = help
+        self.labels = labels
+        self._first = Counter(name, help, *labels)
+        self._second = Counter(name, help, *labels)
+
+    def add(self, first: float, second: float, **labels: str) -> None:
+        self._first.add(first, **labels)
+        self._second.add(second, **labels)
+
+    def samples(self) -> list[tuple[tuple[str, ...], float, float]]:
+        """(values of the labels, first sum, second sum) of every combination so far."""
+        second = dict(self._second.samples())
+        return [(values, amount, second.get(values, 0.0)) for values, amount in self._first.samples()]
+
+    def sums(self, **labels: str) -> tuple[float, float]:
+        """Both over every combination that has these labels' values."""
+        return self._first.value(**labels), self._second.value(**labels)
+
+
+class Ratio(Pair):
+    """The first sum over the second one."""
+
+    def value(self, **labels: str) -> float:
+        """Over every combination that has these labels' values; 0 before there is any."""
+        above, below = self.sums(**labels)
+        return above / below if below else 0.0
+
+    def figures(self) -> Figures:
+        return {".".join(values): first / second for values, first, second in self.samples() if second}
+
+
+class Summary(Pair):
+    """How often something happened, and the sum of what was measured each time."""
+
+    def observe(self, amount: float, **labels: str) -> None:
+        self.add(1, amount, **labels)
+
+    def figures(self) -> Figures:
+        return {".".join(values): {"count": first, "sum": second} for values, first, second in self.samples()}
+
+
 class Counted:
     """A set of counters, which a subclass makes before it calls __init__, and what is watched beside them.
 
@@ -69,6 +117,7 @@ class Counted:
 
     def __init__(self) -> None:
         self.counters = tuple(value for value in vars(self).values() if isinstance(value, Counter))
+        self.pairs = tuple(value for value in vars(self).values() if isinstance(value, Ratio | Summary))
         self._watched: dict[str, Callable[[], Mapping[str, float]]] = {}
 
     def watch(self, tier: str, stats: Callable[[], Mapping[str, float]]) -> None:
@@ -84,7 +133,7 @@ class Counted:
 
     def snapshot(self) -> Figures:
         """All figures now: every counter under its name, and under "tiers" what the tiers say of themselves."""
-        figures: Figures = {counter.name: counter.figures() for counter in self.counters}
+        figures: Figures = {one.name: one.figures() for one in (*self.counters, *self.pairs)}
         figures["tiers"] = {tier: dict(stats) for tier, stats in self.tiers().items()}
         return figures
 
@@ -104,6 +153,8 @@ class Metrics(Counted):
             "transfer_seconds", "Time spent moving, summed over batches.", "tier", "direction"
         )
         self.failures = Counter("failures", "Operations of a tier that failed.", "tier", "reason")
+        self.compression = Ratio("compression_ratio", "Bytes of blocks over bytes they were stored in.", "tier")
+        self.decompression = Summary("decompression_duration_seconds", "Time that decoding an object took.", "tier")
         super().__init__()
 
     def transferred(self, tier: str, direction: Direction, amount: int, seconds: float) -> None:

@@ -53,7 +53,8 @@ class DiskTier(Tier):
 
     layout: of the rows. Blocks are kept as they stand there, so those of another are foreign.
     threads: I/Os in flight. write_budget_bytes_per_day: see `cairn.tier.admission`. stuck_seconds: an I/O that takes
-    longer and misses its deadline counts as a failure; three in a row, and the breaker rests the device.
+    longer and misses its deadline counts as a failure; three in a row, and the breaker rests the device. lossy: whether
+    rows may hold what a codec with loss gave back; a directory keeps only such rows, or none.
 
     Thread-safe. `match`, `touch`, `stats` and `load_cost` wait for no I/O, however stuck the device is; `read` and
     `write` only queue. Raises InputError for a capacity below one block, LockedError while another process owns the
@@ -75,10 +76,11 @@ class DiskTier(Tier):
         write_budget_bytes_per_day: float | None = None,
         stuck_seconds: float = 1.0,
         breaker: Breaker | None = None,
+        lossy: bool = False,
     ) -> None:
         if threads < 1:
             raise InputError(f"threads={threads}: must be at least 1")
-        wanted = plan_superblock(geometry, shard, capacity_bytes, layout)
+        wanted = plan_superblock(geometry, shard, capacity_bytes, layout, lossy=lossy)
         self.capacity_bytes = capacity_bytes
         self.geometry = geometry
         self._directory = CacheDirectory(Path(path), wanted)

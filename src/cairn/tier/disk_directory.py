@@ -37,13 +37,17 @@ _LOCK_RETRY_SECONDS: Final = 0.05  # an inspector holds the lock for microsecond
 
 
 class Superblock(msgspec.Struct, frozen=True, array_like=True):
-    """What a cache directory holds (msgpack array in a sealed header). layout: of the rows of who opened it last."""
+    """What a cache directory holds (msgpack array in a sealed header). layout: of the rows of who opened it last.
+
+    lossy: whether some of it may have come out of a codec with loss; never mixed with what has not.
+    """
 
     geometry: KVGeometry
     shard: Shard
     slot_bytes: int
     slots: int
     layout: Layout = CANONICAL
+    lossy: bool = False
 
     @property
     def table_bytes(self) -> int:
@@ -54,14 +58,16 @@ class Superblock(msgspec.Struct, frozen=True, array_like=True):
         return self.slots * self.slot_bytes
 
 
-def plan_superblock(geometry: KVGeometry, shard: Shard, capacity_bytes: int, layout: Layout = CANONICAL) -> Superblock:
+def plan_superblock(
+    geometry: KVGeometry, shard: Shard, capacity_bytes: int, layout: Layout = CANONICAL, *, lossy: bool = False
+) -> Superblock:
     """As many slots as fit `capacity_bytes`, everything on disk included. Raises InputError if that is none."""
     slot_bytes = PAGE + -(-geometry.block_bytes // PAGE) * PAGE
     slots = (capacity_bytes - _FIXED_BYTES - PAGE) // (slot_bytes + RECORD_BYTES + _BLOCK_MAP_BYTES)
     if slots < 1:
         least = _FIXED_BYTES + PAGE + slot_bytes + RECORD_BYTES + _BLOCK_MAP_BYTES
         raise InputError(f"disk capacity of {capacity_bytes} bytes: must be at least {least} bytes, one KV block")
-    return Superblock(geometry, shard, slot_bytes, slots, layout)
+    return Superblock(geometry, shard, slot_bytes, slots, layout, lossy)
 
 
 class CacheDirectory:
@@ -140,7 +146,7 @@ def read_superblock(path: Path) -> Superblock | None:
 
 
 def _refuse_other(path: Path, found: Superblock, wanted: Superblock) -> None:
-    for name in ("geometry", "shard", "slot_bytes"):
+    for name in ("geometry", "shard", "slot_bytes", "lossy"):
         if getattr(found, name) != getattr(wanted, name):
             raise StorageError(
                 f"{path}: made for {name} {getattr(found, name)}, not {getattr(wanted, name)}; "

@@ -1,7 +1,7 @@
 """Replaces a real model's KV by what a codec gives back, and compares the logits of the tokens after it."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -67,33 +67,49 @@ def from_rows(rows: npt.NDArray[np.uint8], geometry: KVGeometry) -> Floats:
 @torch.inference_mode()  # type: ignore[untyped-decorator]
 def scores(model: Any, window: Window, subjects: Mapping[str, Subject]) -> dict[str, Score]:
     """Every subject on one window."""
-    cache = DynamicCache(config=model.config)
-    model(torch.tensor([window.ids[:CONTEXT]]), past_key_values=cache, logits_to_keep=1)
-    kv = np.stack(
-        [np.stack([t[0].transpose(0, 1).numpy() for t in (layer.keys, layer.values)]) for layer in cache.layers]
-    )
-    plain = _log_probabilities(model, window, kv)
+    kv = context_kv(model, window)
+    plain = log_probabilities(model, window, kv)
     following = torch.tensor(window.ids[CONTEXT + 1 :])[:, None]
     found = {}
     for name, subject in subjects.items():
-        parts = [subject(kv[:, :, at : at + CHUNK], at == 0) for at in range(0, CONTEXT, CHUNK)]
-        changed = _log_probabilities(model, window, np.concatenate([part[0] for part in parts], axis=2))
+        changed_kv, size = coded(kv, subject)
+        changed = log_probabilities(model, window, changed_kv)
         found[name] = Score(
-            kl=float((plain.exp() * (plain - changed)).sum(-1).mean()),
+            kl=divergence(plain, changed),
             nll=float((plain[:-1].gather(1, following) - changed[:-1].gather(1, following)).mean()),
             top1=float((plain.argmax(-1) == changed.argmax(-1)).float().mean()),
-            bits=8 * sum(part[1] for part in parts) / kv.size,
+            bits=8 * size / kv.size,
         )
     return found
 
 
-def _log_probabilities(model: Any, window: Window, kv: Floats) -> torch.Tensor:
-    """float32 [scored tokens, vocabulary]."""
+def context_kv(model: Any, window: Window) -> Floats:
+    """The KV of a window's context, float32 [layers, 2, tokens, heads, dim]."""
+    cache = DynamicCache(config=model.config)
+    model(torch.tensor([window.ids[:CONTEXT]]), past_key_values=cache, logits_to_keep=1)
+    return np.stack(
+        [np.stack([t[0].transpose(0, 1).numpy() for t in (layer.keys, layer.values)]) for layer in cache.layers]
+    )
+
+
+def coded(kv: Floats, subject: Subject) -> tuple[Floats, int]:
+    """What a subject makes of a context, chunk by chunk, and the bytes it took."""
+    parts = [subject(kv[:, :, at : at + CHUNK], at == 0) for at in range(0, CONTEXT, CHUNK)]
+    return np.concatenate([part[0] for part in parts], axis=2), sum(part[1] for part in parts)
+
+
+def log_probabilities(model: Any, window: Window, kv: Iterable[Floats]) -> torch.Tensor:
+    """Of the scored tokens after a context with this KV, layer by layer; float32 [scored tokens, vocabulary]."""
     cache = DynamicCache(config=model.config)
     for layer, planes in enumerate(kv):
         keys, values = (torch.from_numpy(plane.copy()).transpose(0, 1)[None] for plane in planes)
         cache.update(keys, values, layer)
     return torch.log_softmax(model(torch.tensor([window.ids[CONTEXT:]]), past_key_values=cache).logits[0], -1)
+
+
+def divergence(plain: torch.Tensor, changed: torch.Tensor) -> float:
+    """KL of log probabilities [tokens, vocabulary] in nats, the mean over tokens."""
+    return float((plain.exp() * (plain - changed)).sum(-1).mean())
 
 
 def summary(scored: Sequence[Score]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from cairn.cli.demo.show import Screen
 from cairn.cli.quality.measure import Score, Subject, codec_subject, scores, summary
 from cairn.cli.quality.published import Published
 from cairn.cli.quality.texts import CONTEXT, SCORED, windows
-from cairn.codec.cachegen import SINK_TOKENS, CacheGen
+from cairn.codec.base import SINK_TOKENS
+from cairn.codec.cachegen import CacheGen
 from cairn.codec.calibration import Calibration, shipped
 from cairn.codec.fixed import Fp8, Int4, Int8
 from cairn.codec.levels import LEVELS, Level

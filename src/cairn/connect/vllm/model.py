@@ -29,7 +29,8 @@ class Served:
     the tensor-parallel ranks. They differ only in their layers. stages: how many pipeline stages there are. name: of
     the arena that the engine's processes share. namespace: of requests without LoRA and salt; its geometry is that of
     all ranks together. layout: of the rows. apart: why only engines of the same kind and degree of parallelism share
-    its blocks; empty if others do, too. step_tokens: how many tokens a step computes at most.
+    its blocks; empty if others do, too. step_tokens: how many tokens a step computes at most. canonical: whether codecs
+    can read the rows' values: on one rank, except on a CPU, whose pages have an order of their own.
     """
 
     shards: tuple[KVGeometry, ...]
@@ -39,6 +40,7 @@ class Served:
     layout: Layout
     apart: str
     step_tokens: int
+    canonical: bool
 
     @property
     def ranks(self) -> int:
@@ -91,7 +93,8 @@ def served_model(vllm_config: Any, kv_cache_config: Any, config: Config) -> Serv
     )
     name = hashlib.blake2s(str(vllm_config.kv_transfer_config.engine_id).encode(), digest_size=12).hexdigest()
     step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-    return Served(shards, len(layers), name, namespace, layout, apart, step_tokens)
+    canonical = ranks == 1 and _platform() != "cpu"
+    return Served(shards, len(layers), name, namespace, layout, apart, step_tokens, canonical)
 
 
 def own_arena(served: Served, config: Config) -> Arena:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from cairn.copy import CpuCopier, PagedKV, TokenSlots
 from cairn.engine.layers import LayerLoad
 from cairn.engine.rehearsal import rehearse_copies
+from cairn.errors import GeometryError
 from cairn.kv import KVGeometry
 
 Rows = npt.NDArray[np.int32]
@@ -163,15 +164,19 @@ def mover_for(
     *,
     threads: int,
     overlapping: bool,
+    compressed: bool = False,
 ) -> Mover:
     """The mover for vLLM's tensors, one a layer. memory: this rank's part of the arena's rows. overlapping: see
     `mode.steps_overlap`.
 
-    Raises GeometryError for tensors whose order of dimensions is not known.
+    Raises GeometryError for tensors whose order of dimensions is not known, and for such as are moved as opaque pages
+    where blocks are `compressed`.
     """
     first = kv_caches[0]
     layout = {3: "mla", 4: "vllm"}.get(first.dim(), "nhd" if first.shape[0] == 2 else "nhd_paged")
     kv = PagedKV.from_tensors(kv_caches, layout, geometry)
+    if compressed and kv.opaque:
+        raise GeometryError("pages of this attention backend are opaque to codecs: set compression.algorithm to none")
     if first.device.type == "cpu":
         return CpuMover(geometry, kv, memory, threads)
     from cairn.connect.vllm.cuda_mover import CudaMover

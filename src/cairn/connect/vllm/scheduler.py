@@ -72,7 +72,9 @@ class SchedulerSide:
         self._block = served.block_tokens
         arena = None if config.node.address else own_arena(served, config)
         Arena.unlink(served.name)  # all workers have it mapped by now
-        self.engine = EngineCore(served.namespace, config, arena=arena, layout=served.layout)
+        self.engine = EngineCore(
+            served.namespace, config, arena=arena, layout=served.layout, canonical=served.canonical
+        )
         self.engine.cost.recompute.step_tokens = served.step_tokens
         if served.apart and (config.storage.remote.url or config.node.address):
             logger.warning(

@@ -40,6 +40,7 @@ class WorkerSide:
         self._geometry = served.shards[rank]
         self._stages = served.stages
         self._threads = config.engine.copy_threads
+        self._compressed = config.compression.algorithm != "none"
         self._overlapping = overlapping
         self._timeout = config.engine.timeout_s
         self._places: Places | None = None
@@ -68,7 +69,13 @@ class WorkerSide:
         def mover(arena: Arena) -> Mover:
             rows = arena.memory[:, self._part]
             return mover_for(
-                tensors, self._geometry, rows, arena.memory, threads=self._threads, overlapping=self._overlapping
+                tensors,
+                self._geometry,
+                rows,
+                arena.memory,
+                threads=self._threads,
+                overlapping=self._overlapping,
+                compressed=self._compressed,
             )
 
         self._places = Places(mover, self._own)

@@ -12,6 +12,7 @@ from cairn.tier.remote.known import Known
 from cairn.tier.remote.packing import Packing
 from cairn.tier.remote.scout import FAIR_S, Scout
 from cairn.tier.remote.share import Share
+from cairn.tier.remote.streams import Streams
 from cairn.tier.tally import Tally
 
 #: Called when a batch is done.
@@ -20,7 +21,9 @@ OnDone = Callable[[Batch], None]
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """timeout_s: what one operation on the store may take. write_breaker: opens while the store takes nothing more."""
+    """timeout_s: what one operation on the store may take. write_breaker: opens while the store takes nothing more.
+    streams: where objects are compressed.
+    """
 
     store: ObjectStore
     packing: Packing
@@ -31,6 +34,7 @@ class Machine:
     share: Share
     tally: Tally
     timeout_s: float
+    streams: Streams | None = None
 
     def deadline(self, limit: float) -> float:
         """The moment by which an operation that begins now must end, `limit` at the latest."""

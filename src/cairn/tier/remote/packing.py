@@ -52,10 +52,14 @@ class Index(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Packing:
-    """How blocks of one kind (geometry, shard, codec) are packed, `blocks` to an object. Thread-safe (immutable)."""
+    """How blocks of one kind (geometry, shard, codec) are packed, `blocks` to an object. Thread-safe (immutable).
 
-    def __init__(self, framer: Framer, blocks: int) -> None:
+    family: that of the codecs, where objects are streams (`cairn.tier.remote.streams`), which are named and cut alike.
+    """
+
+    def __init__(self, framer: Framer, blocks: int, family: str = "") -> None:
         self.framer = framer
+        self.family = family
         self.blocks = blocks
         self.block_bytes = framer.codec.geometry.block_bytes
         self._kind = self._digest()
@@ -121,7 +125,8 @@ class Packing:
         """Of all that makes objects of another kind unreadable, so that they are not even found."""
         codec = self.framer.codec
         fields = (VERSION, codec.geometry, self.framer.shard, codec.id, codec.parameters, self.blocks)
-        return hashlib.blake2s(msgspec.msgpack.encode(fields), digest_size=8, person=b"cairn/ob").hexdigest().encode()
+        told = (*fields, self.family) if self.family else fields
+        return hashlib.blake2s(msgspec.msgpack.encode(told), digest_size=8, person=b"cairn/ob").hexdigest().encode()
 
 
 def blocks_of(object_bytes: int, block_bytes: int) -> int:

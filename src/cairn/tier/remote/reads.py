@@ -8,6 +8,8 @@ from collections.abc import Callable
 from threading import Event
 from typing import Final, NamedTuple
 
+import numpy as np
+
 from cairn.kv import Keys
 from cairn.observe.reasons import Reason
 from cairn.tier.base import Rows
@@ -15,6 +17,7 @@ from cairn.tier.flights import Batch
 from cairn.tier.remote.base import Get
 from cairn.tier.remote.machine import Machine, OnDone
 from cairn.tier.remote.packing import Span
+from cairn.tier.remote.streams import Streams
 
 log = logging.getLogger(__name__)
 
@@ -153,25 +156,49 @@ class Fetches:
         machine = self._machine
         if not machine.breaker.allow():
             return [Reason.BREAKER_OPEN] * len(piece.run)
-        head, gets = self._gets(piece)
-        begun = time.monotonic()
         deadline = machine.deadline(piece.batch.deadline)
-        machine.share.begin_load()
-        try:
-            answers = machine.store.get_into(gets, deadline=deadline)
-        finally:
-            machine.share.end_load(sum(get.size for get in gets))
-        refusal = next((answer for answer in answers if isinstance(answer, Reason)), None)
-        machine.judge(refusal, deadline, begun)
-        if refusal is not None:
-            if refusal is Reason.ABSENT:
-                machine.known.note([piece.place[0]], False)
-            return [refusal] * len(piece.run)
-        short = any(answer != get.size for answer, get in zip(answers, gets, strict=True))
-        reasons: list[Reason | None] = self._prove(piece, head) if not short else [Reason.CORRUPT] * len(piece.run)
+        reasons = self._decoded(piece, machine.streams, deadline) if machine.streams else self._copied(piece, deadline)
         if not _BROKEN.isdisjoint(reasons):
             self._drop(piece, deadline)
         return reasons
+
+    def _copied(self, piece: Piece, deadline: float) -> list[Reason | None]:
+        """Reads blocks that are stored as they are."""
+        head, gets = self._gets(piece)
+        answer = self._get(piece, gets, deadline)
+        if isinstance(answer, Reason):
+            return [answer] * len(piece.run)
+        short = answer != sum(get.size for get in gets)
+        return [Reason.CORRUPT] * len(piece.run) if short else self._prove(piece, head)
+
+    def _decoded(self, piece: Piece, streams: Streams, deadline: float) -> list[Reason | None]:
+        """Reads an object that is a stream: all of it, whatever part is wanted."""
+        blocks = piece.whole.stop - piece.whole.start
+        data = np.empty(streams.object_limit(blocks), np.uint8)
+        get = Get(self._machine.packing.name(piece.place[0]), 0, [data.data], whole=True)
+        begun = time.monotonic()
+        answer = self._get(piece, [get], deadline)
+        if isinstance(answer, Reason):
+            return [answer] * len(piece.run)
+        streams.loaded(answer, time.monotonic() - begun)
+        wanted = range(piece.wanted.start - piece.whole.start, piece.wanted.stop - piece.whole.start)
+        rows = Rows(piece.batch.rows.memory, piece.batch.rows.ids[piece.run])
+        return [streams.decode(data[:answer], piece.place[0], blocks, wanted, rows)] * len(piece.run)
+
+    def _get(self, piece: Piece, gets: list[Get], deadline: float) -> int | Reason:
+        """Loads bytes of a piece's object; how many came."""
+        machine, begun, came = self._machine, time.monotonic(), 0
+        machine.share.begin_load()
+        try:
+            answers = machine.store.get_into(gets, deadline=deadline)
+            came = sum(answer for answer in answers if not isinstance(answer, Reason))
+        finally:
+            machine.share.end_load(came)
+        refusal = next((answer for answer in answers if isinstance(answer, Reason)), None)
+        machine.judge(refusal, deadline, begun)
+        if refusal is Reason.ABSENT:
+            machine.known.note([piece.place[0]], False)
+        return refusal or came
 
     def _gets(self, piece: Piece) -> tuple[memoryview, list[Get]]:
         """The head's memory, and what to read: head and blocks at once where the blocks follow the head."""

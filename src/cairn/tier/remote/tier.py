@@ -12,10 +12,12 @@ from typing import Final, NamedTuple
 
 from cairn.codec import canonical_codec
 from cairn.codec.frame import Framer
+from cairn.codec.ladder import Ladder
 from cairn.config.schema import Remote
 from cairn.errors import InputError
 from cairn.kv import CANONICAL, Keys, KVGeometry, Layout
 from cairn.kv.namespace import DIGEST_BYTES
+from cairn.observe.metrics import Metrics
 from cairn.observe.reasons import Reason
 from cairn.tier.admission import Sightings
 from cairn.tier.base import Outcomes, Rows, Tier, check_span
@@ -28,6 +30,7 @@ from cairn.tier.remote.packing import Packing, blocks_of
 from cairn.tier.remote.reads import Fetches, ReadBatch
 from cairn.tier.remote.scout import ABSENT_S, Scout
 from cairn.tier.remote.share import Share
+from cairn.tier.remote.streams import Streams
 from cairn.tier.remote.urls import open_store
 from cairn.tier.remote.writes import WriteBatch
 from cairn.tier.tally import Tally
@@ -68,7 +71,8 @@ class RemoteTier(Tier):
     before its frames prove it; an object that is torn, corrupt or foreign is a miss with that reason, and is taken
     away. The store may fail in any way: three failures open the breaker, which rests the store and tries it again by
     itself. layout: of the rows; objects are canonical, whatever it is. object_bytes: the size of an object; what the
-    store likes unless given. Processes with other sizes do not see each other's objects.
+    store likes unless given. Processes with other sizes do not see each other's objects. ladder: of codecs, if objects
+    are compressed, for canonical rows only (`streams` says who sees whose objects then). metrics: where that is counted.
 
     Owns the store and closes it. Thread-safe; `match`, `touch` and `stats` wait for nothing.
     """
@@ -84,14 +88,24 @@ class RemoteTier(Tier):
         layout: Layout = CANONICAL,
         object_bytes: int | None = None,
         breaker: Breaker | None = None,
+        ladder: Ladder | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self.geometry = geometry
+        self._metrics = metrics or Metrics()
         self._store = store
         self._limits = limits
         self._tally = Tally()
         self._breaker = breaker or Breaker()
-        framer = Framer(canonical_codec(geometry, layout))
-        packing = Packing(framer, blocks_of(object_bytes or store.object_bytes, geometry.block_bytes))
+        if ladder and layout != CANONICAL:
+            raise InputError(f"codecs for rows of layout {layout}: they read canonical rows only")
+        streams = Streams(ladder, self._metrics) if ladder else None
+        liked = object_bytes or store.object_bytes * (streams.growth if streams else 1)
+        packing = Packing(
+            Framer(canonical_codec(geometry, layout)),
+            blocks_of(liked, geometry.block_bytes),
+            streams.family if streams else "",
+        )
         known = Known(present_s=min(PRESENT_S, (limits.ttl_s or PRESENT_S * 2) / 2), absent_s=ABSENT_S)
         self._machine = Machine(
             store=store,
@@ -103,6 +117,7 @@ class RemoteTier(Tier):
             share=Share(limits.write_share),
             tally=self._tally,
             timeout_s=limits.timeout_s,
+            streams=streams,
         )
         self.pack_blocks = packing.blocks
         self._sightings = Sightings(_REMEMBERED) if limits.second_touch else None
@@ -189,6 +204,7 @@ class RemoteTier(Tier):
         """Counts by reason, `read_blocks`, `read_bytes`, `written_blocks`, `written_bytes` (frames included),
         `dropped_blocks`, lookups and their round trips, and the state now."""
         scout = self._machine.scout
+        decoded, decoding_s = self._metrics.decompression.sums(tier=self.name)
         return {
             **self._tally.read(),
             **self._store.stats(),
@@ -198,6 +214,9 @@ class RemoteTier(Tier):
             "lookup_seconds": scout.seconds,
             "shared_reads_total": self._fetches.shared,
             "held_back_writes_total": self._machine.share.held_back,
+            "compression_ratio": self._metrics.compression.value(tier=self.name) or 1.0,
+            "decompressed_objects_total": decoded,
+            "decompression_seconds_total": decoding_s,
             "batches_under_way": len(self._flights),
             "breaker_open": 0 if self._breaker.closed else 1,
             "breaker_opened_total": self._breaker.opened,
@@ -261,12 +280,20 @@ class RemoteTier(Tier):
             )
 
 
-def open_remote(settings: Remote, geometry: KVGeometry, layout: Layout) -> RemoteTier:
+def open_remote(
+    settings: Remote,
+    geometry: KVGeometry,
+    layout: Layout,
+    ladder: Ladder | None = None,
+    metrics: Metrics | None = None,
+) -> RemoteTier:
     """The tier that `storage.remote` asks for, whose url is given, for rows of `layout`.
 
     Raises ConfigError or StorageError.
     """
     assert settings.url is not None
+    if ladder:
+        ladder.rehearse()
     store = open_store(settings.url, ttl_s=settings.ttl_s, capacity_bytes=settings.capacity)
     limits = Limits(
         timeout_s=settings.timeout_s,
@@ -276,4 +303,12 @@ def open_remote(settings: Remote, geometry: KVGeometry, layout: Layout) -> Remot
         second_touch=settings.admission == "second_touch",
         ttl_s=settings.ttl_s,
     )
-    return RemoteTier(store, geometry=geometry, limits=limits, layout=layout, object_bytes=settings.object_size)
+    return RemoteTier(
+        store,
+        geometry=geometry,
+        limits=limits,
+        layout=layout,
+        object_bytes=settings.object_size,
+        ladder=ladder,
+        metrics=metrics,
+    )

@@ -107,20 +107,28 @@ class WriteBatch(SteppedBatch):
         machine = self._machine
         if not machine.write_breaker.allow() or not machine.breaker.allow():
             return Reason.BREAKER_OPEN
-        packing, rows = machine.packing, [self.rows.memory[self.rows.ids[i]] for i in run]
-        keys = self.keys[span.start : span.stop]
-        stored = [packing.framer.codec.encode(row[: packing.block_bytes]) for row in rows]
-        parts = [packing.head(keys, self._namespace, stored), *(block.data for block in stored)]
-        put = Put(packing.name(keys[-1].tobytes()), parts)
+        put = Put(machine.packing.name(self.keys[span.stop - 1].tobytes()), self._parts(span, run))
         machine.share.before_store(put.size, self.deadline)
         begun = time.monotonic()
         deadline = machine.deadline(self.deadline)
         (reason,) = machine.store.put([put], deadline=deadline)
         machine.judge(reason, deadline, begun)
         if reason is None:
+            if machine.streams:
+                machine.streams.stored(put.size, time.monotonic() - begun)
             machine.write_breaker.success()
-            machine.known.note([keys[-1].tobytes()], True)
+            machine.known.note([self.keys[span.stop - 1].tobytes()], True)
             machine.tally.add(written_blocks=len(run), written_bytes=put.size)
         elif reason is Reason.NO_SPACE:
             machine.write_breaker.failure()
         return reason
+
+    def _parts(self, span: Span, run: list[int]) -> list[memoryview]:
+        """The bytes of an object."""
+        machine, keys = self._machine, self.keys[span.start : span.stop]
+        ids = self.rows.ids[run[0] : run[-1] + 1]
+        if machine.streams:
+            return machine.streams.encode(keys, self._namespace, Rows(self.rows.memory, ids), begins=span.start == 0)
+        packing, rows = machine.packing, [self.rows.memory[i] for i in ids]
+        stored = [packing.framer.codec.encode(row[: packing.block_bytes]) for row in rows]
+        return [packing.head(keys, self._namespace, stored), *(block.data for block in stored)]
