@@ -72,7 +72,7 @@ class RemoteTier(Tier):
     away. The store may fail in any way: three failures open the breaker, which rests the store and tries it again by
     itself. layout: of the rows; objects are canonical, whatever it is. object_bytes: the size of an object; what the
     store likes unless given. Processes with other sizes do not see each other's objects. ladder: of codecs, if objects
-    are compressed, for canonical rows only (`streams` says who sees whose objects then). metrics: where that is counted.
+    are compressed, for canonical rows only (`streams` says who sees whose objects then). metrics: where it is counted.
 
     Owns the store and closes it. Thread-safe; `match`, `touch` and `stats` wait for nothing.
     """
