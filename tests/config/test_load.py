@@ -102,7 +102,7 @@ def test_variables_of_others_are_left_alone(name: str) -> None:
         ("storage: {cpu: {sise: 1}}", "storage.cpu.sise (in cairn.yaml): unknown key; did you mean storage.cpu.size?"),
         ("storge: {cpu: 1}", "storge (in cairn.yaml): unknown key; did you mean storage?"),
         ("storage: 5", "storage=5 (in cairn.yaml): must be a section with the keys cpu, disk, remote"),
-        ("qqq: 5", "qqq (in cairn.yaml): unknown key; the sections are storage, engine, index, cluster, node"),
+        ("qqq: 5", "qqq (in cairn.yaml): unknown key; the sections are storage, engine, index, serve, cluster, node"),
         ("- 5", "cairn.yaml: must hold sections (storage:, engine:), not a list"),
         ("engine: {}\nengine: {}", "cairn.yaml: must be YAML: 'engine' stands twice, line 2, column 1"),
         (
