@@ -41,7 +41,9 @@ COMMANDS = [path for path, _ in every_command(typer.main.get_command(app))]
 
 
 def test_the_commands_are_there() -> None:
-    benches = {("bench", name) for name in ("engine", "disk", "index", "fleet", "node", "remote", "policy", "quality")}
+    benches = {
+        ("bench", name) for name in ("engine", "disk", "index", "fleet", "node", "remote", "policy", "quality", "serve")
+    }
     events = {("events", name) for name in ("record", "replay", "show")}
     clusters = {("register",), ("cluster", "list"), ("cluster", "watch")}
     configs = {("config", name) for name in ("show", "check", "schema", "docs")}
