@@ -20,9 +20,10 @@ _OPTIONS: Final = ("role", "model", "events", "replay", "ranks")
 
 def parse_backend(text: str) -> Instance:
     """`URL`, or `NAME=URL` with options behind commas. Raises InputError."""
-    head, *parts = text.split(",")
+    head, *more = text.split(",")
     name, _, url = head.rpartition("=")
-    options = {key: value for key, _, value in (part.partition("=") for part in parts)}
+    parts = parse_url(url)
+    options = {key: value for key, _, value in (part.partition("=") for part in more)}
     if unknown := sorted(options.keys() - set(_OPTIONS)):
         raise InputError(f"backend {text[:200]!r}: {unknown[0]} is no option; those are {', '.join(_OPTIONS)}")
     role, ranks = options.get("role", Role.DEFAULT).upper(), options.get("ranks", "1")
@@ -33,7 +34,7 @@ def parse_backend(text: str) -> Instance:
     endpoints = rank_endpoints(options["events"], int(ranks)) if "events" in options else []
     replays = rank_endpoints(options["replay"], int(ranks)) if "replay" in options else [None] * len(endpoints)
     return Instance(
-        name=name or parse_url(url).netloc,
+        name=name or parts.netloc,
         incarnation=secrets.token_hex(8),
         http=url,
         role=Role(role),

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -53,32 +53,25 @@ class Client:
         for name, value in self._headers:
             if name == b"content-length" and value.isdigit() and int(value[:20]) > most:
                 raise _too_large(most)
-        message = await asyncio.wait_for(self._receive(), within_s)
-        if message["type"] == "http.request" and not message.get("more_body"):
-            return self._bounded(message.get("body", b""), most)
         try:
             async with asyncio.timeout(within_s):
-                return await self._rest(message, most)
+                return await self._all(most)
         except TimeoutError:
             raise RequestError(f"the body has not come within {within_s:g} s", 408) from None
 
-    async def _rest(self, message: Any, most: int) -> bytes:
-        body = bytearray()
+    async def _all(self, most: int) -> bytes:
+        pieces, size = list[bytes](), 0
         while True:
+            message = await self._receive()
             if message["type"] != "http.request":
                 self.left = True
                 raise RequestError("the client has left")
-            body += message.get("body", b"")
-            if len(body) > most:
+            pieces.append(message.get("body", b""))
+            size += len(pieces[-1])
+            if size > most:
                 raise _too_large(most)
             if not message.get("more_body"):
-                return bytes(body)
-            message = await self._receive()
-
-    def _bounded(self, body: bytes, most: int) -> bytes:
-        if len(body) > most:
-            raise _too_large(most)
-        return body
+                return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def watch(self) -> None:
         """From now on the task that made this is cancelled when the client leaves (`left` tells)."""
