@@ -1,5 +1,8 @@
 """Who holds how much of a request's prompt: by the index over the engines' KV events, or else by a guess."""
 
+import asyncio
+from typing import Final
+
 from cairn.fleet import Tier
 from cairn.fleet.separation import namespace_digest
 from cairn.serve.base import Tokens
@@ -10,6 +13,9 @@ from cairn.serve.indexer.lookup import Query
 from cairn.serve.indexer.models import ChatRequest
 from cairn.serve.indexer.parts import Parts
 from cairn.serve.token_text import cut_tokens
+
+#: For a prompt to be tokenized, seconds; then it is guessed.
+_TOKENIZE_S: Final = 1.0
 
 
 class FleetPrompts:
@@ -23,8 +29,9 @@ class FleetPrompts:
     async def look(self, asked: Asked) -> Prompt:
         if self._parts.following.sources():
             try:
-                tokens = await self._tokens(asked)
-            except ValueError:  # a RequestError, or pydantic's or msgspec's
+                async with asyncio.timeout(_TOKENIZE_S):
+                    tokens = await self._tokens(asked)
+            except (ValueError, TimeoutError):  # a RequestError, or pydantic's or msgspec's
                 tokens = None  # the engine will say what is wrong with it
             if tokens is not None:
                 return self._known(asked, tokens)

@@ -79,6 +79,8 @@ async def _serve(config: Config, started: Callable[[Addresses], None]) -> None:
         async with AsyncExitStack() as stack:
             ended = stack.enter_context(ended_by_signals(serve.shutdown_s))
             await asyncio.to_thread(parts.start, index)
+            if serve.tokenizer_path is not None:
+                await asyncio.to_thread(parts.tokenizers.text, ANY_MODEL, "loaded before anybody waits for it")
             rpc = port = None
             if serve.rpc_server_port is not None:
                 token = serve.api_keys[0].get_secret_value() if serve.api_keys else None
