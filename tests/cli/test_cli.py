@@ -47,7 +47,17 @@ def test_the_commands_are_there() -> None:
     events = {("events", name) for name in ("record", "replay", "show")}
     clusters = {("register",), ("cluster", "list"), ("cluster", "watch")}
     configs = {("config", name) for name in ("show", "check", "schema", "docs")}
-    alone = {("demo",), ("index",), ("inspect",), ("node",), ("serve",), ("version",), ("codec", "calibrate")}
+    alone = {
+        ("demo",),
+        ("index",),
+        ("inspect",),
+        ("node",),
+        ("serve",),
+        ("status",),
+        ("up",),
+        ("version",),
+        ("codec", "calibrate"),
+    }
     assert {*COMMANDS} == {*alone, *benches, *clusters, *configs, *events}
 
 

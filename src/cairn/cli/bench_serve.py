@@ -23,7 +23,7 @@ from cairn.errors import StorageError
 from cairn.serve.gateway.http1 import Pool
 from cairn.serve.process import loop_factory
 
-_START_S: Final = 60.0
+_START_S: Final = 180.0
 _ANSWER_S: Final = 60.0
 _HEADERS: Final = ((b"content-type", b"application/json"),)
 #: Requests before anything is measured: connections are made, and code has run.

@@ -15,6 +15,10 @@ from tests.cluster.etcd import free_ports
 from tests.serve.running import DEADLINE_S, RUN, until
 
 
+#: A first start compiles kernels.
+START_S = 180.0
+
+
 class Process:
     """A child that prints where it listens."""
 
@@ -24,7 +28,7 @@ class Process:
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=clean | environ
         )
         assert self.process.stdout is not None
-        assert select.select([self.process.stdout], [], [], DEADLINE_S)[0], "nothing printed"
+        assert select.select([self.process.stdout], [], [], START_S)[0], "nothing printed"
         line = self.process.stdout.readline()
         assert line.startswith(says), line + self.process.stdout.read()
         self.said = line.removeprefix(says).strip()
