@@ -14,7 +14,6 @@ import httpx
 from tests.cluster.etcd import free_ports
 from tests.serve.running import DEADLINE_S, RUN, until
 
-
 #: A first start compiles kernels.
 START_S = 180.0
 
