@@ -51,7 +51,7 @@ def test_guesses_are_bounded() -> None:
     for i in range(100):
         guesses.sent(pieces(bytes([i]) * 1000), "a")
     assert guesses.held(pieces(b"\x00" * 1000)) == {}
-    assert guesses.held(pieces(bytes([99]) * 1000)) == {"a": 768}
+    assert guesses.held(pieces(bytes([99]) * 1000)) == {"a": 512}
 
 
 def test_the_index_is_asked_with_the_engine_s_tokens(tiny: Path) -> None:

@@ -57,12 +57,13 @@ class Dispatch:
             if placed is not None:
                 return placed
             if now >= until or not self._members.members:
+                self._members.wake()  # the next one may have more luck
                 raise self._too_late(bool(able))
             if not able and now - since > _LOOK_S:
                 tried = ()
             self.waiting += 1
             try:
-                await self._members.changed(min(pause, until - now))
+                await self._members.changed(min(pause, until - now), ask.priority, since)
             finally:
                 self.waiting -= 1
 

@@ -6,7 +6,7 @@ from typing import Final
 import xxhash
 
 #: Pieces of a prompt's bytes: so large at first, doubled after so many, up to so large.
-_FIRST: Final = 256
+_FIRST: Final = 512
 _ALIKE: Final = 16
 _LARGEST: Final = 8192
 #: Pieces remembered, and instances of each: the latest ones.
@@ -39,21 +39,21 @@ class Guesses:
     def held(self, prompt: Pieces) -> dict[str, int]:
         """By instance, the bytes from the prompt's start that were sent there before."""
         found: dict[str, int] = {}
-        reached: tuple[str, ...] | None = None
+        reached = last = self._sent.get(prompt[0][0], ()) if prompt else ()
+        before = 0
         for digest, end in prompt:
-            names = self._sent.get(digest)
-            if names is None:
-                break
-            reached = names if reached is None else tuple(name for name in reached if name in names)
+            names = self._sent.get(digest, ())
+            if names != last:  # nearly never: what begins alike was sent alike
+                found |= {name: before for name in reached if name not in names}
+                reached, last = tuple(name for name in reached if name in names), names
             if not reached:
-                break
-            for name in reached:
-                found[name] = end
-        return found
+                return found
+            before = end
+        return found | dict.fromkeys(reached, before)
 
     def sent(self, prompt: Pieces, instance: str) -> None:
         sent = self._sent
-        for digest, _ in prompt:
+        for digest, _ in reversed(prompt):  # the end goes before what it hangs from
             names = sent.get(digest, ())
             if not names or names[0] != instance:
                 sent[digest] = (instance, *(name for name in names if name != instance))[:_SENT_TO]

@@ -1,11 +1,12 @@
 """The engines there are, and what the gateway knows of each: its way there, its load, whether it rests."""
 
 import asyncio
+import bisect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Final
+from typing import Final, NamedTuple
 
 from cairn.cluster import Directory, Instance, Load
 from cairn.cluster.directory import Changed, Event, Left
@@ -80,13 +81,23 @@ class Flight:
         self.member.running -= 1
 
 
+class _Waiter(NamedTuple):
+    """number: so that no two are alike."""
+
+    priority: int
+    since: float
+    number: int
+    future: asyncio.Future[None]
+
+
 class Members:
     """Follows a directory's instances. on_left: told who is gone. For one event loop."""
 
     def __init__(self, config: Serve, on_left: Callable[[str], None] = lambda _: None) -> None:
         self._config, self._on_left = config, on_left
         self._members: dict[str, Member] = {}
-        self._waiting: list[asyncio.Future[None]] = []
+        self._waiting: list[_Waiter] = []  # in their order
+        self._waited = 0
 
     @property
     def members(self) -> Mapping[str, Member]:
@@ -122,19 +133,26 @@ class Members:
             self.wake()
 
     def wake(self) -> None:
-        """Lets the one that has waited longest ask again; if it is served, it wakes the next."""
+        """Lets the first that waits ask again; if it is served, it wakes the next."""
         while self._waiting:
-            if _let_go(self._waiting.pop(0)):
+            if _let_go(self._waiting.pop(0).future):
                 return
 
-    async def changed(self, timeout_s: float) -> None:
-        """Waits until a request has ended or a member has come, or for so long."""
+    async def changed(self, timeout_s: float, priority: int, since: float) -> None:
+        """Waits until a request has ended or a member has come, or for so long. Lower priorities come first, and then
+        those that have waited since earlier.
+        """
         loop = asyncio.get_running_loop()
-        waiter = loop.create_future()
-        timer = loop.call_later(timeout_s, _let_go, waiter)
-        self._waiting.append(waiter)
+        self._waited += 1
+        waiter = _Waiter(priority, since, self._waited, loop.create_future())
+        timer = loop.call_later(timeout_s, _let_go, waiter.future)
+        bisect.insort(self._waiting, waiter)
         try:
-            await waiter
+            await waiter.future
+        except asyncio.CancelledError:
+            if not waiter.future.cancelled():
+                self.wake()  # it was let go just now, and will not use it
+            raise
         finally:
             timer.cancel()
             if waiter in self._waiting:
