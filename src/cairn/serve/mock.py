@@ -24,14 +24,16 @@ _JSON: Final = b"application/json"
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """token_s, prefill_s: time of a word, and of a prompt. stall_after: words after which streams stand still; 0: none
-    do. word_bytes: of each, blanks in front. fail: the status of every answer; 0: none fails.
+    """token_s, prefill_s: time of a word, and of a prompt. stall_after, error_after: words after which streams stand
+    still, or end with an error; 0: none do. word_bytes: of each, blanks in front. fail: the status of every answer; 0:
+    none fails.
     """
 
     model: str = "mock"
     token_s: float = 0.0
     prefill_s: float = 0.0
     stall_after: int = 0
+    error_after: int = 0
     word_bytes: int = 5
     fail: int = 0
 
@@ -154,11 +156,13 @@ class Connection(asyncio.Protocol):
             await self._send(self._event(body, word, "length" if i == count else None))
             if settings.stall_after and i == settings.stall_after:
                 await asyncio.Event().wait()
+            if settings.error_after and i == settings.error_after:
+                return await self._send({"error": {"message": "failed as told", "code": 500}})
             if settings.token_s:
                 await asyncio.sleep(settings.token_s)
         if (body.get("stream_options") or {}).get("include_usage"):
             await self._send({**self._event(body, "", None), "choices": [], "usage": _usage(text, count)})
-        await self._send(None)
+        return await self._send(None)
 
     def _event(self, body: dict[str, Any], text: str, reason: str | None, **more: Any) -> dict[str, Any]:
         chat = self._path.endswith("/chat/completions")

@@ -64,7 +64,8 @@ def test_the_text_is_the_same_wherever_engines_die(
     if path == PATHS[1]:
         asked_for["messages"] = [{"role": "user", "content": asked_for.pop("prompt")}]
     asked = Asked(path, json.dumps(asked_for).encode())
-    assert asked.resumable(sampled=False)
+    assert asked.resumable()
+    assert asked.greedy
     whole = b"".join(stream_of(path, asked_for, "first"))
     transcript, got, continuation, body = Transcript(), b"", None, asked_for
     for death in [*deaths, None]:
@@ -102,21 +103,41 @@ def test_another_text_is_found_out() -> None:
 @pytest.mark.parametrize(
     "more",
     [
-        {"stream": False}, {"temperature": 0.5}, {"temperature": None}, {"n": 2}, {"logprobs": 3}, {"tools": [{}]},
+        {"n": 2}, {"logprobs": 3}, {"tools": [{}]},
         {"echo": True}, {"response_format": {"type": "json_object"}}, {"presence_penalty": 1.0}, {"prompt": ["a"]},
     ],
 )  # fmt: skip
 def test_what_is_not_gone_on_with(more: dict[str, Any]) -> None:
     body = {"prompt": "x", "stream": True, "temperature": 0, "tools": None, "n": 1, "logprobs": None} | more
-    assert not Asked(PATHS[0], json.dumps(body).encode()).resumable(sampled=False)
+    assert not Asked(PATHS[0], json.dumps(body).encode()).resumable()
 
 
-def test_tool_calls_and_reasoning_are_not_plain() -> None:
-    for delta in ({"tool_calls": [{"index": 0}]}, {"reasoning": "hm"}, {"reasoning_content": "hm"}):
-        transcript = Transcript()
-        transcript.add(b'data: {"choices": [{"index": 0, "delta": %b}]}\n\n' % json.dumps(delta).encode())
-        transcript.read()
-        assert not transcript.plain
+@pytest.mark.parametrize(
+    "event",
+    [
+        b'data: {"choices": [{"index": 0, "delta": {"tool_calls": [{"index": 0}]}}]}',
+        b'data: {"choices": [{"index": 0, "delta": {"reasoning": "hm"}}]}',
+        b'data: {"choices": [{"index": 1, "text": "hm"}]}',
+        b'data: {"choices": [7]}',
+        b"data: 7",
+        b"event: said\ndata: {}",
+    ],
+)
+def test_what_has_more_than_text_is_not_plain(event: bytes) -> None:
+    transcript = Transcript()
+    transcript.add(b": hello\n\n" + event + b"\n\n")
+    transcript.read()
+    assert not transcript.plain
+
+
+def test_long_streams_are_kept_as_text() -> None:
+    transcript = Transcript()
+    event = b'data: {"id": "a", "choices": [{"index": 0, "text": " word", "finish_reason": null}]}\r\n\r\n'
+    for _ in range(20_000):
+        transcript.add(event)
+    transcript.read()
+    assert transcript.plain
+    assert transcript.text == " word" * 20_000
 
 
 def test_edits_leave_everything_else_byte_for_byte() -> None:

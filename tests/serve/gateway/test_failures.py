@@ -59,6 +59,23 @@ def test_a_stream_outlives_its_engine(bench: Bench, path: str, after: int) -> No
     assert sum("role" in event["choices"][0].get("delta", {}) for event in told if event["choices"]) == ("chat" in path)
 
 
+def test_an_engine_that_says_it_fails_is_left(bench: Bench) -> None:
+    """As vLLM does when its core dies in the midst of a stream; at another one it goes on, without one it is said."""
+    with ExitStack() as stack:
+        failing, other = (stack.enter_context(one) for one in bench.engines("says", {"error_after": 5}, {}))
+        with httpx.stream("POST", f"{other.url}/v1/completions", json=body_of("says", "")) as answer:
+            whole = "".join(map(text_of, events(answer)))
+        for _ in range(2):  # both have their turn
+            with bench.gateway.client.stream("POST", "/v1/completions", json=body_of("says", "")) as answer:
+                assert "".join(map(text_of, events(answer))) == whole
+        assert failing.seen()["requests"]
+        only(bench, failing, other)
+        with bench.gateway.client.stream("POST", "/v1/completions", json=body_of("says", "", temperature=1)) as answer:
+            said = answer.read()
+    assert said.count(b'"text"') == 5
+    assert b"failed as told" in said
+
+
 @pytest.mark.parametrize("more", [{"temperature": 0.7}, {"logprobs": 1}, {"prompt": [1, 2, 3]}])
 def test_what_cannot_be_gone_on_with_ends_with_an_error(bench: Bench, more: dict[str, Any]) -> None:
     model = f"ends-{next(iter(more))}"

@@ -33,6 +33,7 @@ class _Fields(msgspec.Struct):
     max_completion_tokens: Any = None
     priority: Any = None
     cache_salt: Any = None
+    temperature: Any = None
 
 
 _decode = msgspec.json.Decoder(_Fields).decode
@@ -93,15 +94,15 @@ class Asked:
         assert isinstance(found, dict)
         return found
 
-    def resumable(self, *, sampled: bool) -> bool:
-        """Whether another engine can go on in the midst of the answer, from the text so far alone.
+    @property
+    def greedy(self) -> bool:
+        """Whether the answer is the same each time."""
+        return bool(self._fields.temperature == 0)
 
-        sampled: also where it is not greedy, so that the text goes on as a sample would, and not as this one.
-        """
+    def resumable(self) -> bool:
+        """Whether another engine can go on in the midst of the answer, from the text so far alone. Reads all fields."""
         fields = self.everything()
-        if not self.streams or any(fields.get(name) not in _NOTHING for name in _STATEFUL):
-            return False
-        if fields.get("n") not in (None, 1) or (not sampled and fields.get("temperature") != 0):
+        if any(fields.get(name) not in _NOTHING for name in _STATEFUL) or fields.get("n") not in (None, 1):
             return False
         return self.chat or isinstance(fields.get("prompt"), str)
 

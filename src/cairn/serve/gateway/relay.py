@@ -51,7 +51,7 @@ class _Passage:
         self._continuation: Continuation | None = None
         self._transcript: sse.Transcript | None = None
         resume = self._config.resume
-        if asked.streams and resume != "never" and asked.resumable(sampled=resume == "all"):
+        if asked.streams and (resume == "all" or (resume == "greedy" and asked.greedy)):
             self._transcript = sse.Transcript()
 
     async def run(self) -> None:
@@ -183,7 +183,7 @@ class _Passage:
         if self._transcript is None:
             return False
         self._transcript.read()
-        if self._transcript.finished or not self._transcript.plain:
+        if self._transcript.finished or not self._transcript.plain or not self._asked.resumable():
             return False
         self._continuation = Continuation(self._asked, self._transcript)
         self._metrics.resumed.inc()

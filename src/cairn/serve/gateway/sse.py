@@ -9,7 +9,8 @@ from cairn.serve.gateway.base import UpstreamError
 
 _END: Final = b"\n\n"
 _ENDS: Final = (_END, b"\r\n\r\n")
-DONE: Final = b"data: [DONE]\n\n"
+_LAST: Final = b"data: [DONE]"
+DONE: Final = _LAST + _END
 _DATA: Final = b"data:"
 
 #: Bytes of events that are kept as they came before their text is taken out.
@@ -59,14 +60,15 @@ def before_failure(data: bytes) -> bytes:
 
 
 def payloads(data: bytes) -> Iterator[dict[str, Any]]:
-    """The objects of whole events. Raises ValueError for what is none."""
+    """The objects of whole events. Raises ValueError for what is none, but for the end and for comments."""
     for event in data.replace(b"\r\n", b"\n").split(_END):
         line = event.strip()
-        if line.startswith(_DATA) and not line.endswith(b"[DONE]"):
-            value = msgspec.json.decode(line[len(_DATA) :])
-            if not isinstance(value, dict):
-                raise ValueError("an event that is no object")
-            yield value
+        if not line or line.startswith(b":") or line == _LAST:
+            continue
+        value = msgspec.json.decode(line[len(_DATA) :]) if line.startswith(_DATA) else None
+        if not isinstance(value, dict):
+            raise ValueError("an event that is no object")
+        yield value
 
 
 def choices_of(event: dict[str, Any]) -> list[dict[str, Any]]:
