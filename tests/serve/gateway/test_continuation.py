@@ -89,6 +89,19 @@ def test_the_text_is_the_same_wherever_engines_die(
         assert usages == [event["usage"] for event in payloads(whole) if event.get("usage")]
 
 
+@given(st.text(alphabet="a \n", max_size=300))
+def test_another_engine_never_begins_behind_a_blank(text: str) -> None:
+    """Templates trim them."""
+    asked = Asked(PATHS[0], b'{"prompt": "", "max_tokens": 500, "stream": true, "temperature": 0}')
+    transcript = Transcript()
+    transcript.add(b"data: %b\n\n" % json.dumps({"choices": [{"index": 0, "text": text}]}).encode())
+    transcript.read()
+    said = json.loads(Continuation(asked, transcript).body())["prompt"]
+    assert text.startswith(said)
+    assert said == said.rstrip()
+    assert len(said) < len(text) or not text
+
+
 def test_another_text_is_found_out() -> None:
     asked_for = {"prompt": "x", "max_tokens": 20, "stream": True, "temperature": 0}
     asked = Asked(PATHS[0], json.dumps(asked_for).encode())

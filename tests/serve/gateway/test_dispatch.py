@@ -117,3 +117,21 @@ def test_who_may_serve() -> None:
         assert members.choices("n", (), 20.0) == [a]
 
     asyncio.run(main())
+
+
+def test_who_leaves_as_it_is_let_go_lets_the_next_one_go() -> None:
+    async def main() -> None:
+        config = Serve(queue_s=60)
+        members = members_of(config, "a")
+        dispatch = Dispatch(members, OneAtATime(), config, shed)
+        members.members["a"].running = 1
+        first, second = (asyncio.create_task(dispatch.place(ASKED, PROMPT, (), float(i))) for i in range(2))
+        while dispatch.waiting < 2:
+            await asyncio.sleep(0)
+        members.members["a"].running = 0
+        members.wake()
+        first.cancel()
+        async with asyncio.timeout(20):
+            assert (await second).member.name == "a"
+
+    asyncio.run(main())
