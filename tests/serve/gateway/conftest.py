@@ -9,6 +9,6 @@ from tests.serve.gateway.running import Bench
 
 @pytest.fixture(scope="package")
 def bench() -> Iterator[Bench]:
-    bench = Bench(24)
+    bench = Bench(36)
     with bench.gateway:
         yield bench

@@ -7,26 +7,27 @@ import pytest
 
 from cairn.cluster import Instance
 from cairn.config.schema import Serve
-from cairn.serve.gateway.asked import Asked
 from cairn.serve.gateway.base import Prompt
 from cairn.serve.gateway.dispatch import Dispatch, RefusedError
 from cairn.serve.gateway.members import Member, Members
 from cairn.serve.scheduling.base import Ask, Choice, InstanceView, Send, Shed, Wait
 from cairn.serve.scheduling.round_robin import RoundRobin
 
-ASKED = Asked("/v1/completions", b'{"model": "m", "prompt": "x", "max_tokens": 5}')
 PROMPT = Prompt(100, {})
 
 
 class OneAtATime(RoundRobin):
     """An instance runs one request; whoever finds none free waits."""
 
+    def __init__(self, members: Members) -> None:
+        self._members = members.members
+
     def choose(self, request: Ask, view: Sequence[InstanceView], now: float) -> Choice:
-        free = [one for one in view if not one.running]
+        free = [one for one in view if not self._members[one.id].running]
         return Send(free[0].id) if free else Wait(now + 1000)
 
 
-class Sheds(RoundRobin):
+class Sheds(OneAtATime):
     def choose(self, request: Ask, view: Sequence[InstanceView], now: float) -> Choice:
         return Shed(2.5, "would take 9 s to the first token")
 
@@ -42,17 +43,21 @@ def members_of(config: Serve, *names: str) -> Members:
 def shed() -> None: ...
 
 
+def ask(number: int) -> Ask:
+    return Ask(id=str(number), prompt_tokens=100, arrived=float(number))
+
+
 def test_waiting_requests_are_served_in_turn_whatever_leaves() -> None:
     """Fifty for two places, of which every fifth leaves while it waits, or just as it is let go."""
 
     async def main() -> list[int]:
         config = Serve(queue_s=60)
         members = members_of(config, "a", "b")
-        dispatch = Dispatch(members, OneAtATime(), config, shed)
+        dispatch = Dispatch(members, OneAtATime(members), config, shed)
         served: list[int] = []
 
         async def one(i: int) -> None:
-            placed = await dispatch.place(ASKED, PROMPT, (), float(i))
+            placed = await dispatch.place(ask(i), "m", ())
             with members.flight(placed.member, PROMPT):
                 assert placed.member.running == 1
                 served.append(i)
@@ -79,11 +84,11 @@ def test_waiting_requests_are_served_in_turn_whatever_leaves() -> None:
     [
         (Sheds, ("a",), 429, 3, "would take 9 s"),
         (OneAtATime, ("a",), 429, 1, "no room"),
-        (RoundRobin, (), 503, 1, "no engine"),
+        (OneAtATime, (), 503, 1, "no engine"),
     ],
 )
 def test_refusals_say_when_to_come_again(
-    scheduler: Callable[[], RoundRobin], names: tuple[str, ...], status: int, after: int, says: str
+    scheduler: Callable[[Members], OneAtATime], names: tuple[str, ...], status: int, after: int, says: str
 ) -> None:
     async def main() -> None:
         config = Serve(queue_s=0.05)
@@ -91,7 +96,7 @@ def test_refusals_say_when_to_come_again(
         for member in members.members.values():
             member.running = 1
         with pytest.raises(RefusedError, match=says) as caught:
-            await Dispatch(members, scheduler(), config, shed).place(ASKED, PROMPT, (), 0.0)
+            await Dispatch(members, scheduler(members), config, shed).place(ask(0), "m", ())
         assert (caught.value.status, caught.value.retry_after_s) == (status, after)
 
     asyncio.run(main())
@@ -123,9 +128,9 @@ def test_who_leaves_as_it_is_let_go_lets_the_next_one_go() -> None:
     async def main() -> None:
         config = Serve(queue_s=60)
         members = members_of(config, "a")
-        dispatch = Dispatch(members, OneAtATime(), config, shed)
+        dispatch = Dispatch(members, OneAtATime(members), config, shed)
         members.members["a"].running = 1
-        first, second = (asyncio.create_task(dispatch.place(ASKED, PROMPT, (), float(i))) for i in range(2))
+        first, second = (asyncio.create_task(dispatch.place(ask(i), "m", ())) for i in range(2))
         while dispatch.waiting < 2:
             await asyncio.sleep(0)
         members.members["a"].running = 0

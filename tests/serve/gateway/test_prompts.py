@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cairn.config.schema import Index
-from cairn.fleet import Tier
 from cairn.fleet.publisher import Publisher
 from cairn.serve.gateway.asked import Asked
 from cairn.serve.gateway.guesses import Guesses, pieces
@@ -68,12 +67,12 @@ def test_the_index_is_asked_with_the_engine_s_tokens(tiny: Path) -> None:
         publisher.publish(encode([stored([1, 2], ids[:32], 16)]))
         await asyncio.to_thread(until, lambda: bool(parts.following.sources()), "the source")
         await asyncio.to_thread(until, lambda: sum(parts.index.held().values()) == 2, "its blocks")
-        assert (await prompts.look(text)).held["a"][Tier.VRAM] == 32
+        assert (await prompts.look(text)).held["a"]["vram"] == 32
         assert (await prompts.look(text)).tokens == len(ids)
         by_ids = await prompts.look(asked(prompt=ids))
-        assert (by_ids.tokens, by_ids.held["a"][Tier.VRAM]) == (len(ids), 32)
+        assert (by_ids.tokens, by_ids.held["a"]["vram"]) == (len(ids), 32)
         prompts.sent(by_ids, "a")
-        assert (await prompts.look(text)).held["a"][Tier.VRAM] == 64
+        assert (await prompts.look(text)).held["a"]["vram"] == 64
         chat = asked("/v1/chat/completions", messages=[{"role": "user", "content": "Hello"}])
         assert (await prompts.look(chat)).tokens == len("<user>Hello<answer>")
         assert (await prompts.look(asked(prompt=TEXT, cache_salt="s"))).held == {}

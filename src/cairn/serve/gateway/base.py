@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from cairn.errors import CairnError
-from cairn.fleet.base import Tier
 from cairn.serve.gateway.asked import Asked
 
 #: Headers as ASGI has them: names in lower case.
@@ -55,12 +54,12 @@ class Upstream(Protocol):
 
 
 class Prompt(NamedTuple):
-    """tokens: of the prompt, about. held: by instance, how many of them it would take from each tier. key: how its
-    `Prompts` knows it again.
+    """tokens: of the prompt, about. held: by instance, how many of them it would take from each tier (by their names in
+    `scheduling.base.TIERS`). key: how its `Prompts` knows it again.
     """
 
     tokens: int
-    held: Mapping[str, Mapping[Tier, int]]
+    held: Mapping[str, Mapping[str, int]]
     key: Any = None
 
 

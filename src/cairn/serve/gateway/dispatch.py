@@ -29,7 +29,6 @@ class RefusedError(RequestError):
 class Placed(NamedTuple):
     """Where a request goes. prefill: who computes its prompt first, if another."""
 
-    ask: Ask
     choice: Send
     member: Member
     prefill: Member | None
@@ -41,39 +40,49 @@ class Dispatch:
     def __init__(self, members: Members, scheduler: Scheduler, config: Serve, shed: Callable[[], None]) -> None:
         """shed: called for each request that the scheduler refuses."""
         self._members, self.scheduler, self._config, self._shed = members, scheduler, config, shed
-        self.waiting = 0
+        self.waiting = self._asks = 0
 
-    async def place(self, asked: Asked, prompt: Prompt, tried: Sequence[str], since: float) -> Placed:
-        """An engine for the request; of those that were tried one only where all were. Raises RefusedError.
+    def ask(self, asked: Asked, prompt: Prompt) -> Ask:
+        """What the scheduler is asked for a request that comes now."""
+        self._asks += 1
+        return Ask(
+            id=str(self._asks),
+            prompt_tokens=prompt.tokens,
+            arrived=time.monotonic(),
+            held=prompt.held,
+            ttft_slo_s=self._config.slo.ttft_s,
+            tbt_slo_s=self._config.slo.tbt_s,
+            max_tokens=asked.max_tokens,
+            priority=-asked.priority,  # vLLM's are the other way round
+        )
 
-        since: when it came, by `time.monotonic`.
-        """
-        slo, until = self._config.slo, time.monotonic() + self._config.queue_s
-        ask = Ask(prompt.tokens, prompt.held, slo.ttft_s, slo.tbt_s, asked.max_tokens, asked.priority, since)
+    async def place(self, ask: Ask, model: str, tried: Sequence[str]) -> Placed:
+        """An engine for the request; of those that were tried one only where all were. Raises RefusedError."""
+        until = time.monotonic() + self._config.queue_s
         while True:
             now = time.monotonic()
-            able = self._members.choices(asked.model, tried, now)
+            able = self._members.choices(model, tried, now)
             placed, pause = self._choose(ask, able, now) if able else (None, _LOOK_S)
             if placed is not None:
                 return placed
             if now >= until or not self._members.members:
                 self._members.wake()  # the next one may have more luck
                 raise self._too_late(bool(able))
-            if not able and now - since > _LOOK_S:
+            if not able and now - ask.arrived > _LOOK_S:
                 tried = ()
             self.waiting += 1
             try:
-                await self._members.changed(min(pause, until - now), ask.priority, since)
+                await self._members.changed(min(pause, until - now), ask)
             finally:
                 self.waiting -= 1
 
     def _choose(self, ask: Ask, able: Sequence[Member], now: float) -> tuple[Placed | None, float]:
-        choice = self.scheduler.choose(ask, [member.view() for member in able], now)
+        choice = self.scheduler.choose(ask, [member.view for member in able], now)
         if isinstance(choice, Send):
             self._members.wake()  # there may be room for more than one
             by_name = {member.name: member for member in able}
             first = choice.prefill_on if choice.prefill_on != choice.instance_id else None
-            return Placed(ask, choice, by_name[choice.instance_id], by_name[first] if first else None), 0.0
+            return Placed(choice, by_name[choice.instance_id], by_name[first] if first else None), 0.0
         if isinstance(choice, Wait):
             return None, max(_LEAST_WAIT_S, choice.until_s - now)
         self._shed()

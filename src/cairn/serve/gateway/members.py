@@ -11,10 +11,9 @@ from typing import Final, NamedTuple
 from cairn.cluster import Directory, Instance, Load
 from cairn.cluster.directory import Changed, Event, Left
 from cairn.config.schema import Serve
-from cairn.plan import CostModel
 from cairn.serve.gateway.base import Prompt
 from cairn.serve.gateway.http1 import Pool
-from cairn.serve.scheduling.base import InstanceView
+from cairn.serve.scheduling.base import Ask, InstanceView
 
 #: Seconds that an engine rests after a failure: doubled from the first up to the last while it goes on failing.
 _FIRST_REST_S: Final = 0.5
@@ -22,16 +21,29 @@ _LAST_REST_S: Final = 30.0
 
 
 class Member:
-    """One engine in this incarnation. drains: nothing new goes there. `running`, `queued`: see InstanceView."""
+    """One engine in this incarnation. drains: nothing new goes there. running: our requests there. queued: tokens of
+    their prompts that are to be computed.
+    """
+
+    load: Load | None = None
 
     def __init__(self, instance: Instance, load: Load | None, config: Serve) -> None:
-        self.instance, self.load = instance, load
+        self.instance = instance
+        self.view = InstanceView(id=instance.name)
         token = config.backend_token.get_secret_value() if config.backend_token else None
         self.pool = Pool(instance.http, config.connect_s, token)
-        self.cost = CostModel()
         self.running = self.queued = 0
         self.drains = self.gone = False
         self._rest_s, self._rests_until = _FIRST_REST_S, 0.0
+        self.update(instance, load)
+
+    def update(self, instance: Instance, load: Load | None) -> None:
+        """What it has registered and reported."""
+        if load is not None and load is not self.load:
+            self.view.running, self.view.waiting = load.running, load.waiting
+            self.view.ttft_s, self.view.tpot_s = load.ttft_s, load.tpot_s
+            self.view.reported_at = time.monotonic()
+        self.instance, self.load, self.view.role = instance, load, instance.role
 
     @property
     def name(self) -> str:
@@ -48,20 +60,15 @@ class Member:
             self._rests_until = now + self._rest_s
             self._rest_s = min(2 * self._rest_s, _LAST_REST_S)
 
-    def view(self) -> InstanceView:
-        return InstanceView(self.name, self.instance.role, self.running, self.queued, self.load, self.cost)
-
 
 class Flight:
     """A request at a member, from its sending to its end."""
 
     def __init__(self, member: Member, prompt: Prompt) -> None:
         held = sum(prompt.held.get(member.name, {}).values())
-        self.member, self._held = member, min(held, prompt.tokens)
-        self._computes = max(1, prompt.tokens - self._held)
-        self._alone = member.queued == 0
+        self.member = member
+        self._computes = max(1, prompt.tokens - held)
         self._waits = True
-        self._began = time.monotonic()
         member.running += 1
         member.queued += self._computes
 
@@ -70,22 +77,17 @@ class Flight:
         if self._waits:
             self._waits = False
             self.member.queued -= self._computes
-            if self._alone:  # otherwise the time says something of the queue
-                seconds = time.monotonic() - self._began
-                self.member.cost.recompute.observe(self._computes, self._held, seconds)
 
     def over(self) -> None:
-        if self._waits:
-            self._waits = False
-            self.member.queued -= self._computes
+        self.first_token()
         self.member.running -= 1
 
 
 class _Waiter(NamedTuple):
     """number: so that no two are alike."""
 
-    priority: int
-    since: float
+    after: int
+    due: float
     number: int
     future: asyncio.Future[None]
 
@@ -138,13 +140,14 @@ class Members:
             if _let_go(self._waiting.pop(0).future):
                 return
 
-    async def changed(self, timeout_s: float, priority: int, since: float) -> None:
-        """Waits until a request has ended or a member has come, or for so long. Lower priorities come first, and then
-        those that have waited since earlier.
+    async def changed(self, timeout_s: float, request: Ask) -> None:
+        """Waits until a request has ended or a member has come, or for so long. Higher priorities come first, and then
+        those whose first token is due sooner.
         """
         loop = asyncio.get_running_loop()
         self._waited += 1
-        waiter = _Waiter(priority, since, self._waited, loop.create_future())
+        due = request.arrived + request.ttft_slo_s
+        waiter = _Waiter(-request.priority, due, self._waited, loop.create_future())
         timer = loop.call_later(timeout_s, _let_go, waiter.future)
         bisect.insort(self._waiting, waiter)
         try:
@@ -168,7 +171,7 @@ class Members:
                 known.pool.close()
             self._on_left(name)
         elif known and isinstance(event, Changed) and known.instance.http == member.instance.http:
-            known.instance, known.load = member.instance, member.load
+            known.update(member.instance, member.load)
         else:
             self._members[name] = Member(member.instance, member.load, self._config)
             for _ in range(len(self._waiting)):

@@ -12,6 +12,7 @@ from cairn.serve.gateway.guesses import Guesses, Pieces, pieces
 from cairn.serve.indexer.lookup import Query
 from cairn.serve.indexer.models import ChatRequest
 from cairn.serve.indexer.parts import Parts
+from cairn.serve.scheduling.base import TIERS
 from cairn.serve.token_text import cut_tokens
 
 #: For a prompt to be tokenized, seconds; then it is guessed.
@@ -37,7 +38,7 @@ class FleetPrompts:
                 return self._known(asked, tokens)
         prompt = asked.prompt
         found, count, size = pieces(prompt), asked.tokens, max(1, len(prompt))
-        held = {name: {Tier.VRAM: count * end // size} for name, end in self._guesses.held(found).items()}
+        held = {name: {TIERS[Tier.VRAM]: count * end // size} for name, end in self._guesses.held(found).items()}
         return Prompt(count, held, found)
 
     def sent(self, prompt: Prompt, instance: str) -> None:
@@ -56,7 +57,11 @@ class FleetPrompts:
         salt = asked.salt
         query = Query(tokens, asked.model or None, namespace=namespace_digest(None, salt) if salt else b"")
         best = self._parts.lookup.score(query).best()
-        held = {name: one.tokens for name, (_, one) in best.items() if one.score > 0}
+        held = {
+            name: {TIERS[tier]: count for tier, count in one.tokens.items() if count}
+            for name, (_, one) in best.items()
+            if one.score > 0
+        }
         return Prompt(len(tokens), held, query)
 
     async def _tokens(self, asked: Asked) -> Tokens | None:

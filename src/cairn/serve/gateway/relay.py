@@ -44,7 +44,7 @@ class _Passage:
         self._relay, self._config, self._metrics = relay, relay.config, relay.metrics
         self._asked, self._client, self._prompt = asked, client, prompt
         self._headers, self._path = client.headers(), asked.path.encode()
-        self._since = time.monotonic()
+        self._ask = relay.dispatch.ask(asked, prompt)
         self._tried: list[str] = []
         self._tokens = 0
         self._first = self._latest = 0.0
@@ -68,15 +68,15 @@ class _Passage:
                 if not self._client.started:
                     raise
                 return await self._give_up(UpstreamError("resume", str(error)))
-        self._metrics.timed(self._since, self._first, self._latest, self._tokens)
+        self._metrics.timed(self._ask.arrived, self._first, self._latest, self._tokens)
         return None
 
     async def _place(self) -> Placed:
-        return await self._relay.dispatch.place(self._asked, self._prompt, self._tried, self._since)
+        return await self._relay.dispatch.place(self._ask, self._asked.model, self._tried)
 
     async def _attempt(self, placed: Placed, *, last: bool) -> None:
         scheduler, member = self._relay.dispatch.scheduler, placed.member
-        scheduler.sent(placed.ask, placed.choice, time.monotonic())
+        scheduler.sent(self._ask, placed.choice, time.monotonic())
         ended = False
         try:
             with self._relay.members.flight(member, self._prompt) as flight:
@@ -90,14 +90,11 @@ class _Passage:
             if error.reason != "status":
                 member.failed(time.monotonic())
             raise
-        except BaseException:
-            ended = True  # the client has left, or the answer was refused: not the engine's fault
-            raise
         finally:
             if ended:
-                scheduler.finished(placed.ask, member.name, self._tokens, time.monotonic())
+                scheduler.finished(self._ask, time.monotonic(), self._tokens)
             else:
-                scheduler.failed(placed.ask, member.name, time.monotonic())
+                scheduler.failed(self._ask, time.monotonic())
 
     async def _exchange(self, placed: Placed, flight: Flight, *, last: bool) -> None:
         body = self._continuation.body() if self._continuation else self._asked.body
@@ -110,7 +107,7 @@ class _Passage:
             if (answer.status >= 500 or answer.status == 429) and not last:
                 raise UpstreamError("status", f"{placed.member.name} answered {answer.status}")
             if _is_stream(answer):
-                await self._pass_stream(placed, answer, flight)
+                await self._pass_stream(answer, flight)
             elif self._client.started:
                 raise UpstreamError("status", f"{placed.member.name} answered {answer.status} instead of going on")
             else:
@@ -138,7 +135,7 @@ class _Passage:
             await client.start(answer.status, answer.headers)
         await client.send(body, more=False)
 
-    async def _pass_stream(self, placed: Placed, answer: Answer, flight: Flight) -> None:
+    async def _pass_stream(self, answer: Answer, flight: Flight) -> None:
         events, patience_s = sse.Events(), self._config.first_token_s
         while data := await answer.read(patience_s):
             whole = events.take(data)
@@ -150,7 +147,7 @@ class _Passage:
                 raise EngineFailedError(whole[len(before) :])
             if not self._latest:
                 self._first = time.monotonic()
-                self._relay.dispatch.scheduler.first_token(placed.ask, placed.member.name, self._first)
+                self._relay.dispatch.scheduler.first_token(self._ask, self._first)
             flight.first_token()
             patience_s = self._config.idle_s
             await self._send(answer, whole)

@@ -1,43 +1,53 @@
 """What a scheduler is asked, what it sees, and what it may answer."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple, Protocol
 
-from cairn.cluster.values import Load, Role
-from cairn.fleet.base import Tier
+from cairn.cluster.values import Role
 from cairn.plan import CostModel
 
-
-class Ask(NamedTuple):
-    """A request to be placed. prompt_tokens: of its prompt; an estimate where nobody has tokenized it.
-
-    held: by instance, how many tokens of the prompt it would take from each tier, in prompt order; an instance that is
-    not in it holds nothing. ttft_slo_s, tbt_slo_s: until the first token, and between two, seconds. max_tokens: of the
-    answer, 0: not told. priority: the lower the sooner, as vLLM has it. since: when it came, on the clock of `now`.
-    """
-
-    prompt_tokens: int
-    held: Mapping[str, Mapping[Tier, int]]
-    ttft_slo_s: float
-    tbt_slo_s: float
-    max_tokens: int = 0
-    priority: int = 0
-    since: float = 0.0
+#: The names of tiers in `Ask.held`, fastest first.
+TIERS: Final = ("vram", "dram", "disk", "remote")
 
 
-class InstanceView(NamedTuple):
-    """An instance as the gateway sees it at this moment. Only those that may be chosen are shown.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """A request to be placed.
 
-    running: requests sent there that have not ended. queued_tokens: of their prompts, those that are still to be
-    computed, as far as known. load: its last report. cost: its fitted costs, fed by whoever measures.
+    id: unique among those in flight. prompt_tokens: an estimate where nobody has tokenized it. arrived: when it came,
+    on the clock of `now`. held: by instance, how many tokens of the prompt it would take from each tier, in prompt
+    order; an instance that is not in it holds nothing. ttft_slo_s, tbt_slo_s: until the first token, and between two,
+    seconds. max_tokens: of the answer, 0: not told. priority: the higher, the sooner.
     """
 
     id: str
-    role: Role
-    running: int
-    queued_tokens: int
-    load: Load | None
-    cost: CostModel
+    prompt_tokens: int
+    arrived: float
+    held: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    ttft_slo_s: float = 2.0
+    tbt_slo_s: float = 0.1
+    max_tokens: int = 0
+    priority: int = 0
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class InstanceView:
+    """An instance, one object for each of its lives, brought up to date between calls.
+
+    available: it may be chosen. running, waiting, ttft_s, tpot_s: as it reported them at `reported_at`, so all callers'
+    requests count. cost: fitted by the scheduler.
+    """
+
+    id: str
+    role: Role = Role.DEFAULT
+    available: bool = True
+    running: int = 0
+    waiting: int = 0
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    reported_at: float = float("-inf")
+    cost: CostModel = field(default_factory=CostModel)
 
 
 class Send(NamedTuple):
@@ -67,9 +77,8 @@ Choice = Send | Wait | Shed
 class Scheduler(Protocol):
     """Chooses, and learns from what came of it. For one event loop; no call may wait.
 
-    `now` is in seconds on a monotonic clock, the same in all calls. A request is told as `sent`, then at most once each
-    `first_token`, and then exactly one of `finished` and `failed`; `request` is the ask that was chosen for, the same
-    object in all of them.
+    `now` is in seconds on a monotonic clock, the same in all calls. A request that is `sent` then has its `first_token`
+    and is `finished`; or it has `failed` at any point, as when its client leaves. It may be asked for again then.
     """
 
     def choose(self, request: Ask, view: Sequence[InstanceView], now: float) -> Choice:
@@ -78,11 +87,11 @@ class Scheduler(Protocol):
     def sent(self, request: Ask, choice: Send, now: float) -> None:
         """It is on its way."""
 
-    def first_token(self, request: Ask, instance_id: str, now: float) -> None:
+    def first_token(self, request: Ask, now: float) -> None:
         """Its first token has come."""
 
-    def finished(self, request: Ask, instance_id: str, tokens: int, now: float) -> None:
-        """It has ended, with so many tokens (0: not known), or its client has left."""
+    def finished(self, request: Ask, now: float, tokens: int) -> None:
+        """It has ended, with so many tokens."""
 
-    def failed(self, request: Ask, instance_id: str, now: float) -> None:
-        """The instance has failed it."""
+    def failed(self, request: Ask, now: float) -> None:
+        """It has ended otherwise."""
