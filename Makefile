@@ -66,7 +66,7 @@ format: $(READY) ## bring the code into shape
 
 bench: $(READY) ## measure this machine; results go to benchmarks/results/
 	@mkdir -p $(RESULTS)
-	@set -e; for bench in engine disk index "policy $(TRACE)"; do \
+	@set -e; for bench in engine disk index "policy $(TRACE)" "fleet-sim $(TRACE)"; do \
 		echo "cairn bench $$bench"; \
 		$(BIN)/cairn bench $$bench --json > $(RESULTS)/new; \
 		mv $(RESULTS)/new $(RESULTS)/$${bench%% *}.json; \

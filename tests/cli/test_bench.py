@@ -46,3 +46,21 @@ def test_paths_that_are_not_there(run: Run, tmp_path: Path) -> None:
     assert run("bench", "policy", tmp_path / "nothing").returncode == 2
     assert run("bench", "policy", tmp_path).returncode == 2
     assert run("bench", "disk", "--dir", tmp_path / "nothing").returncode == 2
+
+
+def test_fleet_sim_compares_every_scheduler_with_and_without_the_shared_tier(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    row = {"input_length": 1000, "output_length": 5}
+    path.write_text("".join(json.dumps(row | {"timestamp": 9 * i, "hash_ids": [0, i + 1]}) + "\n" for i in range(20)))
+    result = json.loads(run("bench", "fleet-sim", path, "--instances", "2", "--rate", "2", "--json").stdout)
+    for fleet in ("shared_tier", "no_shared_tier"):
+        figures = result[fleet]["by_rate"]["2"]
+        assert set(figures) == set(result[fleet]["peak_goodput"]) >= {"round_robin", "slo_aware"}
+        assert all(row["goodput"] == 2.0 for row in figures.values())
+        assert result[fleet]["meets_bars"] == {"round_robin": False, "least_loaded": False, "prefix_aware": False}
+
+
+def test_fleet_sim_needs_lengths(run: Run, trace: Path) -> None:
+    ended = run("bench", "fleet-sim", trace)
+    assert ended.returncode == 2
+    assert "input_length" in ended.stderr

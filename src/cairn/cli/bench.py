@@ -121,6 +121,27 @@ def policy(
 
 
 @app.command()
+def fleet_sim(
+    trace: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Requests, a JSON object a line.")],
+    rate: Annotated[list[float] | None, typer.Option(min=0.001, help="Requests a second; may be repeated.")] = None,
+    instances: Annotated[int, typer.Option(min=1, help="Of the fleet.")] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Schedule a trace over a simulated fleet: goodput under the SLO of every policy.
+
+    \b
+    Example:
+      cairn bench fleet-sim conversation_trace.jsonl --json
+    """
+    from cairn.cli.bench_fleet_sim import RATES, run_fleet_sim
+    from cairn.sim.fleet import FleetSettings
+
+    settings = FleetSettings(instances=instances)
+    result = run_fleet_sim(trace, rate or RATES, settings, lambda line: typer.echo(line, err=True))
+    _report("fleet-sim", result, as_json)
+
+
+@app.command()
 def quality(
     model: Annotated[
         Path | None,

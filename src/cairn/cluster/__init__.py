@@ -12,7 +12,8 @@ from cairn.cluster.open import open_registry
 from cairn.cluster.registration import Registration
 from cairn.cluster.replicas import Replicas
 from cairn.cluster.shared import Shared, put_setting
-from cairn.cluster.values import CacheState, Events, Instance, Load, Replica, Role, TierState
+from cairn.cluster.values import CacheState, Events, Instance, Load, Replica, TierState
+from cairn.plan.role import Role
 
 __all__ = [
     "CacheState",

@@ -4,7 +4,6 @@ A reader takes fields that it does not know for nothing and fields that are miss
 today could misread gets a higher `v`, and is left out by it.
 """
 
-from enum import StrEnum
 from typing import Annotated, Final, TypeVar
 
 import msgspec
@@ -13,6 +12,7 @@ from msgspec import Meta
 from cairn.cluster.base import Entry
 from cairn.cluster.metrics import Unread
 from cairn.errors import InputError
+from cairn.plan.role import Role
 
 VERSION: Final = 1
 
@@ -21,15 +21,6 @@ Text = Annotated[str, Meta(max_length=1024)]
 Count = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
-
-
-class Role(StrEnum):
-    """What an instance does of a request: all (DEFAULT), its prefill, its decode, or whichever is needed (MIX)."""
-
-    DEFAULT = "DEFAULT"
-    PREFILL = "PREFILL"
-    DECODE = "DECODE"
-    MIX = "MIX"
 
 
 class Events(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,11 +12,12 @@ from cairn.fleet.speculation import Speculation
 from cairn.kv import as_tokens
 from cairn.plan import CostModel, plan_load
 from cairn.plan.planner import Segment
+from cairn.plan.schedule.base import TIER_WEIGHTS, TIERS
 
 #: What a token held in a tier is worth, next to one in VRAM.
-WEIGHTS: Mapping[Tier, float] = {Tier.VRAM: 1.0, Tier.CPU: 0.8, Tier.DISK: 0.4, Tier.REMOTE: 0.3}
+WEIGHTS: Mapping[Tier, float] = dict(zip(Tier, TIER_WEIGHTS, strict=True))
 
-_TIER_NAMES = {Tier.VRAM: "vram", Tier.CPU: "dram", Tier.DISK: "disk", Tier.REMOTE: "remote"}
+_TIER_NAMES = dict(zip(Tier, TIERS, strict=True))
 
 
 class Score(NamedTuple):

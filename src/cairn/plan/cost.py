@@ -74,19 +74,28 @@ class RecomputeCost:
     The last term is attention, n queries over on average ctx + n/2 keys.
     """
 
-    def __init__(self) -> None:
-        self._fit = OnlineFit(3)
+    def __init__(self, window: int = 64) -> None:
+        self._fit = OnlineFit(3, window)
 
     @property
     def ready(self) -> bool:
         return self._fit.ready
 
-    def knows(self, tokens: int) -> bool:
-        """Whether a prefill of so many tokens can be predicted: at most twice the longest one measured.
+    @property
+    def horizon(self) -> float:
+        """Up to how many tokens a prefill can be predicted: twice the longest one measured, 0 before there is a fit.
 
         After hits only their short rests have been measured, which say next to nothing about a long prompt.
         """
-        return self.ready and tokens <= 2 * self._fit.largest(1)
+        return 2 * self._fit.largest(1) if self.ready else 0.0
+
+    def knows(self, tokens: int) -> bool:
+        """Whether a prefill of so many tokens can be predicted."""
+        return tokens <= self.horizon
+
+    def coefficients(self) -> Vector:
+        """a, b and c [3]. Call only when `ready`."""
+        return self._fit.coefficients()
 
     def observe(self, tokens: int, context: int, seconds: float) -> None:
         """A measured prefill of `tokens` behind `context` tokens."""
@@ -110,6 +119,10 @@ class LoadCost:
     @property
     def ready(self) -> bool:
         return self._fit.ready
+
+    def coefficients(self) -> Vector:
+        """Seconds of latency and seconds a byte [2]. Call only when `ready`."""
+        return self._fit.coefficients()
 
     def observe(self, size: int, seconds: float) -> None:
         """A measured transfer of `size` bytes; none moved says nothing."""

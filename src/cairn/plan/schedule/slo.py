@@ -1,0 +1,108 @@
+"""SLO-and-cache-aware scheduling: of the instances where a request meets its SLO, the one that is soonest. The default.
+
+The predicted TTFT has everything in it: the queue, what the cache holds, what loading the rest ttfts. So a prefix draws
+requests to its holder as long as the queue there ttfts less than computing the prefix anew; after that another instance
+computes it, and from then on holds it too: what is hot is replicated, as often as it is hot.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from cairn.plan.schedule.base import Ask, Choice, InstanceView, Send, Shed, Wait
+from cairn.plan.schedule.estimate import Estimates
+from cairn.plan.schedule.picking import Booked, least, nobody
+from cairn.plan.schedule.sides import Sides
+
+_TIE_S = 0.005
+"""Predictions as close as this are equal: nobody notices, and measurements are no better."""
+
+Mask = npt.NDArray[np.bool_]
+Seconds = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SloSettings:
+    """margin: predicted TTFTs are taken as so many times longer.
+
+    A request that could not meet its SLO on an idle instance either is let in where nobody queues, while at most
+    `late_pressure` of the seconds that the SLO allows are queued in the fleet; it waits `late_s` for that at most.
+    recheck_s: the tick at which all who wait are asked for again.
+    """
+
+    margin: float = 1.1
+    late_s: float = 20.0
+    late_pressure: float = 0.1
+    recheck_s: float = 0.05
+
+
+class SloAware(Booked):
+    name: ClassVar[str] = "slo_aware"
+
+    def __init__(self, settings: SloSettings | None = None) -> None:
+        super().__init__()
+        self._settings = settings or SloSettings()
+        self._sides = Sides()
+
+    def choose(self, request: Ask, view: Sequence[InstanceView], now: float) -> Choice:
+        self._turn += 1
+        here = [one for one in view if one.available]
+        if not here:
+            return nobody()
+        found = self._ledger.estimates(request, self._ledger.slots(here), now)
+        # An idle instance always fits: it will not get better, and only what is sent there tells what it can do.
+        fits = (found["tpot_s"] <= request.tbt_slo_s) & found["room"] | found["idle"]
+        left = (request.ttft_slo_s - (now - request.arrived)) / self._settings.margin
+        slack = np.where(found["known"], left - found["ttft_s"], np.inf)
+        send = self._send(request, here, found, fits, slack, now)
+        if send:
+            return send
+        idle = self._settings.margin * float((found["load_s"] + found["compute_s"]).min())
+        if idle > request.ttft_slo_s:
+            return self._late(request, here, found, fits, now)
+        if slack.max() < 0:
+            return Shed(max(1.0, float(found["queue_s"].min())), "its first token would come too late")
+        return self._wait(now)
+
+    def _late(self, request: Ask, here: Sequence[InstanceView], found: Estimates, fits: Mask, now: float) -> Choice:
+        s = self._settings
+        pressure = float(np.minimum(found["queue_s"] / request.ttft_slo_s, 1.0).mean())
+        if pressure <= s.late_pressure:
+            nobody_queues = np.where(found["queue_s"] <= 0, np.inf, -np.inf)
+            send = self._send(request, here, found, fits, nobody_queues, now)
+            if send:
+                return send
+        if now - request.arrived >= s.late_s:
+            return Shed(s.late_s, "it is too long for its SLO, and the fleet is busy")
+        return self._wait(now, 10)
+
+    def _wait(self, now: float, ticks: int = 1) -> Wait:
+        """Until the next tick, one for all who wait, so that the one with the least slack is asked for first."""
+        tick = ticks * self._settings.recheck_s
+        return Wait((math.floor(now / tick) + 1) * tick)
+
+    def _send(
+        self, request: Ask, here: Sequence[InstanceView], found: Estimates, fits: Mask, slack: Seconds, now: float
+    ) -> Send | None:
+        """The soonest way that is in time. fits: where it may decode; slack: by how much it would be early."""
+        ttft = found["ttft_s"]
+        sides = self._sides.of(here, found, request, now)
+        if sides is None:
+            best = self._least(ttft, fits & (slack >= 0))
+            return Send(here[best].id, None, float(ttft[best])) if best >= 0 else None
+        whole = self._least(ttft, sides.whole & fits & (slack >= 0))
+        then = self._least(found["move_s"] + found["tpot_s"], sides.decode & fits)
+        first = self._least(ttft, sides.prefill & (slack >= found["move_s"][then]))
+        apart = ttft[first] + found["move_s"][then] if first >= 0 and then >= 0 else np.inf
+        if whole >= 0 and ttft[whole] <= apart:
+            return Send(here[whole].id, None, float(ttft[whole]))
+        if apart == np.inf:
+            return None
+        return Send(here[then].id, here[first].id, float(apart))
+
+    def _least(self, seconds: Seconds, allowed: Mask) -> int:
+        return least(np.where(allowed, seconds, np.inf), self._turn, _TIE_S)
