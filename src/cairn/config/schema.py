@@ -88,6 +88,7 @@ Worth = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 Secret = Annotated[SecretStr, BeforeValidator(_secret)]
 Level = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 Policy = Literal["lru", "s3fifo", "tenure"]
+Scheduling = Literal["round_robin", "least_loaded", "prefix_aware", "slo_aware"]
 
 
 class Section(BaseModel):
@@ -294,6 +295,7 @@ class Serve(Section):
     admin_key: Secret | None = Field(
         default=None, description="Key of /admin and /metrics; null: clients' keys do for /metrics, none for /admin."
     )
+    policy: Scheduling = Field(default="slo_aware", description="Which engine takes a request: see scheduling.md.")
     slo: Slo = Slo()
     resume: Literal["greedy", "all", "never"] = Field(
         default="greedy",

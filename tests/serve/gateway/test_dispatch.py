@@ -7,11 +7,11 @@ import pytest
 
 from cairn.cluster import Instance
 from cairn.config.schema import Serve
+from cairn.plan.schedule import RoundRobin
+from cairn.plan.schedule.base import Ask, Choice, InstanceView, Send, Shed, Wait
 from cairn.serve.gateway.base import Prompt
 from cairn.serve.gateway.dispatch import Dispatch, RefusedError
 from cairn.serve.gateway.members import Member, Members
-from cairn.serve.scheduling.base import Ask, Choice, InstanceView, Send, Shed, Wait
-from cairn.serve.scheduling.round_robin import RoundRobin
 
 PROMPT = Prompt(100, {})
 

@@ -138,7 +138,7 @@ def test_prefill_here_and_decode_there(bench: Bench) -> None:
     """The prefill engine is asked for one token, the decode engine for all; a dead one costs nothing."""
     first, second = free_ports(2)
     backends = ["--backend", f"p=http://127.0.0.1:{first},role=prefill"]
-    backends += ["--backend", f"d=http://127.0.0.1:{second},role=decode"]
+    backends += ["--backend", f"d=http://127.0.0.1:{second},role=decode", "--set", "serve.policy=round_robin"]
     with (
         Engine(first) as prefill,
         Engine(second) as decode,

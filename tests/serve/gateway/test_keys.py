@@ -8,6 +8,7 @@ import pytest
 from cairn.config import load_config
 from cairn.config.schema import Config, Serve
 from cairn.errors import ConfigError, InputError
+from cairn.plan.schedule import RoundRobin
 from cairn.serve.gateway.app import Gateway
 from cairn.serve.gateway.backends import parse_backend
 from cairn.serve.gateway.dispatch import Dispatch
@@ -17,7 +18,6 @@ from cairn.serve.gateway.prompts import FleetPrompts
 from cairn.serve.gateway.relay import Relay
 from cairn.serve.gateway.service import run
 from cairn.serve.indexer.parts import Parts
-from cairn.serve.scheduling.round_robin import RoundRobin
 
 
 def test_each_key_opens_its_door() -> None:

@@ -55,7 +55,7 @@ class Upstream(Protocol):
 
 class Prompt(NamedTuple):
     """tokens: of the prompt, about. held: by instance, how many of them it would take from each tier (by their names in
-    `scheduling.base.TIERS`). key: how its `Prompts` knows it again.
+    `cairn.plan.schedule.base.TIERS`). key: how its `Prompts` knows it again.
     """
 
     tokens: int

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from cairn.config.schema import Serve
+from cairn.plan.schedule.base import Ask, Scheduler, Send, Wait
 from cairn.serve.base import RequestError
 from cairn.serve.gateway.asked import Asked
 from cairn.serve.gateway.base import Prompt
 from cairn.serve.gateway.members import Member, Members
-from cairn.serve.scheduling.base import Ask, Scheduler, Send, Wait
 
 #: Waits for an engine to come, or to have rested, seconds.
 _LOOK_S = 0.25

@@ -11,9 +11,9 @@ from typing import Final, NamedTuple
 from cairn.cluster import Directory, Instance, Load
 from cairn.cluster.directory import Changed, Event, Left
 from cairn.config.schema import Serve
+from cairn.plan.schedule.base import Ask, InstanceView
 from cairn.serve.gateway.base import Prompt
 from cairn.serve.gateway.http1 import Pool
-from cairn.serve.scheduling.base import Ask, InstanceView
 
 #: Seconds that an engine rests after a failure: doubled from the first up to the last while it goes on failing.
 _FIRST_REST_S: Final = 0.5

@@ -5,6 +5,7 @@ from typing import Final
 
 from cairn.fleet import Tier
 from cairn.fleet.separation import namespace_digest
+from cairn.plan.schedule.base import TIERS
 from cairn.serve.base import Tokens
 from cairn.serve.gateway.asked import Asked
 from cairn.serve.gateway.base import Prompt
@@ -12,7 +13,6 @@ from cairn.serve.gateway.guesses import Guesses, Pieces, pieces
 from cairn.serve.indexer.lookup import Query
 from cairn.serve.indexer.models import ChatRequest
 from cairn.serve.indexer.parts import Parts
-from cairn.serve.scheduling.base import TIERS
 from cairn.serve.token_text import cut_tokens
 
 #: For a prompt to be tokenized, seconds; then it is guessed.

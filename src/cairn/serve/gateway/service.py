@@ -13,6 +13,7 @@ from cairn.config.schema import Config
 from cairn.errors import ConfigError
 from cairn.fleet.discovery import Discovery
 from cairn.observe.log import setup_logging
+from cairn.plan.schedule import SCHEDULERS
 from cairn.serve.auth import check_exposure
 from cairn.serve.gateway.app import Gateway
 from cairn.serve.gateway.backends import parse_backend, registered
@@ -24,7 +25,6 @@ from cairn.serve.gateway.relay import Relay
 from cairn.serve.indexer.parts import Parts
 from cairn.serve.indexer.rpc import make_server
 from cairn.serve.process import SWITCH_S, Server, address, ended_by_signals, listen, loop_factory, settings, until_begun
-from cairn.serve.scheduling.round_robin import RoundRobin
 from cairn.serve.tokenizers import ANY_MODEL
 
 #: Seconds for which an idle client's connection is kept.
@@ -89,7 +89,7 @@ async def _serve(config: Config, started: Callable[[Addresses], None]) -> None:
             rpc_at = None if port is None else address(serve.host, port)
             registry = await stack.enter_async_context(_followed(config, members, parts))
             metrics = GatewayMetrics(members, (registry.metrics, *parts.metrics.collectors))
-            dispatch = Dispatch(members, RoundRobin(), serve, metrics.shed.inc)
+            dispatch = Dispatch(members, SCHEDULERS[serve.policy](), serve, metrics.shed.inc)
             gateway = Gateway(Relay(members, dispatch, prompts, serve, metrics), members, serve, metrics)
             http = Server(settings(gateway, serve.shutdown_s / 2, keep_alive_s=_KEEP_ALIVE_S))
             serving = asyncio.create_task(http.serve([listening]))
