@@ -290,6 +290,7 @@ class Serve(Section):
         description="Engines, where none register in etcd: `URL` or "
         "`NAME=URL[,role=PREFILL][,model=NAME][,events=ENDPOINT][,replay=ENDPOINT][,ranks=N]`.",
     )
+    look_s: Seconds = Field(default=1.0, description="Seconds between two looks at an engine of `backends`.")
     backend_token: Secret | None = Field(default=None, description="API key of the engines; null: none.")
     api_keys: tuple[Secret, ...] = Field(default=(), description="Keys of clients, any of which will do; empty: none.")
     admin_key: Secret | None = Field(

@@ -101,7 +101,7 @@ class Bench:
         backends = [
             part for i, port in enumerate(self.ports) for part in ("--backend", f"e{i}=http://127.0.0.1:{port}")
         ]
-        settings = ["serve.max_body=1MiB", "serve.idle_s=30", "serve.queue_s=20"]
+        settings = ["serve.max_body=1MiB", "serve.idle_s=30", "serve.queue_s=20", "serve.look_s=0.2"]
         options = [part for setting in settings for part in ("--set", setting)]
         self.gateway = Gateway(*backends, *options, CAIRN_SERVE__ADMIN_KEY="boss")
 

@@ -13,7 +13,7 @@ from tests.cluster.etcd import etcd, needs_etcd
 from tests.serve.gateway.running import Engine, Gateway
 from tests.serve.running import DEADLINE_S, until
 
-LEASE_S = 3.0
+LEASE_S = 2.0
 BODY = json.dumps({"model": "m", "prompt": "x", "max_tokens": 3})
 
 
@@ -49,7 +49,7 @@ def test_serving_goes_on_without_etcd_and_without_a_replica() -> None:
 
                 cluster.members[0].kill()
                 begun = asyncio.get_running_loop().time()
-                while asyncio.get_running_loop().time() - begun < 2 * LEASE_S:
+                while asyncio.get_running_loop().time() - begun < 1.5 * LEASE_S:
                     assert await asyncio.to_thread(served, first)
                     assert await asyncio.to_thread(served, second)
                 engines[0].kill()  # nobody can tell that it is gone but those who ask it

@@ -5,7 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cairn.serve.gateway.asked import Asked, edited
@@ -89,6 +89,7 @@ def test_the_text_is_the_same_wherever_engines_die(
         assert usages == [event["usage"] for event in payloads(whole) if event.get("usage")]
 
 
+@example("a" + " " * 200 + "b")
 @given(st.text(alphabet="a \n", max_size=300))
 def test_another_engine_never_begins_behind_a_blank(text: str) -> None:
     """Templates trim them."""

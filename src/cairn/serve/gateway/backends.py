@@ -45,15 +45,15 @@ def parse_backend(text: str) -> Instance:
 
 @asynccontextmanager
 async def registered(
-    registry: Registry, keys: Keys, instances: Sequence[Instance], lease_s: float, token: str | None
+    registry: Registry, keys: Keys, instances: Sequence[Instance], lease_s: float, look_s: float, token: str | None
 ) -> AsyncIterator[None]:
-    """Keeps them registered while they answer, as `cairn register` would. token: their API key. Those that answer soon
-    are registered when it begins.
+    """Keeps them registered while they answer, as `cairn register` would. token: their API key. look_s: between two
+    looks. Those that answer soon are registered when it begins.
     """
     tasks, looks = list[asyncio.Task[None]](), [asyncio.Event() for _ in instances]
     for one, look in zip(instances, looks, strict=True):
         told = partial(_tell, look)
-        registrar = Registrar(registry, keys, one, lease_s=lease_s, token=token, on_change=told)
+        registrar = Registrar(registry, keys, one, lease_s=lease_s, period_s=look_s, token=token, on_change=told)
         tasks.append(asyncio.create_task(registrar.run()))
     try:
         with contextlib.suppress(TimeoutError):

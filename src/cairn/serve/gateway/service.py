@@ -115,7 +115,9 @@ async def _followed(config: Config, members: Members, parts: Parts) -> AsyncIter
         directory = await stack.enter_async_context(Directory(registry, keys))
         await stack.enter_async_context(Discovery(directory, parts.following))
         stack.enter_context(members.following(directory))
-        await stack.enter_async_context(registered(registry, keys, instances, config.cluster.lease_s, token))
+        await stack.enter_async_context(
+            registered(registry, keys, instances, config.cluster.lease_s, serve.look_s, token)
+        )
         await directory.wait(config.cluster.timeout_s)
         yield registry
 
