@@ -64,3 +64,16 @@ def test_fleet_sim_needs_lengths(run: Run, trace: Path) -> None:
     ended = run("bench", "fleet-sim", trace)
     assert ended.returncode == 2
     assert "input_length" in ended.stderr
+
+
+def test_serve_measures_the_gateway_beside_an_engine(run: Run) -> None:
+    """Real processes; figures that add up, whatever they are."""
+    result = json.loads(run("bench", "serve", "--requests", 400, "--engines", 2, "--json").stdout)
+    assert result["load"]["prompt_bytes"] == 4096
+    for kind in ("whole answers", "streams"):
+        direct, cairn = result[kind]["direct"], result[kind]["cairn"]
+        assert direct["added_p50_ms"] == 0
+        assert cairn["added_p50_ms"] == pytest.approx(cairn["p50_ms"] - direct["p50_ms"])
+        assert cairn["added_p50_ms"] > 0
+        assert cairn["requests_per_s"] > 0
+        assert cairn["cpu_us_per_request"] > 0

@@ -43,12 +43,22 @@ COMMANDS = [path for path, _ in every_command(typer.main.get_command(app))]
 def test_the_commands_are_there() -> None:
     benches = {
         ("bench", name)
-        for name in ("engine", "disk", "index", "fleet", "node", "remote", "policy", "fleet-sim", "quality")
+        for name in ("engine", "disk", "index", "fleet", "node", "remote", "policy", "fleet-sim", "quality", "serve")
     }
     events = {("events", name) for name in ("record", "replay", "show")}
     clusters = {("register",), ("cluster", "list"), ("cluster", "watch")}
     configs = {("config", name) for name in ("show", "check", "schema", "docs")}
-    alone = {("demo",), ("index",), ("inspect",), ("node",), ("version",), ("codec", "calibrate")}
+    alone = {
+        ("demo",),
+        ("index",),
+        ("inspect",),
+        ("node",),
+        ("serve",),
+        ("status",),
+        ("up",),
+        ("version",),
+        ("codec", "calibrate"),
+    }
     assert {*COMMANDS} == {*alone, *benches, *clusters, *configs, *events}
 
 

@@ -114,7 +114,8 @@ def test_variables_of_others_are_left_alone(name: str) -> None:
         ("storage: 5", "storage=5 (in cairn.yaml): must be a section with the keys vram, cpu, disk, remote"),
         (
             "qqq: 5",
-            "qqq (in cairn.yaml): unknown key; the sections are storage, compression, engine, index, cluster, node",
+            "qqq (in cairn.yaml): unknown key; "
+            "the sections are storage, compression, engine, index, serve, cluster, node",
         ),
         ("- 5", "cairn.yaml: must hold sections (storage:, engine:), not a list"),
         ("engine: {}\nengine: {}", "cairn.yaml: must be YAML: 'engine' stands twice, line 2, column 1"),

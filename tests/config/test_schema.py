@@ -8,8 +8,9 @@ from jsonschema import Draft202012Validator
 
 from cairn.cli.config_docs import render
 from cairn.config import Config
-from cairn.config.schema import Policy, sections, settings
+from cairn.config.schema import Policy, Scheduling, sections, settings
 from cairn.index import DEFAULT_POLICY, POLICIES
+from cairn.plan.schedule import DEFAULT_SCHEDULER, SCHEDULERS
 
 
 def test_the_reference_page_is_current() -> None:
@@ -34,6 +35,11 @@ def test_every_eviction_policy_can_be_chosen() -> None:
     assert {*get_args(Policy)} == {*POLICIES}
     assert all(policy.name == name for name, policy in POLICIES.items())
     assert Config().storage.cpu.policy == Config().storage.disk.policy == DEFAULT_POLICY
+
+
+def test_every_scheduler_can_be_chosen() -> None:
+    assert {*get_args(Scheduling)} == {*SCHEDULERS}
+    assert Config().serve.policy == DEFAULT_SCHEDULER
 
 
 def test_json_schema_is_closed_and_says_what_a_size_is() -> None:

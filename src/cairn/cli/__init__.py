@@ -21,6 +21,8 @@ from cairn.cli.inspect import inspect
 from cairn.cli.node import node
 from cairn.cli.output import help_if_alone
 from cairn.cli.register import register
+from cairn.cli.serve import serve
+from cairn.cli.up import status, up
 from cairn.cli.version import version
 from cairn.errors import CairnError, ConfigError, GeometryError, InputError
 
@@ -37,6 +39,9 @@ app.add_typer(bench, name="bench")
 app.command()(inspect)
 app.add_typer(events, name="events")
 app.command()(index)
+app.command()(serve)
+app.command()(up)
+app.command()(status)
 app.add_typer(cluster, name="cluster")
 app.command()(register)
 app.add_typer(codec, name="codec")

@@ -171,6 +171,26 @@ def quality(
     _report("quality", result, as_json)
 
 
+@app.command()
+def serve(
+    requests: Annotated[int, typer.Option(min=400, help="At each level.")] = 4000,
+    engines: Annotated[int, typer.Option(min=1, max=16, help="Mock engines.")] = 4,
+    concurrency: Annotated[int, typer.Option(min=1, max=256, help="Requests at a time.")] = 16,
+    prompt_bytes: Annotated[int, typer.Option(min=16, max=1 << 20, help="Of each prompt.")] = 4096,
+    as_json: AsJson = False,
+) -> None:
+    """What `cairn serve` adds to a request, and how many it carries, in front of mock engines.
+
+    \b
+    Example:
+      cairn bench serve --json
+    """
+    from cairn.cli.bench_serve import Load, run_serve
+
+    load = Load(engines=engines, concurrency=concurrency, requests=requests, prompt_bytes=prompt_bytes)
+    _report("serve", run_serve(load), as_json)
+
+
 def _report(name: str, result: dict[str, Any], as_json: bool) -> None:
     where = machine()
     if as_json:

@@ -102,6 +102,7 @@ Level = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(
 Policy = Literal["lru", "s3fifo", "tenure"]
 Algorithm = Literal["none", "lossless", "packed", "fp8", "int", "cachegen"]
 Quality = Literal["near-lossless", "high", "balanced", "small"]
+Scheduling = Literal["round_robin", "least_loaded", "prefix_aware", "slo_aware"]
 
 
 class Section(BaseModel):
@@ -327,6 +328,58 @@ class Index(Section):
     log_level: Level = Field(default="WARNING", description="Least severe level that is logged.")
 
 
+class Slo(Section):
+    """What clients may expect."""
+
+    ttft_s: Seconds = Field(default=2.0, description="Seconds until the first token.")
+    tbt_s: Seconds = Field(default=0.1, description="Seconds between two tokens.")
+
+
+class Serve(Section):
+    """The service `cairn serve`: OpenAI's API in front of a cluster's engines."""
+
+    host: str = Field(default="127.0.0.1", description="Address to listen on; any but loopback needs `api_keys`.")
+    http_server_port: Port = Field(default=9888, description="Port of OpenAI's API; 0: a free one.")
+    rpc_server_port: Port | None = Field(
+        default=None,
+        description="Port of gRPC, which answers what instances hold of a prompt; 0: a free one; null: none.",
+    )
+    name: str = Field(default="", max_length=200, description="This replica's name in the cluster; empty: host:port.")
+    tokenizer_path: str | None = Field(
+        default=None,
+        description="Directory or hub name of the tokenizer of all models that have none in index.models; null: none.",
+    )
+    backends: tuple[str, ...] = Field(
+        default=(),
+        description="Engines, where none register in etcd: `URL` or "
+        "`NAME=URL[,role=PREFILL][,model=NAME][,events=ENDPOINT][,replay=ENDPOINT][,ranks=N]`.",
+    )
+    look_s: Seconds = Field(default=1.0, description="Seconds between two looks at an engine of `backends`.")
+    backend_token: Secret | None = Field(default=None, description="API key of the engines; null: none.")
+    api_keys: tuple[Secret, ...] = Field(default=(), description="Keys of clients, any of which will do; empty: none.")
+    admin_key: Secret | None = Field(
+        default=None, description="Key of /admin and /metrics; null: clients' keys do for /metrics, none for /admin."
+    )
+    policy: Scheduling = Field(default="slo_aware", description="Which engine takes a request: see scheduling.md.")
+    slo: Slo = Slo()
+    resume: Literal["greedy", "all", "never"] = Field(
+        default="greedy",
+        description="Which streams another engine goes on with when theirs dies: greedy ones; sampled ones too; none.",
+    )
+    attempts: int = Field(default=3, ge=1, le=16, description="Engines that a request is sent to at most.")
+    connect_s: Seconds = Field(default=2.0, description="Seconds until an engine must have taken a connection.")
+    first_token_s: Seconds = Field(default=120.0, description="Seconds until a stream's first token.")
+    idle_s: Seconds = Field(default=60.0, description="Seconds between two tokens of a stream.")
+    answer_s: Seconds = Field(default=600.0, description="Seconds until an answer that is no stream.")
+    queue_s: Seconds = Field(default=30.0, description="Seconds that a request may wait for an engine with room.")
+    client_s: Seconds = Field(default=60.0, description="Seconds that a client may read nothing of what is sent.")
+    body_s: Seconds = Field(default=30.0, description="Seconds that a request's body may take to come.")
+    max_body: Size = Field(default=16 << 20, description="Bytes of a request's body.")
+    max_requests: int = Field(default=4096, ge=1, description="Requests at a time.")
+    shutdown_s: Seconds = Field(default=30.0, description="Seconds that the end may take, running requests included.")
+    log_level: Level = Field(default="WARNING", description="Least severe level that is logged.")
+
+
 class Cluster(Section):
     """The registry that instances, replicas of the service and schedulers share."""
 
@@ -390,6 +443,7 @@ class Config(Section):
     compression: Compression = Compression()
     engine: Engine = Engine()
     index: Index = Index()
+    serve: Serve = Serve()
     cluster: Cluster = Cluster()
     node: Node = Node()
 

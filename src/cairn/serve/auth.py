@@ -14,13 +14,10 @@ from cairn.serve.refusals import refusal
 REFUSED: Final = "a bearer token is needed: `Authorization: Bearer TOKEN`, the one that the service was started with"
 
 
-def check_exposure(host: str, token: str | None) -> None:
-    """Raises ConfigError for a service that others than this host could ask without a token."""
+def check_exposure(host: str, token: str | None, given: str = "CAIRN_INDEX__TOKEN, or --token-file") -> None:
+    """Raises ConfigError for a service that others than this host could ask without a token. given: how it is told."""
     if token is None and not is_loopback(host):
-        raise ConfigError(
-            f"host={host}: is not loopback, so a token is needed: CAIRN_INDEX__TOKEN, or --token-file; "
-            "or listen on 127.0.0.1"
-        )
+        raise ConfigError(f"host={host}: is not loopback, so a token is needed: {given}; or listen on 127.0.0.1")
     if token is not None and (not token.isascii() or not token.strip() or token != token.strip()):
         raise ConfigError("token: must be ASCII text without blanks around it")
 

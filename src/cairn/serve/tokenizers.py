@@ -5,19 +5,23 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Final
 
 from cairn.errors import InputError
 from cairn.serve.base import Bounds, RequestError, T, Tokens, within
 from cairn.serve.recent import Recent
 from cairn.serve.tokenizer import Chat, Tokenizer
 
+#: Name of the tokenizer that all models have which have none of their own.
+ANY_MODEL: Final = "*"
+
 
 class Tokenizers:
     """Tokenizers by model name. Thread-safe; the asynchronous face is for event loops.
 
-    models: name -> directory or name on Hugging Face's hub; nothing else is ever loaded. most: so many stay loaded.
-    memory: bytes for texts that were tokenized lately. own_templates: a request may bring its own chat template, which
-    is code that it lets run here, in a sandbox but without a bound on its time.
+    models: name, or ANY_MODEL -> directory or name on Hugging Face's hub; nothing else is ever loaded. most:
+    so many stay loaded. memory: bytes for texts that were tokenized lately. own_templates: a request may bring its own
+    chat template, which is code that it lets run here, in a sandbox but without a bound on its time.
     """
 
     def __init__(
@@ -66,6 +70,10 @@ class Tokenizers:
         """`chat` in a thread of the pool."""
         return await self._run(lambda: self.chat(model, chat, special=special))
 
+    def knows(self, model: str | None) -> bool:
+        """Whether there is a tokenizer for it."""
+        return model in self.models or ANY_MODEL in self.models or (model is None and len(self.models) == 1)
+
     def close(self) -> None:
         """Takes no more; what is being tokenized is not waited for."""
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -86,6 +94,8 @@ class Tokenizers:
     def _name(self, model: str | None) -> str:
         if model is None and len(self.models) == 1:
             return next(iter(self.models))
+        if model not in self.models and ANY_MODEL in self.models:
+            return ANY_MODEL
         if model is None or model not in self.models:
             known = ", ".join(sorted(self.models)[:8]) or "none"
             told = "model: must be given" if model is None else f"model {model[:100]!r}: has no tokenizer here"

@@ -36,8 +36,10 @@ class IndexMetrics:
 
     def __init__(self, index: FleetIndex, following: Following, fleet: FleetMetrics) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(MetricsCollector(fleet))
-        self._registry.register(_Standing(index, following))
+        #: What is known of index and events, for other registries too.
+        self.collectors: tuple[Collector, ...] = (MetricsCollector(fleet), _Standing(index, following))
+        for collector in self.collectors:
+            self._registry.register(collector)
         self._seconds = Histogram(
             "cairn_index_request_seconds",
             "Time of a request, its body's coming included.",

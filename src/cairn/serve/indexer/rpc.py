@@ -70,8 +70,12 @@ class PodScores:
         return self._parts.lookup.score(Query(tokens, model, list(request.pod_identifiers) or None))
 
 
-def make_server(parts: Parts, token: str | None, address: str) -> tuple[grpc.aio.Server, int]:
-    """A server that listens on `address` once started, and its port. Raises InputError if it cannot."""
+def make_server(
+    parts: Parts, token: str | None, address: str, option: str = "--rpc-port"
+) -> tuple[grpc.aio.Server, int]:
+    """A server that listens on `address` once started, and its port. Raises InputError, with the option that mends it,
+    if it cannot.
+    """
     server = grpc.aio.server(
         options=[
             ("grpc.so_reuseport", 0),  # a second service on the port must fail, not share it
@@ -86,7 +90,7 @@ def make_server(parts: Parts, token: str | None, address: str) -> tuple[grpc.aio
     except RuntimeError:
         port = 0
     if not port:
-        raise InputError(f"gRPC on {address}: in use, or not this host's; name another with --rpc-port or --host")
+        raise InputError(f"gRPC on {address}: in use, or not this host's; name another with {option} or --host")
     return server, port
 
 

@@ -1,0 +1,1 @@
+"""`cairn serve`: OpenAI's API in front of a cluster's engines."""

@@ -1,0 +1,48 @@
+"""The admin API: how the engines stand, and which of them get nothing new."""
+
+import time
+from typing import Any
+
+from cairn.serve.base import RequestError
+from cairn.serve.gateway.dispatch import Dispatch
+from cairn.serve.gateway.members import Member, Members
+
+
+class Admin:
+    """`GET /admin/instances`, `POST /admin/instances/NAME/drain` and `.../undrain`."""
+
+    def __init__(self, members: Members, dispatch: Dispatch) -> None:
+        self._members, self._dispatch = members, dispatch
+
+    def answer(self, method: str, path: str) -> dict[str, Any]:
+        """What a request is answered. Raises RequestError for one that means nothing."""
+        match method, path.strip("/").split("/"):
+            case "GET", ["admin", "instances"]:
+                every = [_state(member) for member in self._members.members.values()]
+                return {"instances": every, "waiting": self._dispatch.waiting}
+            case "POST", ["admin", "instances", name, "drain" | "undrain" as what]:
+                member = self._members.members.get(name)
+                if member is None:
+                    raise RequestError(f"instance {name[:100]!r}: is not there; /admin/instances lists them", 404)
+                member.drains = what == "drain"
+                self._members.wake()
+                return _state(member)
+        raise RequestError(f"{method} {path[:200]}: there is nothing like it here", 404)
+
+
+def _state(member: Member) -> dict[str, Any]:
+    """drained: nothing is under way there any more."""
+    instance = member.instance
+    return {
+        "name": member.name,
+        "http": instance.http,
+        "role": instance.role,
+        "model": instance.model,
+        "incarnation": instance.incarnation,
+        "ready": member.ready(time.monotonic()),
+        "draining": member.drains,
+        "drained": member.drains and member.running == 0,
+        "running": member.running,
+        "queued_tokens": member.queued,
+        "load": None if member.load is None else {"running": member.load.running, "waiting": member.load.waiting},
+    }

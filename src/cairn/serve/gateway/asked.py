@@ -1,0 +1,121 @@
+"""What a request asks for: looked at within its body, which goes on to the engine byte for byte."""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import msgspec
+
+from cairn.serve.base import RequestError
+
+COMPLETIONS: Final = "/v1/completions"
+CHAT: Final = "/v1/chat/completions"
+
+#: Bytes of text that make a token, about, where nobody has tokenized it.
+_TOKEN_BYTES: Final = 4
+
+#: What an answer depends on beside the text so far: where one of these is set, no other engine can take over.
+_STATEFUL: Final = (
+    "best_of", "echo", "frequency_penalty", "functions", "guided_json", "guided_regex", "guided_choice",
+    "guided_grammar", "logprobs", "presence_penalty", "prompt_logprobs", "response_format", "structured_outputs",
+    "suffix", "tools", "top_logprobs", "use_beam_search", "repetition_penalty", "min_tokens", "return_token_ids",
+)  # fmt: skip
+_NOTHING: Final[tuple[Any, ...]] = (None, False, 0, 0.0, [], {}, "")
+
+
+class _Fields(msgspec.Struct):
+    """Of any type: what is wrong is the engine's to refuse."""
+
+    model: Any = None
+    stream: Any = None
+    prompt: msgspec.Raw = msgspec.Raw(b"")
+    messages: msgspec.Raw = msgspec.Raw(b"")
+    max_tokens: Any = None
+    max_completion_tokens: Any = None
+    priority: Any = None
+    cache_salt: Any = None
+    temperature: Any = None
+
+
+_decode = msgspec.json.Decoder(_Fields).decode
+_decode_all = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+
+class Asked:
+    """A request. path: where it came to. body: as it came. model: "" where it names none."""
+
+    __slots__ = ("_fields", "body", "chat", "max_tokens", "model", "path", "priority", "streams")
+
+    def __init__(self, path: str, body: bytes) -> None:
+        """Raises RequestError for what is no object in JSON."""
+        try:
+            fields = _decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise RequestError(f"the body is no object in JSON: {error}") from None
+        except RecursionError:
+            raise RequestError("the body is nested too deeply") from None
+        self.path, self.body, self._fields = path, body, fields
+        self.chat = path == CHAT
+        self.model = fields.model if isinstance(fields.model, str) else ""
+        self.streams = fields.stream is True
+        told = fields.max_completion_tokens if fields.max_completion_tokens is not None else fields.max_tokens
+        self.max_tokens = _count(told)
+        self.priority = fields.priority if isinstance(fields.priority, int) else 0
+
+    @property
+    def prompt(self) -> bytes:
+        """The prompt or the messages, in JSON; a later turn of a chat begins as the one before, but for the end."""
+        return bytes(self._fields.messages if self.chat else self._fields.prompt)
+
+    @property
+    def tokens(self) -> int:
+        """About how many tokens the prompt has."""
+        raw = self.prompt
+        if not self.chat and raw[:1] == b"[" and raw[1:2] != b'"':
+            return raw.count(b",") + 1
+        return len(raw) // _TOKEN_BYTES
+
+    @property
+    def text(self) -> str | None:
+        """A completion's prompt, if it is one text."""
+        raw = self.prompt
+        return msgspec.json.decode(raw, type=str) if raw[:1] == b'"' else None
+
+    @property
+    def salt(self) -> str | None:
+        """What separates this tenant's blocks from others'."""
+        return self._fields.cache_salt if isinstance(self._fields.cache_salt, str) else None
+
+    def everything(self) -> dict[str, Any]:
+        """All fields. Raises RequestError."""
+        try:
+            found = msgspec.json.decode(self.body)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise RequestError(f"the body is no object in JSON: {error}") from None
+        assert isinstance(found, dict)
+        return found
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the answer is the same each time."""
+        return bool(self._fields.temperature == 0)
+
+    def resumable(self) -> bool:
+        """Whether another engine can go on in the midst of the answer, from the text so far alone. Reads all fields."""
+        fields = self.everything()
+        if any(fields.get(name) not in _NOTHING for name in _STATEFUL) or fields.get("n") not in (None, 1):
+            return False
+        return self.chat or isinstance(fields.get("prompt"), str)
+
+
+def edited(body: bytes, changes: Mapping[str, Any]) -> bytes:
+    """A body with other values of some fields, None: without the field; all other values are kept byte for byte."""
+    fields: dict[str, Any] = {**_decode_all(body)}
+    for name, value in changes.items():
+        fields.pop(name, None)
+        if value is not None:
+            fields[name] = value
+    return msgspec.json.encode(fields)
+
+
+def _count(value: object) -> int:
+    return value if isinstance(value, int) and value > 0 else 0

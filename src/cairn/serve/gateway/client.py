@@ -1,0 +1,131 @@
+"""A client's end of a request, over ASGI: its body, its leaving, and what it is sent as fast as it reads."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from cairn.serve.auth import may_pass
+from cairn.serve.base import RequestError
+from cairn.serve.gateway.base import Headers
+
+#: Of one hop only (RFC 9110, 7.6.1), or made anew by whoever sends.
+_HOP: Final = frozenset(
+    b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding "
+    b"upgrade".split()
+)
+#: Of requests, beside: the gateway's own affair with its client, or with the engine.
+_OURS: Final = _HOP | {b"host", b"content-length", b"authorization", b"accept-encoding", b"expect", b"cookie"}
+_FROM_ENGINES: Final = _HOP | {b"server", b"date", b"set-cookie"}
+
+
+class Client:
+    """One request's client. `watch` once the body has been read; then the task is cancelled when the client leaves."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, patience_s: float) -> None:
+        """patience_s: how long a client may read nothing at all."""
+        self._headers = scope["headers"]
+        self._receive, self._send, self._patience_s = receive, send, patience_s
+        self._task = asyncio.current_task()
+        self._watcher: asyncio.Task[None] | None = None
+        self.left = self.started = self.ended = False
+        self.status = 0
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """What the engine is told."""
+        given = self._headers
+        named = [value for name, value in given if name == b"connection"]
+        if named and (hops := {one.strip().lower() for value in named for one in value.split(b",")}) - {b"keep-alive"}:
+            return [one for one in given if one[0] not in _OURS and one[0] not in hops]
+        return [one for one in given if one[0] not in _OURS]
+
+    def may_pass(self, keys: Sequence[str]) -> bool:
+        """Whether it has one of these keys, if there are any."""
+        if not keys:
+            return True
+        given = next((value for name, value in self._headers if name == b"authorization"), None)
+        return any(may_pass(given, key) for key in keys)
+
+    async def body(self, most: int, within_s: float) -> bytes:
+        """Raises RequestError for one that is larger than `most`, or does not come in time."""
+        for name, value in self._headers:
+            if name == b"content-length" and value.isdigit() and int(value[:20]) > most:
+                raise _too_large(most)
+        try:
+            async with asyncio.timeout(within_s):
+                return await self._all(most)
+        except TimeoutError:
+            raise RequestError(f"the body has not come within {within_s:g} s", 408) from None
+
+    async def _all(self, most: int) -> bytes:
+        pieces, size = list[bytes](), 0
+        while True:
+            message = await self._receive()
+            if message["type"] != "http.request":
+                self.left = True
+                raise RequestError("the client has left")
+            pieces.append(message.get("body", b""))
+            size += len(pieces[-1])
+            if size > most:
+                raise _too_large(most)
+            if not message.get("more_body"):
+                return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def watch(self) -> None:
+        """From now on the task that made this is cancelled when the client leaves (`left` tells)."""
+        self._watcher = asyncio.create_task(self._wait())
+
+    async def _wait(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        if not self.ended:
+            self._leave()
+
+    def _leave(self) -> None:
+        self.left = True
+        assert self._task is not None
+        self._task.cancel()
+
+    async def start(self, status: int, headers: Headers) -> None:
+        """Sends the head."""
+        self.started, self.status = True, status
+        kept = [one for one in headers if one[0] not in _FROM_ENGINES]
+        await self._send({"type": "http.response.start", "status": status, "headers": kept})
+
+    async def send(self, body: bytes, *, more: bool) -> None:
+        """Sends a piece; waits as long as the client does not read. The request ends if it reads nothing for long."""
+        self.ended = not more
+        message = {"type": "http.response.body", "body": body, "more_body": more}
+        timer = asyncio.get_running_loop().call_later(self._patience_s, self._leave)
+        try:
+            await self._send(message)
+        finally:
+            timer.cancel()
+
+    async def refuse(self, message: str, status: int, headers: Headers = ()) -> None:
+        """Answers in OpenAI's form, if nothing has been sent."""
+        if self.started or self.left:
+            return
+        body = error_body(message, status)
+        head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *headers]
+        await self.start(status, head)
+        await self.send(body, more=False)
+
+    def close(self) -> None:
+        if self._watcher is not None:
+            self._watcher.cancel()
+
+
+_KINDS: Final = {400: "invalid_request_error", 401: "authentication_error", 429: "rate_limit_error"}
+
+
+def error_body(message: str, status: int) -> bytes:
+    """As OpenAI's clients read it."""
+    kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return msgspec.json.encode({"error": {"message": message, "type": kind, "param": None, "code": status}})
+
+
+def _too_large(most: int) -> RequestError:
+    return RequestError(f"the body is too large; at most {most} bytes are taken", 413)

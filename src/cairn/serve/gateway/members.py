@@ -1,0 +1,185 @@
+"""The engines there are, and what the gateway knows of each: its way there, its load, whether it rests."""
+
+import asyncio
+import bisect
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Final, NamedTuple
+
+from cairn.cluster import Directory, Instance, Load
+from cairn.cluster.directory import Changed, Event, Left
+from cairn.config.schema import Serve
+from cairn.plan.schedule.base import Ask, InstanceView
+from cairn.serve.gateway.base import Prompt
+from cairn.serve.gateway.http1 import Pool
+
+#: Seconds that an engine rests after a failure: doubled from the first up to the last while it goes on failing.
+_FIRST_REST_S: Final = 0.5
+_LAST_REST_S: Final = 30.0
+
+
+class Member:
+    """One engine in this incarnation. drains: nothing new goes there. running: our requests there. queued: tokens of
+    their prompts that are to be computed.
+    """
+
+    load: Load | None = None
+
+    def __init__(self, instance: Instance, load: Load | None, config: Serve) -> None:
+        self.instance = instance
+        self.view = InstanceView(id=instance.name)
+        token = config.backend_token.get_secret_value() if config.backend_token else None
+        self.pool = Pool(instance.http, config.connect_s, token)
+        self.running = self.queued = 0
+        self.drains = self.gone = False
+        self._rest_s, self._rests_until = _FIRST_REST_S, 0.0
+        self.update(instance, load)
+
+    def update(self, instance: Instance, load: Load | None) -> None:
+        """What it has registered and reported."""
+        if load is not None and load is not self.load:
+            self.view.running, self.view.waiting = load.running, load.waiting
+            self.view.ttft_s, self.view.tpot_s = load.ttft_s, load.tpot_s
+            self.view.reported_at = time.monotonic()
+        self.instance, self.load, self.view.role = instance, load, instance.role
+
+    @property
+    def name(self) -> str:
+        return self.instance.name
+
+    def ready(self, now: float) -> bool:
+        return now >= self._rests_until
+
+    def succeeded(self) -> None:
+        self._rest_s, self._rests_until = _FIRST_REST_S, 0.0
+
+    def failed(self, now: float) -> None:
+        if self.ready(now):  # failures of requests that were under way together count once
+            self._rests_until = now + self._rest_s
+            self._rest_s = min(2 * self._rest_s, _LAST_REST_S)
+
+
+class Flight:
+    """A request at a member, from its sending to its end."""
+
+    def __init__(self, member: Member, prompt: Prompt) -> None:
+        held = sum(prompt.held.get(member.name, {}).values())
+        self.member = member
+        self._computes = max(1, prompt.tokens - held)
+        self._waits = True
+        member.running += 1
+        member.queued += self._computes
+
+    def first_token(self) -> None:
+        """It has been computed."""
+        if self._waits:
+            self._waits = False
+            self.member.queued -= self._computes
+
+    def over(self) -> None:
+        self.first_token()
+        self.member.running -= 1
+
+
+class _Waiter(NamedTuple):
+    """number: so that no two are alike."""
+
+    after: int
+    due: float
+    number: int
+    future: asyncio.Future[None]
+
+
+class Members:
+    """Follows a directory's instances. on_left: told who is gone. For one event loop."""
+
+    def __init__(self, config: Serve, on_left: Callable[[str], None] = lambda _: None) -> None:
+        self._config, self._on_left = config, on_left
+        self._members: dict[str, Member] = {}
+        self._waiting: list[_Waiter] = []  # in their order
+        self._waited = 0
+
+    @property
+    def members(self) -> Mapping[str, Member]:
+        return MappingProxyType(self._members)
+
+    @contextmanager
+    def following(self, directory: Directory) -> Iterator[None]:
+        stop = directory.listen(self._hear)
+        try:
+            yield
+        finally:
+            stop()
+            for member in self._members.values():
+                member.pool.close()
+
+    def choices(self, model: str, tried: Sequence[str], now: float) -> list[Member]:
+        """Who may serve a request: those that serve its model, or all if nobody says so (an adapter's name); of them
+        those that were not tried; of them those that do not rest, if there are any.
+        """
+        every = [one for one in self._members.values() if not one.drains and one.name not in tried]
+        able = [one for one in every if one.instance.model == model] if model else every
+        able = able or every
+        return [one for one in able if one.ready(now)] or able
+
+    @contextmanager
+    def flight(self, member: Member, prompt: Prompt) -> Iterator[Flight]:
+        """A request's stay at a member."""
+        flight = Flight(member, prompt)
+        try:
+            yield flight
+        finally:
+            flight.over()
+            self.wake()
+
+    def wake(self) -> None:
+        """Lets the first that waits ask again; if it is served, it wakes the next."""
+        while self._waiting:
+            if _let_go(self._waiting.pop(0).future):
+                return
+
+    async def changed(self, timeout_s: float, request: Ask) -> None:
+        """Waits until a request has ended or a member has come, or for so long. Higher priorities come first, and then
+        those whose first token is due sooner.
+        """
+        loop = asyncio.get_running_loop()
+        self._waited += 1
+        due = request.arrived + request.ttft_slo_s
+        waiter = _Waiter(-request.priority, due, self._waited, loop.create_future())
+        timer = loop.call_later(timeout_s, _let_go, waiter.future)
+        bisect.insort(self._waiting, waiter)
+        try:
+            await waiter.future
+        except asyncio.CancelledError:
+            if not waiter.future.cancelled():
+                self.wake()  # it was let go just now, and will not use it
+            raise
+        finally:
+            timer.cancel()
+            if waiter in self._waiting:
+                self._waiting.remove(waiter)
+
+    def _hear(self, event: Event) -> None:
+        member, name = event.member, event.member.instance.name
+        known = self._members.get(name)
+        if isinstance(event, Left):
+            if known:
+                del self._members[name]
+                known.gone = True
+                known.pool.close()
+            self._on_left(name)
+        elif known and isinstance(event, Changed) and known.instance.http == member.instance.http:
+            known.update(member.instance, member.load)
+        else:
+            self._members[name] = Member(member.instance, member.load, self._config)
+            for _ in range(len(self._waiting)):
+                self.wake()
+
+
+def _let_go(waiter: asyncio.Future[None]) -> bool:
+    if waiter.done():
+        return False
+    waiter.set_result(None)
+    return True

@@ -1,0 +1,88 @@
+"""What the gateway shows to Prometheus."""
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from cairn.observe.metrics import Counted
+from cairn.observe.prometheus import MetricsCollector
+from cairn.serve.gateway.members import Members
+
+_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+_TOKEN_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+
+
+class GatewayMetrics:
+    """Counts requests, and shows all that is counted. For one event loop; `exposition` from any thread."""
+
+    def __init__(self, members: Members, others: Iterable[Counted | Collector] = ()) -> None:
+        """others: what is shown beside, of the registry and the index."""
+        registry = self._registry = CollectorRegistry()
+        for other in others:
+            registry.register(MetricsCollector(other) if isinstance(other, Counted) else other)
+        registry.register(_Standing(members))
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"cairn_serve_{name}", text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"cairn_serve_{name}", text, buckets=buckets, registry=registry)
+
+        self._requests = counter("requests", "Requests, by how they ended.", "path", "status")
+        self._failures = counter("engine_failures", "Attempts that an engine failed.", "instance", "reason")
+        self.retried = counter("retries", "Requests sent to another engine, of which the client had nothing yet.")
+        self.resumed = counter("resumed", "Streams that another engine was asked to go on with.")
+        self.broken = counter("broken", "Streams that ended with an error, as nobody could go on.")
+        self.shed = counter("shed", "Requests that the scheduler refused.")
+        self.handed_over = counter("prefills", "Prompts computed by one engine for another.")
+        self._seconds = histogram("request_seconds", "From the request's body to the answer's last byte.", _SECONDS)
+        self._ttft = histogram("ttft_seconds", "From the request's body to the answer's first event.", _SECONDS)
+        self._tpot = histogram("tpot_seconds", "Mean between two events of a stream, by stream.", _TOKEN_SECONDS)
+        self._children: dict[tuple[str, int], Any] = {}
+
+    def ended(self, path: str, status: int) -> None:
+        """A request has ended; status 499: its client has left."""
+        child = self._children.get((path, status))
+        if child is None:
+            child = self._children[path, status] = self._requests.labels(path, str(status))
+        child.inc()
+
+    def failed(self, instance: str, reason: str) -> None:
+        self._failures.labels(instance, reason).inc()
+
+    def timed(self, since: float, first: float, latest: float, events: int) -> None:
+        """An answer has come to its end. Times by `time.monotonic`; first: 0.0: it was no stream."""
+        self._seconds.observe(time.monotonic() - since)
+        if first:
+            self._ttft.observe(first - since)
+            if events > 1:
+                self._tpot.observe((latest - first) / (events - 1))
+
+    def exposition(self) -> bytes:
+        """In Prometheus' text format (version 0.0.4)."""
+        return generate_latest(self._registry)
+
+
+class _Standing(Collector):
+    """How the engines stand, read at each scrape."""
+
+    def __init__(self, members: Members) -> None:
+        self._members = members
+
+    def describe(self) -> Iterator[GaugeMetricFamily]:
+        return iter(())
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        running = GaugeMetricFamily("cairn_serve_running", "Requests at an engine.", labels=("instance",))
+        queued = GaugeMetricFamily("cairn_serve_queued_tokens", "Of prompts, to be computed.", labels=("instance",))
+        ready = GaugeMetricFamily("cairn_serve_ready", "0: rests after a failure, or drains.", labels=("instance",))
+        now = time.monotonic()
+        for member in [*self._members.members.values()]:
+            running.add_metric((member.name,), member.running)
+            queued.add_metric((member.name,), member.queued)
+            ready.add_metric((member.name,), float(member.ready(now) and not member.drains))
+        yield from (running, queued, ready)

@@ -1,0 +1,71 @@
+"""Two replicas of the service on a real etcd, which dies and comes back while they serve."""
+
+import asyncio
+import json
+import secrets
+from contextlib import ExitStack
+
+import httpx
+
+from cairn.cluster import Directory, Instance, Keys, Registration, Replicas
+from cairn.cluster.etcd import EtcdRegistry, EtcdSettings
+from tests.cluster.etcd import etcd, needs_etcd
+from tests.serve.gateway.running import Engine, Gateway
+from tests.serve.running import DEADLINE_S, until
+
+LEASE_S = 2.0
+BODY = json.dumps({"model": "m", "prompt": "x", "max_tokens": 3})
+
+
+def served(gateway: Gateway) -> bool:
+    return httpx.post(f"http://{gateway.at}/v1/completions", content=BODY, timeout=DEADLINE_S).status_code == 200
+
+
+@needs_etcd
+def test_serving_goes_on_without_etcd_and_without_a_replica() -> None:
+    with ExitStack() as stack:
+        cluster = stack.enter_context(etcd())
+        engines = [stack.enter_context(Engine(model="m")) for _ in range(2)]
+        options = ["--etcd-addr", ",".join(cluster.endpoints), "--set", f"cluster.lease_s={LEASE_S}"]
+        options += ["--set", "cluster.timeout_s=1"]
+        first, second = (
+            stack.enter_context(Gateway(*options, CAIRN_SERVE__ADMIN_KEY="boss", CAIRN_SERVE__NAME=name))
+            for name in ("one", "two")
+        )
+
+        async def scenario() -> None:
+            async with (
+                asyncio.timeout(180),
+                EtcdRegistry(EtcdSettings(endpoints=cluster.endpoints)) as registry,
+                Registration(registry, Keys().instance("a"), instance("a", engines[0]), LEASE_S),
+                Registration(registry, Keys().instance("b"), instance("b", engines[1]), LEASE_S),
+                Replicas(registry, Keys()) as replicas,
+                Directory(registry, Keys()) as directory,
+            ):
+                for gateway in (first, second):
+                    await asyncio.to_thread(gateway.wait_for, "a", "b")
+                    assert await asyncio.to_thread(served, gateway)
+                await asyncio.to_thread(until, lambda: {*replicas.replicas} == {"one", "two"}, "both replicas")
+
+                cluster.members[0].kill()
+                begun = asyncio.get_running_loop().time()
+                while asyncio.get_running_loop().time() - begun < 1.5 * LEASE_S:
+                    assert await asyncio.to_thread(served, first)
+                    assert await asyncio.to_thread(served, second)
+                engines[0].kill()  # nobody can tell that it is gone but those who ask it
+                for _ in range(4):
+                    assert await asyncio.to_thread(served, second)
+
+                first.kill()
+                assert await asyncio.to_thread(served, second)
+                cluster.members[0].start()
+                await asyncio.to_thread(until, lambda: {*replicas.replicas} == {"two"}, "one replica left")
+                assert {"b"} <= {*directory.members}
+                assert await asyncio.to_thread(served, second)
+
+        asyncio.run(scenario())
+        assert second.end() == 0
+
+
+def instance(name: str, engine: Engine) -> Instance:
+    return Instance(name=name, incarnation=secrets.token_hex(8), http=engine.url, model="m")

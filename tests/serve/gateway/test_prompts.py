@@ -1,0 +1,87 @@
+"""Who holds how much of a prompt: exact where engines tell, guessed where they do not."""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cairn.config.schema import Index
+from cairn.fleet.publisher import Publisher
+from cairn.serve.gateway.asked import Asked
+from cairn.serve.gateway.guesses import Guesses, pieces
+from cairn.serve.gateway.prompts import FleetPrompts
+from cairn.serve.indexer.parts import Parts
+from cairn.serve.tokenizers import ANY_MODEL
+from tests.fleet.peers import free_endpoint
+from tests.fleet.wire_events import encode, stored
+from tests.serve.running import until
+
+TEXT = "abcdefghijklmnop" * 4
+
+
+def asked(path: str = "/v1/completions", **fields: Any) -> Asked:
+    return Asked(path, json.dumps({"model": "m"} | fields).encode())
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 4000)), max_size=30), st.integers(0, 3))
+def test_guesses_are_the_longest_prefix_that_was_sent(sent: list[tuple[int, int, int]], family: int) -> None:
+    """Against a list of everything that was sent. Prompts are prefixes of one of four texts."""
+    texts = [bytes([65 + i]) * 100 + b"x" * 4000 for i in range(4)]
+    guesses = Guesses()
+    for instance, which, size in sent:
+        guesses.sent(pieces(texts[which][:size]), f"i{instance}")
+    found = guesses.held(pieces(texts[family]))
+    expected: dict[str, int] = {}
+    for instance, which, size in sent:
+        ends = [end for _, end in pieces(texts[which][:size])]
+        if which == family and ends:
+            expected[f"i{instance}"] = max(ends[-1], expected.get(f"i{instance}", 0))
+    assert found == expected
+    guesses.forget("i0")
+    assert guesses.held(pieces(texts[family])) == {name: end for name, end in expected.items() if name != "i0"}
+
+
+def test_guesses_are_bounded() -> None:
+    guesses = Guesses(room=10)
+    for i in range(100):
+        guesses.sent(pieces(bytes([i]) * 1000), "a")
+    assert guesses.held(pieces(b"\x00" * 1000)) == {}
+    assert guesses.held(pieces(bytes([99]) * 1000)) == {"a": 512}
+
+
+def test_the_index_is_asked_with_the_engine_s_tokens(tiny: Path) -> None:
+    """Text, tokens and chats; a prompt that was sent counts as held there; and without events it is guessed."""
+    endpoint, replay = free_endpoint(), free_endpoint()
+    publisher = Publisher(endpoint, replay)
+    config = Index(instances=(f"a={endpoint},replay={replay}",), models={ANY_MODEL: str(tiny)})
+    parts = Parts(config)
+    prompts = FleetPrompts(parts)
+
+    async def main() -> None:
+        text = asked(prompt=TEXT)
+        ids = (await parts.tokenizers.text_async(None, TEXT)).tolist()
+        publisher.publish(encode([stored([1, 2], ids[:32], 16)]))
+        await asyncio.to_thread(until, lambda: bool(parts.following.sources()), "the source")
+        await asyncio.to_thread(until, lambda: sum(parts.index.held().values()) == 2, "its blocks")
+        assert (await prompts.look(text)).held["a"]["vram"] == 32
+        assert (await prompts.look(text)).tokens == len(ids)
+        by_ids = await prompts.look(asked(prompt=ids))
+        assert (by_ids.tokens, by_ids.held["a"]["vram"]) == (len(ids), 32)
+        prompts.sent(by_ids, "a")
+        assert (await prompts.look(text)).held["a"]["vram"] == 64
+        chat = asked("/v1/chat/completions", messages=[{"role": "user", "content": "Hello"}])
+        assert (await prompts.look(chat)).tokens == len("<user>Hello<answer>")
+        assert (await prompts.look(asked(prompt=TEXT, cache_salt="s"))).held == {}
+        for odd in (asked(prompt=["a", "b"]), asked(prompt=7), asked(messages=3), asked("/v1/chat/completions")):
+            assert (await prompts.look(odd)).held == {}
+
+    try:
+        parts.start(config)
+        asyncio.run(main())
+    finally:
+        parts.close()
+        publisher.close(0)
