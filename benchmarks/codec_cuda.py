@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cairn.codec import rans, sections, tables, triton_kernels
+from cairn.codec import parts, rans, tables, triton_kernels
 from cairn.codec.planes import STEPS, restore_plane
 from cairn.codec.rotary import Rotary, sines
 
@@ -67,9 +67,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--chunks", type=int, default=16, help="Chunks of 256 tokens, 33.5 MB of bf16 each.")
     parser.add_argument("--streams", type=int, default=triton_kernels._WARPS, help="Streams of a program.")
+    parser.add_argument(
+        "--unroll", type=int, default=triton_kernels._UNROLL, help="Tokens a turn of the decoder's loop."
+    )
     options = parser.parse_args()
-    triton_kernels._WARPS = options.streams
-    groups = sections.groups_a_stream(TOKENS, CHANNELS)
+    triton_kernels._WARPS, triton_kernels._UNROLL = options.streams, options.unroll
+    groups = parts.groups_a_stream(TOKENS, CHANNELS)
     streams = -(-CHANNELS // rans.LANES // groups)
     count = options.chunks * PLANES
     residuals, classes, anchors = drawn(options.chunks)
@@ -111,6 +114,7 @@ def main() -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "chunks": options.chunks,
         "streams_a_program": options.streams,
+        "unroll": options.unroll,
     }
     print(json.dumps(result, indent=2))
     if options.out:

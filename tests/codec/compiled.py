@@ -37,7 +37,14 @@ def code_of(kernel: triton.JITFunction) -> str:
     """The kernel's TTGIR on a Hopper GPU."""
     grid, options = triton_kernels._grid(1, WARPS)
     del grid, options["num_warps"]
-    known = options | {"BLOCK_TOKENS": 16, "GROUPS": 4, "SINE_BITS": SINE_BITS, "BFLOAT16": True, "SYMBOLS": SYMBOLS}
+    known = options | {
+        "BLOCK_TOKENS": 16,
+        "GROUPS": 4,
+        "SINE_BITS": SINE_BITS,
+        "BFLOAT16": True,
+        "SYMBOLS": SYMBOLS,
+        "UNROLL": 4,
+    }
     constants = {name: known[name] for name in kernel.arg_names if name in known}
     signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in kernel.arg_names}
     source = ASTSource(kernel, signature=signature, constexprs=constants)

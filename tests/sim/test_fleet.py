@@ -10,7 +10,7 @@ import pytest
 from tests.sim.test_policies import SLICE
 
 from cairn.errors import InputError
-from cairn.plan.cost import RecomputeCost
+from cairn.plan.cost import RecomputeCost, Work
 from cairn.plan.schedule import SCHEDULERS, Ask, Choice, InstanceView, RoundRobin, Shed, Wait
 from cairn.sim.fleet import FleetSettings, FleetSim, Outcome
 from cairn.sim.machine import H200_8B, Machine
@@ -170,7 +170,7 @@ def test_the_machine_is_the_one_that_was_measured() -> None:
     measured = [row["contenders"]["none"] | {"tokens": row["tokens"]} for row in results["lengths"]]
     for row in measured:
         for seconds in row["all_cold_s"]:
-            fit.observe(row["tokens"], 0, seconds)
+            fit.observe(Work.of([(row["tokens"], 0)]), seconds)
     _, token_s, attention_s = fit.coefficients()
     assert H200_8B.token_s == pytest.approx(token_s, rel=0.01)
     assert H200_8B.attention_s == pytest.approx(attention_s, rel=0.01)

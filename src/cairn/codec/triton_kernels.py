@@ -21,6 +21,8 @@ from cairn.codec.tables import HALF, SLOT_BITS, SYMBOLS, WIDTHS
 
 #: Streams, and so warps, of a program.
 _WARPS = 4
+#: Tokens that a decoder's loop takes at a time.
+_UNROLL = 4
 
 
 # Not tl.sum and tl.cumsum: these are kernels too, which only run interpreted if triton was first imported so.
@@ -63,8 +65,10 @@ def _turns(need, WARPS: tl.constexpr, LANES: tl.constexpr, BALLOT: tl.constexpr)
 
 
 @triton.jit
-def _word_bits(value, BFLOAT16: tl.constexpr, dtype: tl.constexpr):
-    """float32 as the cache's element. bfloat16 as uint16, rounded here: the interpreter's cast cuts off."""
+def _element(value, BFLOAT16: tl.constexpr, dtype: tl.constexpr, BALLOT: tl.constexpr):
+    """float32 as the cache's element, bfloat16 as uint16, rounded: here, where the interpreter's cast cuts off."""
+    if BFLOAT16 and BALLOT:
+        return value.to(tl.bfloat16).to(tl.uint16, bitcast=True)
     if BFLOAT16:
         bits = value.to(tl.uint32, bitcast=True)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
@@ -110,6 +114,7 @@ def _decode(
     WIDTHS: tl.constexpr,
     SINE_BITS: tl.constexpr,
     BFLOAT16: tl.constexpr,
+    UNROLL: tl.constexpr,
     WARPS: tl.constexpr,
     BALLOT: tl.constexpr,
 ):
@@ -141,8 +146,7 @@ def _decode(
         block = base + channel
         while t < tokens:
             target = block
-            stop = tl.minimum(t + BLOCK_TOKENS, tokens)
-            while t < stop:
+            for _ in tl.range(0, BLOCK_TOKENS, loop_unroll_factor=UNROLL):
                 rest = x & ((1 << low) - 1)
                 y = x >> low
                 entry = tl.load(table + (y & ((1 << SLOT_BITS) - 1)).to(tl.int32), mask=real, other=0)
@@ -157,7 +161,7 @@ def _decode(
                 if plane % planes == 0:
                     expected = _predict(anchor, partner, sines, t, pair, turning, is_first, tokens, pairs, SINE_BITS)
                 value = (residual + expected).to(tl.float32) * step
-                tl.store(target, _word_bits(value, BFLOAT16, rows.dtype.element_ty), mask=real)
+                tl.store(target, _element(value, BFLOAT16, rows.dtype.element_ty, BALLOT), mask=real)
                 target += channels
                 t += 1
             block += row_stride
@@ -297,6 +301,7 @@ def decode(
         GROUPS=groups,
         SINE_BITS=SINE_BITS,
         BFLOAT16=bfloat16,
+        UNROLL=_UNROLL,
         **options,
     )
 
