@@ -141,8 +141,10 @@ def test_many_requests_of_a_dead_store_end_in_time(victim: Victim) -> None:
         resumes(tier, lambda: stored(tier, keys))  # the first call also connects
         victim.server.freeze()
         begun = time.monotonic()
-        rows = [in_time(tier, keys, 1.0)]
-        assert set(rows[0]) <= {Reason.TIMEOUT, Reason.IO_ERROR, Reason.BREAKER_OPEN}
+        # What was answered before the server stopped is right, too.
+        failed = set(in_time(tier, keys, 1.0)) - {None}
+        assert failed
+        assert failed <= {Reason.TIMEOUT, Reason.IO_ERROR, Reason.BREAKER_OPEN}
         assert time.monotonic() - begun < 1.0 + GRACE_S
         victim.server.thaw()
 
