@@ -28,7 +28,7 @@ class Service:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=clean | environ,
+            env=clean | {"CAIRN_INDEX__REQUEST_S": "50"} | environ,  # the first chat imports what renders it
         )
         self.lines: list[str] = []
         line = self.line()

@@ -139,7 +139,7 @@ def test_a_client_that_does_not_read_takes_no_memory(bench: Bench) -> None:
                 time.sleep(0.2)
                 sizes.append(engine.seen()["sent_bytes"])
             assert sizes[-1] < 40 << 20
-            assert process.memory_info().rss - before < 16 << 20
+            assert process.memory_info().rss - before < 64 << 20
         until(lambda: engine.seen()["aborted"] == 1, "it was ended")
 
 
