@@ -1,6 +1,7 @@
 """The synchronous face: what is stored comes back, what cannot be proved is a miss, nothing else is written."""
 
 import logging
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +193,24 @@ def test_a_tier_that_was_slow_is_measured_again(tmp_path: Path, monkeypatch: pyt
                 break
         assert engine.get_stats()["hit_tokens"]["disk"] > 0
         assert engine.get_stats()["miss_tokens"]["cheaper_to_recompute"] > 0
+
+
+def test_a_system_without_threads_costs_only_the_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with make_engine(8, tmp_path) as engine:
+        for seed in range(4):
+            stored(engine, prompt(seed, 32))
+            assert engine.flush(10)
+        for n in (100, 1000):
+            engine.observe_prefill(n, 0, n * 1.0)
+            engine.cost.observe_load("disk", n * 1000, n * 1e3)
+
+        def refused(_: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Thread, "start", refused)
+        assert retrieved(engine, prompt(0, 32)) == 0
+        monkeypatch.undo()
+        at_rest(engine)
 
 
 def test_results_speak_the_callers_language() -> None:

@@ -34,12 +34,18 @@ class Probes:
             return
         self._due[tier] = now + INTERVAL_S
         part = keys[: min(upto, held.dram + self._blocks)].copy()
-        threading.Thread(target=self._bring_up, args=(part, deadline), name="cairn-probe", daemon=True).start()
+        thread = threading.Thread(target=self._bring_up, args=(part, deadline), name="cairn-probe", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no thread to give: the tier is measured another time
+            self._under_way.release()
 
     def _bring_up(self, keys: Keys, deadline: float) -> None:
         try:
             hold = self._store.hold(keys, deadline=deadline)
-            hold.wait(deadline)
-            hold.release()
+            try:
+                hold.wait(deadline)
+            finally:
+                hold.release()
         finally:
             self._under_way.release()
