@@ -1,7 +1,7 @@
 """SLO-and-cache-aware scheduling: of the instances where a request meets its SLO, the one that is soonest. The default.
 
-The predicted TTFT has everything in it: the queue, what the cache holds, what loading the rest ttfts. So a prefix draws
-requests to its holder as long as the queue there ttfts less than computing the prefix anew; after that another instance
+The predicted TTFT has everything in it: the queue, what the cache holds, what loading the rest costs. So a prefix draws
+requests to its holder as long as the queue there costs less than computing the prefix anew; after that another instance
 computes it, and from then on holds it too: what is hot is replicated, as often as it is hot.
 """
 
