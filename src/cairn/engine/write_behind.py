@@ -45,8 +45,9 @@ class WriteBehind:
 
     linger_s: an offer waits for so long, and a longer one of the same chain takes its place; of a chain that grows
     meanwhile only whole groups (`Tier.pack_blocks`) are written. lazy (write-back): offers wait until DRAM has few free
-    slots left, or somebody drains. worth: whether blocks first..stop of a chain are worth writing, asked when their turn
-    comes; what is not is skipped and counted, unless somebody drains. `pump` starts what is due by now. Thread-safe.
+    slots left, or somebody drains. worth: whether blocks first..stop of a chain are worth writing, asked when it is
+    their turn; what is not is skipped and counted, unless somebody drains. `pump` starts what is due by now.
+    Thread-safe.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class WriteBehind:
         metrics: Metrics,
         linger_s: float = 0.0,
         lazy: bool = False,
-        worth: Callable[[int, int], bool] = lambda first, stop: True,
+        worth: Callable[[int, int], bool] = lambda _first, _stop: True,
     ) -> None:
         self._dram = dram
         self._lower = lower

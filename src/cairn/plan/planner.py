@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 from cairn.plan.cost import CostModel
 
-
 #: How many times slower than computing a tier may be and still be written: it is read faster when it is not written
 #: at the same time, and serves those, too, whose computer is busy.
 WRITE_MARGIN = 2.0
