@@ -1,7 +1,7 @@
 """Which tokens are computed anew."""
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cairn.blend import Piece
@@ -11,6 +11,7 @@ from cairn.blend.worth import computed_share, pays
 
 
 @given(st.lists(st.tuples(st.integers(0, 1000), st.booleans()), min_size=1, max_size=30), st.integers(0, 40))
+@settings(deadline=None)
 def test_forced_rows_and_the_largest_others(rows: list[tuple[int, bool]], count: int) -> None:
     deviations = torch.tensor([float(value) for value, _ in rows])
     forced = torch.tensor([force for _, force in rows])
