@@ -45,7 +45,7 @@ class CairnConnector:
         self.engine = engine
         self._owns_engine = False
         self._dtype = model.dtype
-        self._blender = Blender(model, engine, tokenizer) if engine.config.blending.enabled else None
+        self.blender = Blender(model, engine, tokenizer) if engine.config.blending.enabled else None
         body = model.base_model
         self._parameters = inspect.signature(body.forward)
         self._hooks = (
@@ -94,16 +94,16 @@ class CairnConnector:
         tokens = as_tokens(tokens[0] if tokens.ndim == 2 else tokens)
         if not len(tokens):
             raise InputError("input_ids without a token: a prompt has at least one")
-        return CairnCache(self.engine, torch.from_numpy(tokens.astype(np.int64)), self._dtype, self, self._blender)
+        return CairnCache(self.engine, torch.from_numpy(tokens.astype(np.int64)), self._dtype, self, self.blender)
 
     def learn(self, tokens: Any) -> int:
         """Computes a chunk and stores it, so that prompts which have it between separators can be blended with it.
 
         tokens: its ids [n]. Returns how many tokens are new. Raises InputError unless blending is enabled.
         """
-        if self._blender is None:
+        if self.blender is None:
             raise InputError("blending.enabled is false: chunks are learnt to be blended; set it to true")
-        return self._blender.learn(tokens)
+        return self.blender.learn(tokens)
 
     def close(self) -> None:
         """Takes the hooks off the model, and closes the engine if it is the connector's own. Idempotent."""
