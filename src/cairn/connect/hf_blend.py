@@ -1,6 +1,6 @@
 """Blending for Transformers: its models layer by layer, out of their own modules, and what a prompt's cache needs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from cairn.blend import (
     Rope,
     attend,
     blend,
+    join,
     pays,
     refuse_blending,
     split,
@@ -125,6 +126,10 @@ class Blender:
             blend(HfBlendModel(self._model, stop), _ids(tokens[:stop]), canvas, found.start, found.reused, self.recipe)
             reused = sum(piece.stop - piece.start for piece in found.held)
             return Blended(stop, found.reused[0].start, reused, missing)
+
+    def join(self, parts: Sequence[Any]) -> Tokens:
+        """A prompt's token ids out of those of its parts: system prompt, chunks, question; see `cairn.blend.join`."""
+        return join(parts, self.separator)
 
     def learn(self, tokens: Any) -> int:
         """Computes a chunk alone and stores it, unless it is held; returns how many tokens are new.

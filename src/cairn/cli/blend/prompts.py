@@ -13,7 +13,9 @@ from cairn.kv import as_tokens
 from cairn.kv.keys import Tokens
 
 _SYSTEM: Final = "You answer from the documents that you are given, and from nothing else."
+#: Tokens of a quotation, and letters that hold a token for certain.
 _QUOTED: Final = 16
+_LETTERS: Final = 8
 _QUESTIONS: Final = (
     "One of the documents contains this: {quote}\nQuote what follows it, word for word.",
     "Which of the documents contains this: {quote}\nSay in one sentence what it is about.",
@@ -40,18 +42,14 @@ class Shape(NamedTuple):
 
 
 def rag_prompts(tokenizer: Any, count: int, shape: Shape = Shape(), seed: int = 0) -> Iterator[Rag]:  # noqa: B008
-    """`count` prompts, the same for the same seed; texts take turns, and so do questions.
-
-    Raises InputError where the system has no texts that are long enough.
-    """
+    """`count` prompts, the same for the same seed. Raises InputError where the system has no long texts."""
     rng = random.Random(seed)
     head, tail = _frame(tokenizer)
-    sources = {name: _ids(tokenizer, text) for name, text in texts().items()}
-    sources = {name: ids for name, ids in sources.items() if len(ids) > 4 * shape.tokens[1]}
+    sources = [text for _, text in sorted(texts().items()) if len(text) > 4 * _LETTERS * shape.tokens[1]]
     if not sources:
         raise InputError(f"chunks of {shape.tokens[1]} tokens: no text of this system is long enough")
     for i in range(count):
-        chunks = [_chunk(rng, sources, shape) for _ in range(rng.randint(*shape.chunks))]
+        chunks = [_chunk(rng, tokenizer, sources, shape) for _ in range(rng.randint(*shape.chunks))]
         asked = rng.choice(chunks)
         at = rng.randrange(len(asked) // 4, len(asked) // 2)
         quote = tokenizer.decode(asked[at : at + _QUOTED])
@@ -59,11 +57,10 @@ def rag_prompts(tokenizer: Any, count: int, shape: Shape = Shape(), seed: int = 
         yield Rag(_ids(tokenizer, head), chunks, _ids(tokenizer, question + tail))
 
 
-def _chunk(rng: random.Random, sources: dict[str, Tokens], shape: Shape) -> Tokens:
-    ids = sources[rng.choice(sorted(sources))]
-    length = rng.randint(*shape.tokens)
-    at = rng.randrange(len(ids) - length)
-    return ids[at : at + length]
+def _chunk(rng: random.Random, tokenizer: Any, sources: Sequence[str], shape: Shape) -> Tokens:
+    text, length = rng.choice(sources), rng.randint(*shape.tokens)
+    at = rng.randrange(len(text) - _LETTERS * length)
+    return _ids(tokenizer, text[at : at + _LETTERS * length])[:length]
 
 
 def _frame(tokenizer: Any) -> tuple[str, str]:
