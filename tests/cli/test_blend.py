@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.connect.rig import tiny_model
 
 from cairn.cli.blend.measure import f1
 from cairn.cli.blend.prompts import rag_prompts
-from tests.connect.rig import tiny_model
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
