@@ -63,21 +63,18 @@ def import_lmcache(values: Mapping[str, Any]) -> Imported:
     """
     known = {".".join(key) for key, _ in settings()}
     config, became = dict[str, Any](), list[Became]()
-    extra = values.get("extra_config") or {}
     for name, value in {"max_local_cpu_size": 5.0, **values}.items():  # which is LMCache's default
         rule = _RULES.get(name)
         if rule is None or rule.target not in known:
             became.append(Became(name, value, "", _why_not(name)))
             continue
         try:
-            config[rule.target] = rule.convert(value, extra if isinstance(extra, dict) else {})
+            config[rule.target] = rule.convert(value, values)
             became.append(Became(name, value, rule.target, rule.says))
         except NoCounterpartError as error:
             became.append(Became(name, value, "", str(error)))
         except (ValueError, TypeError):
             raise InputError(f"{name}={value!r}: is no value that LMCache takes") from None
-    if "storage.disk.size" not in config and config.pop("storage.disk.path", None):
-        became.append(Became("max_local_disk_size", 0.0, "", "LMCache's default: it keeps nothing on disk"))
     if config.get("engine.timeout_s", 0) > config.get("engine.lease_s", 30):
         config["engine.lease_s"] = config["engine.timeout_s"]
     load_config(environ={}, overrides=config)
@@ -98,11 +95,18 @@ def render(imported: Imported) -> str:
 
 def _lines(imported: Imported) -> Iterator[str]:
     for one in imported.settings:
-        value = mask_url(one.value) if isinstance(one.value, str) else json.dumps(one.value, default=str)
+        what = f"# {json.dumps(one.name)[1:-1]}: {_shown(one.value)}"
         if one.target:
-            yield f"# {one.name}: {value} -> {one.target}{one.says and f' ({one.says})'}\n"
+            yield f"{what} -> {one.target}{one.says and f' ({one.says})'}\n"
         else:
-            yield f"# {one.name}: {value} has no counterpart: {one.says}\n"
+            yield f"{what} has no counterpart: {one.says}\n"
+
+
+def _shown(value: Any) -> str:
+    """In one line, and without what may be a secret."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(map(repr, value))}}}"
+    return json.dumps(mask_url(value) if isinstance(value, str) else value, default=str)
 
 
 def _parse(text: str) -> Any:
@@ -113,12 +117,11 @@ def _parse(text: str) -> Any:
         return text
 
 
-Convert = Callable[[Any, Mapping[str, Any]], Any]
-
-
 class _Rule(NamedTuple):
+    """convert: from the value and all of LMCache's settings."""
+
     target: str
-    convert: Convert
+    convert: Callable[[Any, Mapping[str, Any]], Any]
     says: str = ""
 
 
@@ -136,11 +139,11 @@ def _same(value: Any, _: Mapping[str, Any]) -> Any:
     return value
 
 
-def _path(value: Any, _: Mapping[str, Any]) -> str:
+def _path(value: Any, values: Mapping[str, Any]) -> str:
     if "," in str(value):
         raise NoCounterpartError("several directories; Cairn has one, so join them (RAID 0, LVM)")
-    if not value:
-        raise NoCounterpartError("no directory")
+    if not value or float(values.get("max_local_disk_size") or 0) <= 0:
+        raise NoCounterpartError("without a directory and max_local_disk_size LMCache keeps nothing on disk")
     return str(value).removeprefix("file://")
 
 
@@ -159,8 +162,8 @@ def _algorithm(value: Any, _: Mapping[str, Any]) -> str:
     return "cachegen" if value == "cachegen" else "none"
 
 
-def _store(value: Any, extra: Mapping[str, Any]) -> str:
-    url = str(value)
+def _store(value: Any, values: Mapping[str, Any]) -> str:
+    url, extra = str(value), dict(values.get("extra_config") or {})
     parts = urlsplit(url)
     if parts.scheme in ("redis", "rediss", "valkey", "valkeys"):
         return url

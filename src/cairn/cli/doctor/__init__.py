@@ -39,9 +39,11 @@ def doctor(
     Example:
       cairn doctor cairn.yaml --model /models/llama --sample prompts.txt
     """
+    import logging
     import os
 
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it logs to stderr what comes back as an error
+    logging.getLogger("cairn").addHandler(logging.NullHandler())  # what fails is told as a finding
 
     if reference:
         from cairn.cli.doctor.reference import render

@@ -17,7 +17,8 @@ cairn doctor --cluster cluster.yaml                                  # what `cai
 ```
 
 It reads the configuration (file, `CAIRN_*`, `--set`), looks at this machine, tries disk and store, asks etcd and every
-engine in it or in `serve.backends`, and listens to their KV events for `--wait` seconds. It changes nothing. Run it as the user, and in the container, that the engine runs as and in: limits are theirs.
+engine in it or in `serve.backends`, and listens to their KV events for `--wait` seconds. It changes nothing. Run it as
+the engine's user, in the engine's container: limits are theirs.
 
 Each finding says what was found, why it hurts, and the config line or the command that mends it. An *error* does not
 work; a *warning* works, and costs; a *note* is worth knowing. The exit code is 1 where there is an error or a warning,

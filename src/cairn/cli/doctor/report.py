@@ -25,9 +25,10 @@ def show(diagnosis: Diagnosis, *, as_json: bool) -> None:
     for one in diagnosis.findings:
         console.print(_lines(one))
     console.print(_summary(diagnosis))
-    skipped = sorted(diagnosis.skipped.items(), key=lambda one: one[1])
-    for lack, names in groupby(skipped, key=lambda one: one[1]):
-        console.print(f"  not looked at, {lack}: {', '.join(name for name, _ in names)}", style="dim", markup=False)
+    table = Table.grid(padding=(0, 2))
+    for lack, names in groupby(diagnosis.skipped, key=diagnosis.skipped.__getitem__):
+        table.add_row("skipped", f"{', '.join(names)}: {lack}", style="dim")
+    console.print(table)
 
 
 def _lines(finding: Finding) -> Table:

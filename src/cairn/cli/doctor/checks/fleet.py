@@ -74,10 +74,10 @@ def engines_differ(config: Config, engines: Sequence[Engine]) -> Iterator[Found]
 def block_size(config: Config, engines: Sequence[Engine]) -> Iterator[Found]:
     """engine.block_tokens, where it is set, other than the block size that engines report."""
     own = config.engine.block_tokens
-    others = {one.block_tokens: one.name for one in engines if one.block_tokens not in (0, own)}
-    if "block_tokens" in config.engine.model_fields_set and others:
-        tokens, name = next(iter(others.items()))
-        yield found(f"engine.block_tokens is {own}, {name} has blocks of {tokens}", tokens=tokens)
+    other = next((one for one in engines if one.block_tokens not in (0, own)), None)
+    if "block_tokens" in config.engine.model_fields_set and other:
+        text = f"engine.block_tokens is {own}, {other.name} has blocks of {other.block_tokens}"
+        yield found(text, tokens=other.block_tokens)
 
 
 @check(

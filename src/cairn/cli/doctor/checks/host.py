@@ -100,8 +100,8 @@ def huge_pages(config: Config, host: Host) -> Iterator[Found]:
     "seeds",
     Severity.NOTE,
     why="Cairn needs none: its keys hash token ids by BLAKE2s, and its index names blocks of KV events by their "
-    "tokens, so neither depends on it. vLLM mixes it into its own block hashes: routers that compare those need one value "
-    "everywhere. And a fixed one takes away Python's protection against hash flooding.",
+    "tokens, so neither depends on it. vLLM mixes it into its own block hashes: routers that compare those need one "
+    "value everywhere. And a fixed one takes away Python's protection against hash flooding.",
     fix="unset PYTHONHASHSEED; for routers that compare vLLM's hashes: one value for all engines",
 )
 def hash_seed(config: Config, seeds: Mapping[str, str]) -> Iterator[Found]:

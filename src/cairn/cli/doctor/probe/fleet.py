@@ -5,12 +5,13 @@ import email.utils
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, Final, NamedTuple
 
 from cairn.cli.doctor.facts import Clock, Engine, Publisher, Registry
 from cairn.cli.events import Nowhere
 from cairn.cli.up.spec import EngineSpec, names_of
-from cairn.cluster import Events, Instance, Keys, open_registry
+from cairn.cluster import Instance, Keys, open_registry
 from cairn.cluster.engine_metrics import Scrape, parse
 from cairn.cluster.http import Answer, HttpError, get
 from cairn.cluster.values import decode
@@ -52,7 +53,12 @@ async def probe_fleet(config: Config, wait_s: float) -> Fleet:
     clocks = [clock for one in asked for clock in one.clocks]
     clocks += [clock for one in await asyncio.gather(*map(_time_of, _plain(config))) for clock in one]
     idle = {one.engine.name for one in asked if one.idle}
-    followed = [*_publishing(instances), *map(parse_instance, config.index.instances)]
+    followed = [
+        Publishing(one.name, events.endpoint, events.replay, rank=events.rank)
+        for one in instances
+        for events in one.events
+    ]
+    followed += map(parse_instance, config.index.instances)
     publishers = await _listen([one for one in followed if not one.bind], idle, wait_s)
     return Fleet(registry, tuple(one.engine for one in asked), tuple(clocks), publishers)
 
@@ -62,8 +68,7 @@ def engines_of(specs: Iterable[EngineSpec]) -> Iterator[Engine]:
     for spec in specs:
         if spec.kind != "vllm":
             continue
-        given = dict(zip(spec.options, (*spec.options[1:], ""), strict=True))
-        given |= {name: value for name, equals, value in (one.partition("=") for one in spec.options) if equals}
+        given = dict(pairwise(part for option in spec.options for part in option.split("=", 1)))
         traits = {name.removeprefix("--"): given.get(name, "default") for name in _OPTIONS}
         block = traits["block-size"]
         for name in names_of(spec):
@@ -146,16 +151,6 @@ def _plain(config: Config) -> list[str]:
     tls = config.cluster.ca or config.cluster.cert
     addresses = [one if "://" in one else f"{'https' if tls else 'http'}://{one}" for one in config.cluster.etcd_addr]
     return [one for one in addresses if one.startswith("http://")]
-
-
-def _publishing(instances: Iterable[Instance]) -> Iterator[Publishing]:
-    for one in instances:
-        for events in one.events:
-            yield _follow(one.name, events)
-
-
-def _follow(name: str, events: Events) -> Publishing:
-    return Publishing(name, events.endpoint, events.replay, rank=events.rank)
 
 
 async def _listen(followed: Sequence[Publishing], idle: set[str], wait_s: float) -> tuple[Publisher, ...]:

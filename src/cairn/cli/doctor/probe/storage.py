@@ -26,7 +26,7 @@ def probe_disk(settings: DiskSettings) -> Disk | None:
     place = _existing(settings.path)
     kind, taken = _kind(place), _taken(settings.path)
     system = os.statvfs(place)
-    room = system.f_bavail * system.f_frsize + taken
+    room = system.f_bavail * system.f_frsize + taken if system.f_blocks else 1 << 62  # some (ramfs) tell nothing
     try:
         return Disk(str(settings.path), kind, _takes_direct(place), room, "")
     except OSError as error:
