@@ -280,9 +280,13 @@ def test_finds_engine_unreachable(doctor: Doctor, two: Any) -> None:
 def test_finds_engines_differ(doctor: Doctor, two: Any) -> None:
     engines, publishers, options = two
     publish(publishers)
-    engines[0].model |= {"root": "/models/old"}
+    engines[0].model |= {"root": "/models/old", "max_model_len": 512}
     engines[1].model |= {"root": "/models/new"}
-    assert doctor(*SMALL, *options) == {"engines-differ": "weights of tiny: /models/old (a), /models/new (b)"}
+    assert doctor(*SMALL, *options) == {"engines-differ": "weights of tiny: old (a), new (b)"}
+    engines[1].model |= {"root": "/elsewhere/old"}
+    assert doctor(*SMALL, *options) == {}
+    engines[1].metrics.block_size("16")
+    assert doctor(*SMALL, *options) == {"engines-differ": "block size of tiny: 32 (a), 16 (b)"}
 
 
 def test_finds_engines_that_are_to_differ(doctor: Doctor, tmp_path: Path) -> None:

@@ -27,8 +27,12 @@ class Metrics:
         self.tpot = all_of(Histogram, "vllm:inter_token_latency_seconds", "TPOT.")
         self.prompt = all_of(Counter, "vllm:prompt_tokens", "Prompt tokens.")
         self.lengths = all_of(Histogram, "vllm:request_prompt_tokens", "Tokens of a prompt.")
-        info = Gauge("vllm:cache_config_info", "Of the cache.", ("block_size", "engine"), registry=self.registry)
-        info.labels("32", "0").set(1)
+        self._info = Gauge("vllm:cache_config_info", "Of the cache.", ("block_size", "engine"), registry=self.registry)
+        self.block_size("32")
+
+    def block_size(self, tokens: str) -> None:
+        self._info.clear()
+        self._info.labels(tokens, "0").set(1)
 
 
 class Engine:

@@ -205,55 +205,41 @@ _RULES: Final = {
     "blend_check_layers": _Rule("blending.check_layers", _same),
 }
 
-_PD: Final = "`cairn serve` sends prefill and decode to engines by their role; KV goes by a shared node or remote store"
-_PEERS: Final = "engines of a host share a node (node.address), VRAM too; hosts share a remote store"
-_LOADS: Final = "nothing to set: Cairn decides by measured costs what is loaded, when, and whether layer by layer"
-_MEMORY: Final = "nothing to set: the arena is taken whole at the start, in huge pages where the kernel gives them"
-_METRICS: Final = "metrics are on vLLM's /metrics; `cairn inspect` shows a directory"
-#: By what a name begins with; the first that fits.
-_WHY_NOT: Final = {
-    "chunk_size": "Cairn keeps the engine's own blocks (vLLM's --block-size); storage.remote.object_size cuts objects",
-    "local_cpu_use_hugepages": _MEMORY,
-    "local_cpu": "DRAM is always on; storage.cpu.size says how much",
-    "local_disk_path_sharding": "one directory for all ranks",
-    "save_decode_cache": "blocks of answers are kept like those of prompts",
-    "save_unfull_chunk": "only whole blocks are kept; they have 16 tokens, not 256",
-    "pre_caching_hash_algorithm": "keys are BLAKE2s chains, equal in every process without PYTHONHASHSEED",
-    "use_layerwise": _LOADS,
-    "enable_async_loading": _LOADS,
-    "min_retrieve_tokens": _LOADS,
-    "use_gpu_connector": _LOADS,
-    "max_local": _MEMORY,
-    "reserve_local": _MEMORY,
-    "enable_lazy": _MEMORY,
-    "lazy_": _MEMORY,
-    "numa_mode": "start the engine under numactl",
-    "blend_": "blending is not in this version",
-    "enable_blending": "blending is not in this version",
-    "enable_pd": _PD,
-    "pd_": _PD,
-    "nixl_": _PD,
-    "enable_xpyd": _PD,
-    "transfer_channel": _PD,
-    "enable_p2p": _PEERS,
-    "p2p_": _PEERS,
-    "peer_": _PEERS,
-    "mp_": _PEERS,
-    "enable_controller": "`cairn register` and cluster.etcd_addr make engines known",
-    "controller_": "`cairn register` and cluster.etcd_addr make engines known",
-    "lmcache_": "`cairn register` and cluster.etcd_addr make engines known",
-    "external_lookup": "`cairn index` follows KV events and answers who holds what",
-    "internal_api": _METRICS,
-    "enable_chunk_statistics": _METRICS,
-    "chunk_statistics": _METRICS,
-    "gds_": "blocks go from disk to DRAM by O_DIRECT; set storage.disk.path",
-    "use_gds": "blocks go from disk to DRAM by O_DIRECT; set storage.disk.path",
-    "cufile_": "blocks go from disk to DRAM by O_DIRECT; set storage.disk.path",
-    "extra_config": "settings of LMCache's backends; what a URL of Cairn's needs was taken out of it",
-    "storage_plugins": "a store of your own is an entry point `cairn.stores` (docs/remote.md)",
-    "remote_storage_plugins": "a store of your own is an entry point `cairn.stores` (docs/remote.md)",
+#: By what names begin with; the first that fits.
+_WHY_NOT: Final[dict[tuple[str, ...], str]] = {
+    ("chunk_size",): "the engine's own blocks are kept (vLLM's --block-size); storage.remote.object_size cuts objects",
+    ("local_cpu_use", "max_local", "reserve_local", "enable_lazy", "lazy_"): "nothing to set: the arena is taken whole "
+    "at the start, in huge pages where the kernel gives them",
+    ("local_cpu",): "DRAM is always on; storage.cpu.size says how much",
+    ("local_disk_path_sharding",): "one directory holds all ranks",
+    ("save_decode_cache",): "blocks of answers are kept like those of prompts",
+    ("save_unfull_chunk",): "only whole blocks are kept, of 16 tokens and not of 256",
+    ("pre_caching_hash_algorithm",): "keys are BLAKE2s chains, equal in every process without PYTHONHASHSEED",
+    (
+        "use_layerwise",
+        "enable_async",
+        "min_retrieve",
+        "use_gpu_connector",
+    ): "nothing to set: measured costs decide what is loaded, when, and whether layer by layer",
+    ("numa_mode",): "start the engine under numactl",
+    ("blend_", "enable_blending"): "blending has no such setting in this version",
+    (
+        "enable_pd",
+        "pd_",
+        "nixl_",
+        "enable_xpyd",
+        "transfer_channel",
+    ): "`cairn serve` sends prefill and decode to engines by their role; KV goes by a shared node or remote store",
+    ("enable_p2p", "p2p_", "peer_", "mp_"): "engines of a host share a node (node.address), hosts a remote store",
+    ("enable_controller", "controller_", "lmcache_"): "`cairn register` and cluster.etcd_addr make engines known",
+    ("external_lookup",): "`cairn index` follows KV events and answers who holds what",
+    ("internal_api", "enable_chunk_stat", "chunk_stat"): "metrics are on vLLM's /metrics; see `cairn inspect`, too",
+    ("gds_", "use_gds", "cufile_"): "blocks go from disk to DRAM by O_DIRECT; set storage.disk.path",
+    ("extra_config",): "settings of LMCache's backends; what a URL of Cairn's needs was taken out of it",
+    ("storage_plugins", "remote_storage_plugins"): "a store of your own is an entry point `cairn.stores` (remote.md)",
+    ("",): "Cairn has nothing like it",
 }
 
 
 def _why_not(name: str) -> str:
-    return next((why for prefix, why in _WHY_NOT.items() if name.startswith(prefix)), "Cairn has nothing like it")
+    return next(why for prefixes, why in _WHY_NOT.items() if name.startswith(prefixes))

@@ -56,16 +56,18 @@ class Model(NamedTuple):
     longest: int
 
 
-class Text(NamedTuple):
-    """Text that prompts look like, and the separator of chunks. lines: where it stands in the text, from 1.
-
-    tokens: of the text; None: no tokenizer, or no text. broken: surroundings in which the separator's own tokens are
-    not found; "": none, or no tokenizer.
-    """
+class Occurrences(NamedTuple):
+    """How often the separator of chunks stands in sample text. lines: of the first few, from 1."""
 
     separator: str
+    times: int
     lines: tuple[int, ...]
-    tokens: int | None
+
+
+class Boundary(NamedTuple):
+    """The separator under the tokenizer. broken: surroundings in which its own tokens are not found; "": none."""
+
+    separator: str
     broken: str
 
 
@@ -79,15 +81,16 @@ class Registry(NamedTuple):
 class Engine(NamedTuple):
     """An engine that is registered, named in the configuration or in a file of `cairn up`. model: "": not known.
 
-    traits: what must be equal in engines of one model if they are to share blocks, by its name. block_tokens: 0: not
-    known. prompts: finished requests, of `prompt_tokens` tokens each on average. fault: why it does not answer; "": it
-    does, or was not asked.
+    traits: what must be equal in engines of one model if they are to share blocks, by its name. block_tokens, longest
+    (of a prompt): 0: not known. prompts: finished requests, of `prompt_tokens` tokens each on average. fault: why it
+    does not answer; "": it does, or was not asked.
     """
 
     name: str
     model: str
     traits: Mapping[str, str]
     block_tokens: int
+    longest: int = 0
     prompts: int = 0
     prompt_tokens: float = 0.0
     fault: str = ""
@@ -114,7 +117,10 @@ class Publisher(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """All that is judged. None, or empty: there is none. seeds: PYTHONHASHSEED by process, where it is set."""
+    """All that is judged. None, or empty: there is none. seeds: PYTHONHASHSEED by process, where it is set.
+
+    sample_tokens: of the sample text.
+    """
 
     config: Config
     host: Host
@@ -122,7 +128,9 @@ class Facts(NamedTuple):
     disk: Disk | None = None
     remote: Remote | None = None
     model: Model | None = None
-    text: Text | None = None
+    occurrences: Occurrences | None = None
+    boundary: Boundary | None = None
+    sample_tokens: int | None = None
     registry: Registry | None = None
     engines: tuple[Engine, ...] = ()
     clocks: tuple[Clock, ...] = ()

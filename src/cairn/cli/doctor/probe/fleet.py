@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from cairn.cli.doctor.facts import Clock, Engine, Publisher, Registry
@@ -16,17 +17,16 @@ from cairn.cluster.engine_metrics import Scrape, parse
 from cairn.cluster.http import Answer, HttpError, get
 from cairn.cluster.values import decode
 from cairn.config import Config
-from cairn.errors import ClusterError
+from cairn.errors import ClusterError, InputError
 from cairn.fleet.instances import Instance as Publishing
 from cairn.fleet.instances import Limits, parse_instance
-from cairn.fleet.subscriber import Subscriber
 from cairn.serve.gateway.backends import parse_backend
 
 _ANSWER_S: Final = 2.0
 _LOOK_S: Final = 0.05
-_LENGTH: Final = "vllm:request_prompt_tokens"
-#: Options of `vllm serve` that KV depends on, and what is said of an engine without them.
-_OPTIONS: Final = ("--block-size", "--dtype", "--kv-cache-dtype", "--quantization", "--revision", "--max-model-len")
+#: Options of `vllm serve` that KV depends on.
+_OPTIONS: Final = ("--block-size", "--dtype", "--kv-cache-dtype", "--quantization", "--revision")
+_SIZES: Final = ("--block-size", "--max-model-len")
 
 
 class Fleet(NamedTuple):
@@ -70,9 +70,9 @@ def engines_of(specs: Iterable[EngineSpec]) -> Iterator[Engine]:
             continue
         given = dict(pairwise(part for option in spec.options for part in option.split("=", 1)))
         traits = {name.removeprefix("--"): given.get(name, "default") for name in _OPTIONS}
-        block = traits["block-size"]
+        block, longest = (int(given[name]) if given.get(name, "").isdigit() else 0 for name in _SIZES)
         for name in names_of(spec):
-            yield Engine(name, spec.model, traits, int(block) if block.isdigit() else 0)
+            yield Engine(name, spec.model, traits, block, longest)
 
 
 async def _registered(config: Config) -> tuple[Registry | None, list[Instance]]:
@@ -91,25 +91,24 @@ async def _registered(config: Config) -> tuple[Registry | None, list[Instance]]:
 async def _ask(instance: Instance, token: str | None) -> _Asked:
     """What an engine says of itself, beside what it is registered with."""
     asked_at = time.time()
+    engine = Engine(instance.name, instance.model, {}, instance.block_tokens)
     try:
         models = await get(instance.http, "/v1/models", _ANSWER_S, token)
         clocks = _clocks(instance.name, models, asked_at)
-        metrics = await get(instance.http, "/metrics", _ANSWER_S, token)
-    except HttpError as error:
-        told = {"block size": str(instance.block_tokens)} if instance.block_tokens else {}
-        return _Asked(Engine(instance.name, instance.model, told, instance.block_tokens, fault=str(error)), [], False)
-    scrape = _scrape(metrics)
+        scrape = _scrape(await get(instance.http, "/metrics", _ANSWER_S, token))
+    except (HttpError, InputError) as error:
+        return _Asked(engine._replace(fault=str(error)), [], False)
     told = _model(models)
-    block = scrape.block_tokens or instance.block_tokens
-    traits = {"block size": block, "weights": told.get("root"), "max_model_len": told.get("max_model_len")}
-    prompts = int(scrape.sums.get(f"{_LENGTH}_count", 0))
-    engine = Engine(
-        instance.name,
-        instance.model or str(told.get("id", "")),
-        {name: str(value) for name, value in traits.items() if value},
-        block,
-        prompts,
-        scrape.sums.get(f"{_LENGTH}_sum", 0.0) / max(1, prompts),
+    block, root = scrape.block_tokens or instance.block_tokens, Path(str(told.get("root", "")))
+    prompts, tokens = (scrape.sums.get(f"vllm:request_prompt_tokens_{part}", 0.0) for part in ("count", "sum"))
+    longest = told.get("max_model_len")
+    engine = engine._replace(
+        model=instance.model or str(told.get("id", "")),
+        traits=({"block size": str(block)} if block else {}) | ({"weights": root.name} if root.name else {}),
+        block_tokens=block,
+        longest=longest if isinstance(longest, int) else 0,
+        prompts=int(prompts),
+        prompt_tokens=tokens / max(1.0, prompts),
     )
     return _Asked(engine, clocks, scrape.sums.get("vllm:prompt_tokens_total") == 0)
 
@@ -157,20 +156,17 @@ async def _listen(followed: Sequence[Publishing], idle: set[str], wait_s: float)
     """Until all have been heard, or the time is over."""
     if not followed:
         return ()
+    from cairn.fleet.subscriber import Subscriber  # needs the extra `fleet`
+
     limits = Limits(replay_s=wait_s, quiet_s=wait_s, check_s=wait_s / 4)
+    each = {(one.name, one.endpoint): one for one in followed}
     heard = set[tuple[str, str]]()
-    async with Subscriber(Nowhere(), {(one.name, one.endpoint): one for one in followed}.values(), limits=limits) as it:
+    async with Subscriber(Nowhere(), each.values(), limits=limits) as subscriber:
         until = time.monotonic() + wait_s
-        while time.monotonic() < until and len(heard) < len(it.states()):
+        while time.monotonic() < until and len(heard) < len(each):
             await asyncio.sleep(_LOOK_S)
-            heard |= {(one.instance.name, one.instance.endpoint) for one in it.states() if one.next is not None}
+            heard |= {one.instance[:2] for one in subscriber.states() if one.next is not None}
         return tuple(
-            Publisher(
-                one.instance.name,
-                one.instance.endpoint,
-                one.connected,
-                (one.instance.name, one.instance.endpoint) in heard,
-                one.instance.name in idle,
-            )
-            for one in it.states()
+            Publisher(*one.instance[:2], one.connected, one.instance[:2] in heard, one.instance.name in idle)
+            for one in subscriber.states()
         )

@@ -1,13 +1,14 @@
 """A model's directory, and what its tokenizer makes of sample text and of the separator."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Final
 
-from cairn.cli.doctor.facts import Model, Text
+from cairn.cli.doctor.facts import Boundary, Model, Occurrences
 from cairn.errors import InputError
 from cairn.kv import KVGeometry
 
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
 
 #: What may stand around a separator, beside what the sample has.
 _NEIGHBOURS: Final = ("The end.", "Begin", "\n", " ", "#", "1.", "a", "\n\n")
+#: Characters of the sample whose words are tried as well; bytes that are read of it; lines that are named.
+_WORDS_OF: Final = 2000
 _SAMPLE_BYTES: Final = 16 << 20
+_SHOWN: Final = 5
 
 
 def probe_model(path: Path, block_tokens: int) -> Model:
@@ -31,50 +35,34 @@ def probe_model(path: Path, block_tokens: int) -> Model:
         raise InputError(f"--model {path}: {error}; name a directory with the model's config.json") from None
 
 
-def probe_text(sample: Path | None, separator: str | None, tokenizer_name: str | None) -> Text | None:
-    """tokenizer_name: a directory, or a name on the hub. Raises InputError for what cannot be read."""
-    if sample is None and not separator:
-        return None
-    text = _read(sample) if sample else ""
-    lines, broken, tokens = list[int](), "", None
-    if separator:
-        starts = (part.count("\n") for part in text.split(separator)[:-1])
-        here = separator.count("\n")
-        at = 1
-        for count in starts:
-            at += count
-            lines.append(at)
-            at += here
-    if tokenizer_name:
-        from cairn.serve.tokenizer import Tokenizer
-
-        tokenizer = Tokenizer.load(tokenizer_name)
-        tokens = len(tokenizer.text(text, special=False)) if sample else None
-        broken = _broken(tokenizer, separator, text) if separator else ""
-    return Text(separator or "", tuple(lines), tokens, broken)
+def occurrences(separator: str, text: str) -> Occurrences:
+    starts = (match.start() for match in re.finditer(re.escape(separator), text))
+    lines = (1 + text.count("\n", 0, start) for start in starts)
+    return Occurrences(separator, text.count(separator), tuple(islice(lines, _SHOWN)))
 
 
-def _broken(tokenizer: "Tokenizer", separator: str, text: str) -> str:
+def boundary(separator: str, text: str, tokenizer: "Tokenizer") -> Boundary:
+    """text: whose words are tried as neighbours, beside some of our own."""
     own = tokenizer.text(separator, special=False).tolist()
     for left, right in _surroundings(text):
         around = left + separator + right
         if not _contains(tokenizer.text(around, special=False).tolist(), own):
-            return around
-    return ""
+            return Boundary(separator, around)
+    return Boundary(separator, "")
 
 
 def _surroundings(text: str) -> Iterator[tuple[str, str]]:
     yield "", ""
     yield from ((left, right) for left in _NEIGHBOURS for right in _NEIGHBOURS)
-    words = text.split()[:200]
-    yield from pairwise(words)
+    yield from pairwise(text[:_WORDS_OF].split())
 
 
 def _contains(tokens: Sequence[int], part: Sequence[int]) -> bool:
     return any(tokens[i : i + len(part)] == part for i in range(len(tokens) - len(part) + 1))
 
 
-def _read(path: Path) -> str:
+def read_sample(path: Path) -> str:
+    """Raises InputError."""
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             return file.read(_SAMPLE_BYTES)
