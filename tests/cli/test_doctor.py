@@ -21,12 +21,14 @@ from tests.fleet.wire_events import stored
 
 from cairn.cli.doctor import checks  # noqa: F401 - registers them
 from cairn.cli.doctor.base import CHECKS, Severity, diagnose
+from cairn.cli.doctor.facts import Publisher
 from cairn.cli.doctor.probe import Given, gather
 from cairn.cli.doctor.reference import render
+from cairn.cli.up.spec import load_spec
 from cairn.cluster import Events, Instance, Keys
 from cairn.cluster.values import encode
-from cairn.config import load_config
-from cairn.fleet.publisher import Publisher
+from cairn.config import Config, load_config
+from cairn.fleet.publisher import Publisher as Publishes
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -99,13 +101,13 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def two(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[tuple[list[Engine], list[Publisher], list[str]]]:
+def two(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[tuple[list[Engine], list[Publishes], list[str]]]:
     """Two engines with publishers, registered in etcd under a namespace of the test's; and the options that say so."""
     name = request.node.name[:60].replace("[", "-").replace("]", "")
     with contextlib.ExitStack() as stack:
         engines = [stack.enter_context(Engine()) for _ in "ab"]
         ends = [(free_endpoint(), free_endpoint()) for _ in "ab"]
-        publishers = [stack.enter_context(Publisher(*end)) for end in ends]
+        publishers = [stack.enter_context(Publishes(*end)) for end in ends]
         for who, engine, (end, replay) in zip("ab", engines, ends, strict=True):
             events = (Events(endpoint=end, replay=replay),)
             one = Instance(name=who, incarnation=who, http=engine.url, model="tiny", events=events, block_tokens=32)
@@ -114,7 +116,7 @@ def two(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[tuple[list
         yield engines, publishers, [part for one in given for part in ("--set", one)] + ["--wait", "20"]
 
 
-def publish(publishers: list[Publisher]) -> None:
+def publish(publishers: list[Publishes]) -> None:
     for one in publishers:
         one.publish(encode_events([stored([1], [7] * 32, 32)]))
 
@@ -289,17 +291,13 @@ def test_finds_engines_differ(doctor: Doctor, two: Any) -> None:
     assert doctor(*SMALL, *options) == {"engines-differ": "block size of tiny: 32 (a), 16 (b)"}
 
 
-def test_finds_engines_that_are_to_differ(doctor: Doctor, tmp_path: Path) -> None:
+def test_finds_engines_that_are_to_differ(tmp_path: Path) -> None:
     """Before they run, by the file of `cairn up`."""
     file = tmp_path / "cluster.yaml"
     options = "options: [--block-size, '32', --dtype=float16]"
     file.write_text(f"engines: [{{name: a, model: m}}, {{name: b, model: m, {options}}}, {{name: c, model: other}}]")
-    config = load_config(environ={})
-    from cairn.cli.up.spec import load_spec
-
-    found = [
-        one.found for one in diagnose(gather(config, Given(load_spec(file)), {})).findings if one.check[:7] == "engines"
-    ]
+    findings = diagnose(gather(Config(), Given(load_spec(file)), {})).findings
+    found = [one.found for one in findings if one.check == "engines-differ"]
     assert found == ["block-size of m: default (a), 32 (b)", "dtype of m: default (a), float16 (b)"]
 
 
@@ -339,13 +337,17 @@ def test_finds_events_silent(doctor: Doctor, two: Any) -> None:
     """b's sockets are there, and say nothing, though b has computed prompts; a is heard."""
     engines, publishers, options = two
     publish(publishers[:1])
-    options[-1] = "2"
-    assert doctor(*SMALL, *options) == {}  # b has computed nothing
     engines[1].metrics.prompt[0].inc(100)
-    found = doctor(*SMALL, *options)
+    found = doctor(*SMALL, *options[:-1], "5")
     assert found.keys() == {"events-silent"}
     assert found["events-silent"].startswith("b: ")
     assert found["events-silent"].endswith(" has published nothing")
+
+
+def test_an_engine_that_has_computed_nothing_may_be_silent() -> None:
+    idle = Publisher("b", "tcp://b:1", connected=True, heard=False, idle=True)
+    assert list(CHECKS["events-silent"].judge(Config(), [idle])) == []
+    assert len(list(CHECKS["events-silent"].judge(Config(), [idle._replace(connected=False)]))) == 1
 
 
 def test_finds_that_nobody_publishes(doctor: Doctor) -> None:
