@@ -102,7 +102,9 @@ def test_a_deadline_may_not_outlive_the_lease() -> None:
     assert import_lmcache({"blocking_timeout_secs": 90, "pin_timeout_sec": 60}).config["engine.lease_s"] == 90
 
 
-@pytest.mark.parametrize("values", [{"max_local_cpu_size": "lots"}, {"blocking_timeout_secs": [1]}])
+@pytest.mark.parametrize(
+    "values", [{"max_local_cpu_size": "lots"}, {"max_local_cpu_size": "1e999"}, {"blocking_timeout_secs": [1]}]
+)
 def test_what_lmcache_would_not_take(values: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="no value that LMCache takes"):
         import_lmcache(values)

@@ -73,7 +73,7 @@ def import_lmcache(values: Mapping[str, Any]) -> Imported:
             became.append(Became(name, value, rule.target, rule.says))
         except NoCounterpartError as error:
             became.append(Became(name, value, "", str(error)))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             raise InputError(f"{name}={value!r}: is no value that LMCache takes") from None
     if config.get("engine.timeout_s", 0) > config.get("engine.lease_s", 30):
         config["engine.lease_s"] = config["engine.timeout_s"]
@@ -139,6 +139,12 @@ def _same(value: Any, _: Mapping[str, Any]) -> Any:
     return value
 
 
+def _list(value: Any, _: Mapping[str, Any]) -> list[Any]:
+    if isinstance(value, str):
+        return [json.loads(part) for part in value.split(",")]
+    return value if isinstance(value, list) else [value]
+
+
 def _path(value: Any, values: Mapping[str, Any]) -> str:
     if "," in str(value):
         raise NoCounterpartError("several directories; Cairn has one, so join them (RAID 0, LVM)")
@@ -201,8 +207,8 @@ _RULES: Final = {
     "enable_kv_events": _Rule("engine.enable_service_routing", _same),
     "enable_blending": _Rule("blending.enabled", _same),
     "blend_special_str": _Rule("blending.special_str", _same),
-    "blend_recompute_ratios": _Rule("blending.recompute_ratios", _same),
-    "blend_check_layers": _Rule("blending.check_layers", _same),
+    "blend_recompute_ratios": _Rule("blending.recompute_ratios", _list),
+    "blend_check_layers": _Rule("blending.check_layers", _list),
 }
 
 #: By what names begin with; the first that fits.

@@ -90,8 +90,8 @@ def huge_pages(config: Config, host: Host) -> Iterator[Found]:
     """Transparent huge pages switched off for the kind of memory that a large arena is made of."""
     shared = _is_shared(config, host)
     word, file = (host.shared_huge_pages, "shmem_enabled") if shared else (host.huge_pages, "enabled")
-    if config.storage.cpu.size >= _LARGE_ARENA and word in ("never", "deny", "disabled"):
-        text = f"{file} is {word!r}, storage.cpu.size is {readable(config.storage.cpu.size)}"
+    if config.storage.cpu.size >= _LARGE_ARENA and word.startswith(("never", "deny")):
+        text = f"transparent_hugepage/{file} is {word}, storage.cpu.size is {readable(config.storage.cpu.size)}"
         yield found(text, file=file, word="advise" if shared else "madvise")
 
 

@@ -20,14 +20,14 @@ _CAP_IPC_LOCK: Final = 14
 def probe_host() -> Host:
     shm = Path("/dev/shm")
     system = os.statvfs(shm) if shm.is_dir() else None
-    disabled = ctypes.CDLL(None).prctl(_PR_GET_THP_DISABLE, 0, 0, 0, 0) == 1
+    off = "never (by prctl)" if ctypes.CDLL(None).prctl(_PR_GET_THP_DISABLE, 0, 0, 0, 0) == 1 else ""
     return Host(
         memory=min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_cgroup_limits()),
         shm=system.f_blocks * system.f_frsize if system else 0,
         memlock=_memlock(),
         files=_soft(resource.RLIMIT_NOFILE),
-        huge_pages="disabled" if disabled else _chosen("enabled"),
-        shared_huge_pages="disabled" if disabled else _chosen("shmem_enabled"),
+        huge_pages=off or _chosen("enabled"),
+        shared_huge_pages=off or _chosen("shmem_enabled"),
         gpu=Path("/dev/nvidiactl").exists(),
         vllm=find_spec("vllm") is not None,
     )

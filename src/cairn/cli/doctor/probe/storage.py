@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 from cairn.cli.doctor.facts import Disk, Remote
 from cairn.config.schema import Config
 from cairn.config.schema import Disk as DiskSettings
+from cairn.config.schema import Remote as RemoteSettings
 from cairn.config.urls import mask_url
 from cairn.errors import CairnError
 from cairn.tier.arena import PAGE
@@ -38,19 +40,20 @@ def probe_remote(config: Config) -> Remote | None:
     if remote.url is None:
         return None
     parts = urlsplit(remote.url)
-    place = _existing(Path(unquote(parts.path))) if parts.scheme == "file" else None
-    memory = _kind(place) in _IN_MEMORY if place else parts.hostname in _LOOPBACK
-    fault = ""
-    if place is None or str(place) == unquote(parts.path).rstrip("/"):  # another would be made by being opened
-        fault = _answers(remote.url, remote.ttl_s, remote.capacity, remote.timeout_s)
-    return Remote(mask_url(remote.url), fault, memory)
+    if parts.scheme == "file":  # not opened, which would make the directory, and sweep it
+        place = _existing(Path(unquote(parts.path)))
+        fault = "" if os.access(place, os.W_OK | os.X_OK) else "cannot be written to"
+        return Remote(mask_url(remote.url), fault, _kind(place) in _IN_MEMORY)
+    return Remote(mask_url(remote.url), _why_unreachable(remote, remote.url), parts.hostname in _LOOPBACK)
 
 
-def _answers(url: str, ttl_s: float | None, capacity: int | None, timeout_s: float) -> str:
+def _why_unreachable(remote: RemoteSettings, url: str) -> str:
+    # Who lends a segment of Mooncake's and leaves takes objects along.
+    url = re.sub(r"\bsegment=[^&]*", "", url)
     try:
-        store = open_store(url, ttl_s=ttl_s, capacity_bytes=capacity)
+        store = open_store(url, ttl_s=remote.ttl_s, capacity_bytes=remote.capacity)
         try:
-            reason = store.health(deadline=time.monotonic() + timeout_s)
+            reason = store.health(deadline=time.monotonic() + remote.timeout_s)
         finally:
             store.close()
     except CairnError as error:
