@@ -18,6 +18,7 @@ from tests.cluster.etcd import Cluster, etcd, needs_etcd
 from tests.fleet.peers import free_endpoint
 from tests.fleet.wire_events import encode as encode_events
 from tests.fleet.wire_events import stored
+from tests.tier.remote import servers
 
 from cairn.cli.doctor import checks  # noqa: F401 - registers them
 from cairn.cli.doctor.base import CHECKS, Severity, diagnose
@@ -225,10 +226,15 @@ def test_finds_disk_unusable(doctor: Doctor) -> None:
     assert doctor(*SMALL, "--set", "storage.disk.path=/proc/none").keys() == {"disk-unusable"}
 
 
-def test_finds_remote_unreachable(doctor: Doctor) -> None:
-    port = free_endpoint().rpartition(":")[2]
-    found = doctor(*SMALL, "--set", f"storage.remote.url=valkey://u:secret@127.0.0.1:{port}")
-    assert found == {"remote-unreachable": f"valkey://u:***@127.0.0.1:{port}: does not answer (io_error)"}
+def test_finds_remote_unreachable(doctor: Doctor, tmp_path: Path) -> None:
+    with servers.running(servers.valkey(tmp_path)) as server:
+        there = ("--set", f"storage.remote.url=valkey://127.0.0.1:{server.ports[0]}/3")
+        assert doctor(*SMALL, *there) == {}
+    found = doctor(*SMALL, *there)
+    assert found == {"remote-unreachable": f"valkey://127.0.0.1:{server.ports[0]}/3: does not answer (io_error)"}
+    found = doctor(*SMALL, "--set", "storage.remote.url=nonsense://u:secret@host")
+    assert found["remote-unreachable"].startswith("nonsense://u:***@host: ")
+    assert "secret" not in found["remote-unreachable"]
 
 
 def test_finds_compressed_hot(doctor: Doctor) -> None:
