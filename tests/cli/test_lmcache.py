@@ -83,10 +83,11 @@ def test_machines_get_the_same_in_json(run: Run, tmp_path: Path) -> None:
         ),
         ("mooncakestore://10.0.0.5:50051/", {}, None),
         ("lm://10.0.0.5:65432", {}, None),
+        (None, {}, None),
         ("infinistore://10.0.0.5:12345", {}, None),
     ],
 )
-def test_stores(url: str, extra: dict[str, str], ours: str | None) -> None:
+def test_stores(url: str | None, extra: dict[str, str], ours: str | None) -> None:
     imported = import_lmcache({"remote_url": url, "extra_config": extra})
     assert imported.config.get("storage.remote.url") == ours
     assert became(imported)["remote_url"] == ("storage.remote.url" if ours else "")

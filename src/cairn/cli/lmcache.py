@@ -65,8 +65,8 @@ def import_lmcache(values: Mapping[str, Any]) -> Imported:
     config, became = dict[str, Any](), list[Became]()
     for name, value in {"max_local_cpu_size": 5.0, **values}.items():  # which is LMCache's default
         rule = _RULES.get(name)
-        if rule is None or rule.target not in known:
-            became.append(Became(name, value, "", _why_not(name)))
+        if value is None or rule is None or rule.target not in known:
+            became.append(Became(name, value, "", "not set" if value is None else _why_not(name)))
             continue
         try:
             config[rule.target] = rule.convert(value, values)
@@ -163,7 +163,7 @@ def _policy(value: Any, _: Mapping[str, Any]) -> str:
 
 
 def _algorithm(value: Any, _: Mapping[str, Any]) -> str:
-    if value not in ("naive", "cachegen", None):
+    if value not in ("naive", "cachegen"):
         raise NoCounterpartError("Cairn's are none, lossless, packed, int, fp8 and cachegen")
     return "cachegen" if value == "cachegen" else "none"
 
