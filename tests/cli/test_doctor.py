@@ -44,7 +44,7 @@ HUGE = ("--set", "storage.cpu.size=1TiB")
 
 @pytest.fixture
 def doctor(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, str]]:
-    """`doctor(*arguments)`: what was found by each check, with semicolons between. A note is no reason to end with 1."""
+    """`doctor(*arguments)`: what was found by each check, semicolons between. A note is no reason to end with 1."""
     monkeypatch.delenv("PYTHONHASHSEED", raising=False)
 
     def doctor(*arguments: object) -> dict[str, str]:
