@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cairn.errors import InputError
 from cairn.kv import KeyChain, KVGeometry, Namespace, as_tokens
-from cairn.kv.keys import chunk_key
+from cairn.kv.keys import chunk_root
 
 ROOT = bytes(range(16))
 tokens_lists = st.lists(st.integers(0, (1 << 32) - 1), max_size=80)
@@ -120,12 +120,10 @@ def test_the_salt_is_not_shown() -> None:
     assert "tenant" not in repr(OTHERS["salt"])
 
 
-@given(tokens_lists)
-def test_chunk_keys_know_the_tokens_and_the_namespace_only(tokens: list[int]) -> None:
-    key = chunk_key(ROOT, tokens)
-    assert key == chunk_key(ROOT, np.array(tokens, np.int64))
-    assert key != chunk_key(bytes(16), tokens)
-    assert key != chunk_key(ROOT, [*tokens, 0])
+def test_roots_of_chunks_know_the_namespace_and_the_positions() -> None:
+    root = chunk_root(ROOT, b"rope")
+    assert root == hashlib.blake2s(ROOT + b"rope", digest_size=16, person=b"cairn/ck").digest()
+    assert len({root, chunk_root(bytes(16), b"rope"), chunk_root(ROOT, b"other"), ROOT}) == 4
 
 
 @pytest.mark.parametrize(

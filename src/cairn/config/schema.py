@@ -97,6 +97,7 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Threads = Annotated[int, Field(ge=1, le=64)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Worth = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Secret = Annotated[SecretStr, BeforeValidator(_secret)]
 Level = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)]
 Policy = Literal["lru", "s3fifo", "tenure"]
@@ -200,6 +201,37 @@ class Compression(Section):
         default=None,
         description="Adaptive: seconds that an object may take to load if that spares loss; null: as few as possible.",
     )
+
+
+class Blending(Section):
+    """Reuse of chunks wherever they stand in a prompt, which changes answers a little: see blending.md."""
+
+    enabled: bool = Field(default=False, description="Blend; false: reuse prefixes only.")
+    special_str: str | None = Field(
+        default=" # # ",
+        min_length=1,
+        description="What stands between a prompt's chunks; null: nothing does, and chunks are cut by their content.",
+    )
+    check_layers: tuple[int, ...] = Field(
+        default=(1,), min_length=1, description="Layers, ascending, at which the tokens to compute anew are chosen."
+    )
+    recompute_ratios: tuple[Share, ...] = Field(
+        default=(0.15,),
+        min_length=1,
+        description="Share of the reused tokens that is computed anew from each of those layers on; not growing.",
+    )
+    head_tokens: int = Field(default=4, ge=0, description="Tokens at each chunk's head that are always computed anew.")
+
+    @model_validator(mode="after")
+    def _one_ratio_a_layer(self) -> Self:
+        layers, ratios = self.check_layers, self.recompute_ratios
+        if len(layers) != len(ratios):
+            raise ValueError(f"{len(ratios)} recompute_ratios for {len(layers)} check_layers: each layer needs one")
+        if layers[0] < 1 or list(layers) != sorted(set(layers)):
+            raise ValueError(f"check_layers={list(layers)}: must ascend from 1 on, as layer 0 cannot differ")
+        if list(ratios) != sorted(ratios, reverse=True):
+            raise ValueError(f"recompute_ratios={list(ratios)}: must not grow, as what was left out is not known later")
+        return self
 
 
 class Storage(Section):
@@ -441,6 +473,7 @@ class Config(Section):
 
     storage: Storage = Storage()
     compression: Compression = Compression()
+    blending: Blending = Blending()
     engine: Engine = Engine()
     index: Index = Index()
     serve: Serve = Serve()

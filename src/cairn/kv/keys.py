@@ -3,7 +3,10 @@
     leaf[i] = BLAKE2s-256(tokens of block i as little-endian u32)              person "cairn/lf"
     key[i]  = BLAKE2s-128(key[i-1] || leaf[i])                                 person "cairn/bk", key[-1] = namespace
     key[i]  = BLAKE2s-128(key[i-1] || leaf[i] || extra digest)                 the same, for a block with extra content
-    chunk   = BLAKE2s-128(namespace || BLAKE2s-256(tokens of the chunk))       person "cairn/ck", position-free
+
+A chunk that may stand anywhere in a prompt (blending) has the same chain from another root:
+
+    key[-1] = BLAKE2s-128(namespace || how its positions are encoded)          person "cairn/ck"
 
 Same tokens, same namespace: same key in every process, on every machine, whatever PYTHONHASHSEED. The leaf level exists
 because leaves do not depend on one another; only the short second level is a chain.
@@ -56,10 +59,12 @@ def leaf_digests(tokens: Tokens, block_tokens: int) -> npt.NDArray[np.uint32]:
     return digests
 
 
-def chunk_key(namespace: bytes, tokens: Any) -> bytes:
-    """The position-free key of a chunk of any length (blending): same tokens, same key, wherever they stand."""
-    leaf = hashlib.blake2s(as_tokens(tokens).tobytes(), person=b"cairn/ck").digest()
-    return hashlib.blake2s(namespace + leaf, digest_size=KEY_BYTES, person=b"cairn/ck").digest()
+def chunk_root(namespace: bytes, positions: bytes) -> bytes:
+    """What the chains of position-free chunks begin with, in place of a namespace, which it can never equal.
+
+    positions: a digest of everything that positions do to a key vector, since a chunk's keys are turned to others.
+    """
+    return hashlib.blake2s(namespace + positions, digest_size=KEY_BYTES, person=b"cairn/ck").digest()
 
 
 class KeyChain:

@@ -155,6 +155,8 @@ class Metrics(Counted):
         self.failures = Counter("failures", "Operations of a tier that failed.", "tier", "reason")
         self.compression = Ratio("compression_ratio", "Bytes of blocks over bytes they were stored in.", "tier")
         self.decompression = Summary("decompression_duration_seconds", "Time that decoding an object took.", "tier")
+        self.blend_lookups = Counter("blend_lookups", "Chunks, and their tokens, looked up to be blended.", "unit")
+        self.blend_hits = Counter("blend_hits", "Chunks, and their tokens, of those that were found.", "unit")
         super().__init__()
 
     def transferred(self, tier: str, direction: Direction, amount: int, seconds: float) -> None:

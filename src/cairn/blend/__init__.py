@@ -1,0 +1,31 @@
+"""Blending: chunks of text are reused wherever they stand in a prompt. See `cairn.blend.base` for the idea."""
+
+from cairn.blend.attention import attend
+from cairn.blend.base import BlendError, BlendModel, Canvas, Piece, Planes, Projected, Rope
+from cairn.blend.chunks import ChunkLoad, ChunkStore, Found
+from cairn.blend.forward import Recipe, blend
+from cairn.blend.rotation import Turn
+from cairn.blend.split import join, split
+from cairn.blend.supported import refuse_blending
+from cairn.blend.worth import pays
+
+__all__ = [
+    "BlendError",
+    "BlendModel",
+    "Canvas",
+    "ChunkLoad",
+    "ChunkStore",
+    "Found",
+    "Piece",
+    "Planes",
+    "Projected",
+    "Recipe",
+    "Rope",
+    "Turn",
+    "attend",
+    "blend",
+    "join",
+    "pays",
+    "refuse_blending",
+    "split",
+]

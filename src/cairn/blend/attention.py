@@ -1,0 +1,43 @@
+"""Plain attention for some rows of a prompt over all that stands before them."""
+
+from typing import Any, Final
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from cairn.blend.base import Planes
+
+#: Rows that share one mask: fewer look at less of what is behind them, more make better use of the machine.
+_GROUP: Final = 256
+
+
+def attend(queries: Any, planes: Planes, positions: Any, scale: float) -> Any:
+    """Softmax attention of queries [rows, heads, dim], row i over tokens 0..positions[i] of the planes.
+
+    positions: int64 [rows], ascending. Returns [rows, heads, dim]. Rows that are the whole prompt take the way that
+    models take for it, so that they come out the same, bit for bit.
+    """
+    rows = len(positions)
+    stop = int(positions[-1]) + 1
+    keys, values = (plane[:stop].transpose(0, 1)[None] for plane in planes)
+    states = queries.transpose(0, 1)[None]
+    if rows == stop:
+        out = scaled_dot_product_attention(states, keys, values, is_causal=rows > 1, scale=scale, enable_gqa=True)
+        return out[0].transpose(0, 1)
+    order = torch.arange(stop, device=positions.device)
+    parts = []
+    for first in range(0, rows, _GROUP):
+        some = positions[first : first + _GROUP]
+        top = int(some[-1]) + 1
+        mask = some[:, None] >= order[:top]
+        parts.append(
+            scaled_dot_product_attention(
+                states[:, :, first : first + _GROUP],
+                keys[:, :, :top],
+                values[:, :, :top],
+                attn_mask=mask,
+                scale=scale,
+                enable_gqa=True,
+            )
+        )
+    return torch.cat(parts, dim=2)[0].transpose(0, 1)
