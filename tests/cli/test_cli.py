@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,9 +58,10 @@ def test_the_commands_are_there() -> None:
     }
     events = {("events", name) for name in ("record", "replay", "show")}
     clusters = {("register",), ("cluster", "list"), ("cluster", "watch")}
-    configs = {("config", name) for name in ("show", "check", "schema", "docs")}
+    configs = {("config", name) for name in ("show", "check", "schema", "docs", "import-lmcache")}
     alone = {
         ("demo",),
+        ("doctor",),
         ("index",),
         ("inspect",),
         ("node",),
