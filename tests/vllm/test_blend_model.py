@@ -58,5 +58,5 @@ def test_positions_without_fixed_frequencies_are_refused() -> None:
         def _compute_cos_sin_cache(self) -> Any:
             return bent
 
-    with pytest.raises(GeometryError, match="Bent.* no fixed frequencies"):
+    with pytest.raises(GeometryError, match=r"Bent.* no fixed frequencies"):
         rope_of(Bent())

@@ -113,7 +113,7 @@ def test_a_share_is_close_and_nothing_of_it_is_shared(engine: Any, texts: Texts)
     settle(engine)
     with ratio(engine, 0.0, head_tokens=0):
         reused = first_logprobs(engine, prompts)
-    print(divergence(exact, close), divergence(exact, reused))
+    print(divergence(exact, close), divergence(exact, reused))  # noqa: T201
     assert divergence(exact, close) < 0.25 * divergence(exact, reused)
     # What vLLM's own cache and Cairn's tiers have now is exact.
     blending = connector(engine)._scheduler._blending

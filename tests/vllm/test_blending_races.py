@@ -63,7 +63,12 @@ def test_a_crowd_with_preemptions(llm: Any, plain: list[list[int]], monkeypatch:
     preempted = []
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     real = scheduler._preempt_request
-    monkeypatch.setattr(scheduler, "_preempt_request", lambda *args: (preempted.append(args[0]), real(*args)))
+
+    def counting(request: Any, *rest: Any) -> None:
+        preempted.append(request)
+        real(request, *rest)
+
+    monkeypatch.setattr(scheduler, "_preempt_request", counting)
     before = hits(llm)
     assert answers(llm, [OTHER, *ASKED], tokens=40)[1:] == plain
     assert hits(llm) - before > 12 * 64
@@ -86,7 +91,7 @@ def test_failed_blends_are_computed(llm: Any, plain: list[list[int]], monkeypatc
     before = stats(llm)["failures"].get("dram io_error", 0)
     assert answers(llm, ASKED[:6], tokens=40) == plain[:6]
     assert calls.count(3) == 6
-    print(stats(llm)["failures"], before)
+    print(stats(llm)["failures"], before)  # noqa: T201
     monkeypatch.undo()
     assert answers(llm, ASKED, tokens=40) == plain
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from cairn.blend import Piece, Recipe, pays, refuse_blending, split
 from cairn.config import Config
-from cairn.connect.vllm.messages import Part
+from cairn.connect.vllm.messages import Blend, Part
 from cairn.connect.vllm.model import Served
 from cairn.engine.core import EngineCore
 from cairn.engine.stage import Stage
@@ -129,12 +129,25 @@ class Chunks:
         ]
         return [held for held in found if held.piece.stop > held.piece.start]
 
-    def parts(self) -> list[Part]:
-        """What is to be loaded of them; counts as loaded."""
-        return [part_of(stage, piece, origin) for piece, origin, stage in self.held]
+    @property
+    def stop(self) -> int:
+        """Up to which token the prompt is blended, once they are settled: what is behind, vLLM computes."""
+        return max((held.piece.stop for held in self.held), default=self.start)
+
+    def order(self, number: int, request: Any, pages: list[int], prefix: Stage, computed: int) -> Blend:
+        """What the worker shall do, once they are settled; counts them as loaded. number: see `Blend`. pages: of the
+        request. prefix: what is to be loaded before the chunks, up to `start`. computed: tokens that are there.
+        """
+        parts = [_part(stage, piece, origin) for piece, origin, stage in self.held]
+        if self.start > computed:
+            parts.insert(0, _part(prefix, Piece(computed, self.start), 0))
+        block = self._engine.geometry.block_tokens
+        first, last = computed // block, -(-self.stop // block)
+        tokens = np.fromiter(request.all_token_ids, np.uint32, request.num_tokens)[: self.stop].tobytes()
+        return Blend(number, request.request_id, tokens, self.start, parts, pages[:first], pages[first:last])
 
     def failed(self) -> None:
-        """What `parts` gave could not be loaded."""
+        """What was ordered could not be loaded."""
         for stage in self._stages or ():
             stage.failed(Reason.IO_ERROR)
 
@@ -143,7 +156,7 @@ class Chunks:
             stage.release()
 
 
-def part_of(stage: Stage, piece: Piece, origin: int) -> Part:
+def _part(stage: Stage, piece: Piece, origin: int) -> Part:
     """Tokens of a stage whose first one is a prompt's token `origin`; counts them as loaded."""
     rows = [int(row) for row in stage.rows(piece.stop - origin)]
     return Part(piece.start, piece.stop, origin, rows, stage.home)
@@ -166,7 +179,7 @@ class Blending:
         """
         if request.mm_features or request.lora_request or request.pooling_params:
             return None
-        # The last token is left to vLLM, which needs its logits.
+        # The last token is left to vLLM, whose logits are needed.
         tokens = np.fromiter(request.all_token_ids, np.uint32, request.num_tokens)[:-1]
         pieces = split(tokens, self._separator)
         if len(self._separator):
@@ -178,14 +191,14 @@ class Blending:
         ]
         return Chunks(self._engine, wanted, start) if wanted else None
 
-    def pays(self, chunks: Chunks, stop: int) -> bool:
-        """Whether to blend a prompt up to token `stop` with settled chunks; counts them."""
+    def pays(self, chunks: Chunks) -> bool:
+        """Whether to blend a prompt with settled chunks; counts them."""
         pieces = [held.piece for held in chunks.held]
         hits, lookups = self._engine.metrics.blend_hits, self._engine.metrics.blend_lookups
         for counter, some in ((lookups, chunks.pieces), (hits, pieces)):
             counter.add(len(some), unit="chunks")
             counter.add(sum(piece.stop - max(piece.start, chunks.start) for piece in some), unit="tokens")
-        return pays(self._recipe, self._engine.geometry.layers, stop - chunks.start, pieces)
+        return pays(self._recipe, self._engine.geometry.layers, chunks.stop - chunks.start, pieces)
 
 
 def make_private(request: Any, first_hash: int) -> None:

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from cairn.blend import Piece
 from cairn.config import Config
 from cairn.connect.vllm.adapters import Adapters
-from cairn.connect.vllm.blending import Blending, Chunks, Settings, make_private, part_of
+from cairn.connect.vllm.blending import Blending, Chunks, Settings, make_private
 from cairn.connect.vllm.events import TierEvents
 from cairn.connect.vllm.identity import extra_keys, namespace_of, reusable
-from cairn.connect.vllm.messages import Blend, Copy, Done, Orders
+from cairn.connect.vllm.messages import Copy, Done, Orders
 from cairn.connect.vllm.mode import Mode
 from cairn.connect.vllm.model import Served, own_arena
 from cairn.engine.core import EngineCore
@@ -147,13 +146,16 @@ class SchedulerSide:
             return
         tracked.pages = list(pages)
         stage = tracked.stage
-        if tracked.chunks and tokens and request.request_id not in self._loading.values():
-            self._order_blend(tracked, tracked.chunks, stage, tokens)
-            return
         if stage is None or request.request_id in self._loading.values():
             return
         if tokens == 0:
             self._drop_stage(tracked)
+            return
+        if tracked.chunks:
+            self._number += 1
+            blend = tracked.chunks.order(self._number, request, tracked.pages, stage, tracked.chunks.stop - tokens)
+            self._loading[blend.number] = request.request_id
+            self._orders.blends.append(blend)
             return
         first = stage.span.start // self._block
         rows = stage.rows(stage.span.start + tokens)
@@ -314,8 +316,7 @@ class SchedulerSide:
             tracked.chunks = self._blending.find(tracked.request, tracked.chain, start)
         if tracked.chunks and not tracked.chunks.settled:
             return None
-        stop = tracked.request.num_tokens - 1
-        if tracked.chunks is None or not self._blending.pays(tracked.chunks, stop):
+        if tracked.chunks is None or not self._blending.pays(tracked.chunks):
             tracked.blends = False
             if tracked.chunks:
                 tracked.chunks.release()
@@ -323,29 +324,7 @@ class SchedulerSide:
             return 0
         tracked.exact = min(tracked.exact, start // self._block)
         make_private(tracked.request, start // getattr(self.blocks, "hash_block_size", self._block))
-        return int(stop)
-
-    def _order_blend(self, tracked: _Tracked, chunks: Chunks, stage: Stage | None, tokens: int) -> None:
-        stop = tracked.request.num_tokens - 1
-        computed = stop - tokens
-        parts = chunks.parts()
-        if stage and chunks.start > computed:
-            parts.insert(0, part_of(stage, Piece(computed, chunks.start), 0))
-        first, last = computed // self._block, -(-stop // self._block)
-        self._number += 1
-        ids = np.fromiter(tracked.request.all_token_ids, np.uint32, tracked.request.num_tokens)[:-1]
-        pages = tracked.pages[:last]
-        blend = Blend(
-            self._number,
-            tracked.request.request_id,
-            ids.tobytes(),
-            chunks.start,
-            parts,
-            context=pages[:first],
-            pages=pages[first:],
-        )
-        self._loading[blend.number] = blend.request
-        self._orders.blends.append(blend)
+        return tracked.chunks.stop
 
     def _copy(self, tracked: _Tracked, rows: Any, pages: list[int], home: Home | None) -> Copy:
         self._number += 1
