@@ -23,7 +23,11 @@ def prompt(order: list[int], question: int) -> list[int]:
     return joined
 
 
-ASKED = [prompt(random.Random(i).sample(range(6), 3), i) for i in range(12)]
+def orders(i: int) -> list[int]:
+    return random.Random(i).sample(range(6), 3)
+
+
+ASKED = [prompt(orders(i), i) for i in range(12)]
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +133,19 @@ def test_what_stands_before_a_chunk_may_be_held(llm: Any, plain: list[list[int]]
     before = stats(llm)["hit_tokens"]["dram"]
     assert answers(llm, [longer], tokens=40) == expected
     assert stats(llm)["hit_tokens"]["dram"] - before > 64
+
+
+def test_missing_chunks_are_learned_alone(engine: Any, plain: list[list[int]]) -> None:
+    """Nobody has sent the chunks: when a request is over and nothing else to be done, they are stored."""
+    connector(engine).reset_cache()
+    settle(engine)
+    before = hits(engine)
+    assert answers(engine, ASKED[:1], tokens=40) == plain[:1]
+    assert hits(engine) == before
+    settle(engine)
+    with_chunks = [prompt(orders(0)[::-1], 3)]
+    expected = answers(engine, with_chunks, tokens=40, cache_salt="never blended")
+    assert answers(engine, with_chunks, tokens=40) == expected
+    assert hits(engine) - before >= sum(len(CHUNKS[i]) // 32 * 32 for i in orders(0))
+    settle(engine)
+    no_leak(engine)

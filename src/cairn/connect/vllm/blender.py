@@ -3,18 +3,21 @@
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
 
 from cairn.blend import BlendError, BlendModel, Canvas, Piece, Planes, Recipe, Turn, blend
-from cairn.connect.vllm.messages import Blend, Part
+from cairn.connect.vllm.messages import Blend, Learn, Part
 from cairn.connect.vllm.movers import Copying, Layers, failed
-from cairn.connect.vllm.places import Place, Places
+from cairn.connect.vllm.places import Place, Places, refused
 from cairn.copy import TokenSlots
 from cairn.errors import CairnError, GeometryError
 from cairn.kv import KVGeometry, Layout
+
+#: No slots, no rows: of a copy that is made by hand.
+_NOTHING: Final = (np.empty(0, np.int64), np.empty(0, np.int32))
 
 
 class Pages(NamedTuple):
@@ -34,6 +37,15 @@ class Pages(NamedTuple):
         planes = cache.view(len(cache), heads, 2, tokens * dim)
         keys = planes[:, :, 0].view(-1, heads, dim, tokens).permute(0, 3, 1, 2)
         return cls(keys, planes[:, :, 1].view(-1, heads, tokens, dim).permute(0, 2, 1, 3))
+
+    @classmethod
+    def of_rows(cls, memory: Any, layer: int, dtype: Any, geometry: KVGeometry, layout: Layout) -> "Pages":
+        """Views of a layer in the arena's rows: uint8 [rows, bytes], in host memory."""
+        size, tokens, heads = geometry.layer_bytes, geometry.block_tokens, geometry.kv_heads
+        rows = torch.from_numpy(memory[:, layer * size : (layer + 1) * size]).view(dtype)
+        if layout.page == "vllm_cpu":
+            return cls.of(rows.view(len(rows), heads, tokens, -1), geometry, layout)
+        return cls(*rows.view(len(rows), 2, tokens, heads, -1).unbind(1))
 
 
 class Blender:
@@ -85,9 +97,29 @@ class Blender:
         done.set_result(time.monotonic() - started)
         return done
 
+    def learn(self, order: Learn) -> Copying:
+        """Computes a chunk as if nothing stood before it, and writes its blocks to the arena, on the spot."""
+        place = self._places.at(order.home)
+        if place is None:
+            return refused()
+        over: Future[float] = Future()
+        inside = place.copy(lambda *_: over, *_NOTHING)
+        if inside is not over:
+            return inside
+        canvas = _RowsCanvas(order, place.mover.memory, self._layers[0].keys, self._geometry, self._layout)
+        try:
+            blend(self._model, self._tokens(order.tokens), canvas, 0, [], Recipe((), ()))
+            over.set_result(canvas.seconds)
+        except (CairnError, RuntimeError) as error:
+            over.set_exception(error)
+        return over
+
+    def _tokens(self, tokens: bytes) -> Any:
+        found = torch.from_numpy(np.frombuffer(tokens, np.uint32).astype(np.int64))
+        return found.to(self._layers[0].keys.device)
+
     def _blend(self, order: Blend, loads: list[Layers], deadline: float) -> None:
-        device = self._layers[0].keys.device
-        tokens = torch.from_numpy(np.frombuffer(order.tokens, np.uint32).astype(np.int64)).to(device)
+        device, tokens = self._layers[0].keys.device, self._tokens(order.tokens)
         moved = [part for part in order.parts if part.origin]
         rows = torch.cat([torch.arange(part.start, part.stop, device=device) for part in moved])
         origins = torch.cat(
@@ -127,18 +159,17 @@ class _Read(Layers):
         self._memory = place.mover.memory
         self._dtype = dtype
         self._rows = torch.tensor(part.rows)
-        entered = place.copy(lambda *_: self._over, np.empty(0, np.int64), np.empty(0, np.int32))
-        if entered is not self._over:
-            raise BlendError(f"a chunk's rows cannot be read: {entered.exception()}")
+        inside = place.copy(lambda *_: self._over, *_NOTHING)
+        if inside is not self._over:
+            raise BlendError(f"a chunk's rows cannot be read: {inside.exception()}")
 
     def wait(self, layer: int, timeout: float) -> None:
         """It is there."""
 
     def fill(self, layer: int, planes: Planes) -> None:
         """Copies the part's tokens into the layer's planes."""
-        part, size, block = self._part, self._geometry.layer_bytes, self._geometry.block_tokens
-        rows = torch.from_numpy(self._memory[:, layer * size : (layer + 1) * size]).view(self._dtype)
-        pages = Pages.of(rows.view(len(rows), self._geometry.kv_heads, block, -1), self._geometry, self._layout)
+        part, block = self._part, self._geometry.block_tokens
+        pages = Pages.of_rows(self._memory, layer, self._dtype, self._geometry, self._layout)
         first = (part.start - part.origin) % block
         for plane, held in zip(planes, pages, strict=True):
             tokens = held[self._rows].flatten(0, 1)
@@ -191,3 +222,32 @@ class _PagedCanvas(Canvas):
         for plane, pages in zip(self._planes, self._layers[layer], strict=True):
             whole = plane.view(-1, *pages.shape[1:])
             pages[self._pages[self._written]] = whole[self._written]
+
+
+class _RowsCanvas(Canvas):
+    """A chunk that is computed alone: each layer's planes go to the arena's rows as soon as they are complete.
+
+    like: a tensor of the planes' device and dtype. seconds: how long the writing took.
+    """
+
+    def __init__(self, order: Learn, memory: Any, like: Any, geometry: KVGeometry, layout: Layout) -> None:
+        self._memory = memory
+        self._geometry = geometry
+        self._layout = layout
+        self._first = order.first
+        self._rows = torch.tensor(order.rows)
+        blocks = order.first + len(order.rows)
+        shape = (blocks * geometry.block_tokens, geometry.kv_heads, geometry.head_dim)
+        self._planes = (like.new_zeros(shape), like.new_zeros(shape))
+        self.seconds = 0.0
+
+    def load(self, layer: int) -> Planes:  # noqa: ARG002 - the contract
+        return self._planes
+
+    def finish(self, layer: int) -> None:
+        started = time.monotonic()
+        dtype = self._planes[0].dtype
+        pages = Pages.of_rows(self._memory, layer, dtype, self._geometry, self._layout)
+        for plane, rows in zip(self._planes, pages, strict=True):
+            rows[self._rows] = plane.view(-1, *rows.shape[1:])[self._first :].cpu()
+        self.seconds += time.monotonic() - started

@@ -8,16 +8,18 @@ without being stored twice.
 import logging
 import os
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cairn.blend import Piece, Recipe, pays, refuse_blending, split
 from cairn.config import Config
-from cairn.connect.vllm.messages import Blend, Part
+from cairn.connect.vllm.messages import Blend, Learn, Part
 from cairn.connect.vllm.model import Served
 from cairn.engine.core import EngineCore
 from cairn.engine.stage import Stage
+from cairn.engine.writing import Writing
 from cairn.errors import GeometryError
 from cairn.kv import KeyChain
 from cairn.kv.keys import Tokens
@@ -93,17 +95,33 @@ class _Held(NamedTuple):
     stage: Stage
 
 
+class Missing(NamedTuple):
+    """A chunk that is not held whole, and its keys."""
+
+    tokens: Tokens
+    chain: KeyChain
+
+    def learn(self, number: int, request: str, writing: Writing) -> Learn:
+        """What the worker shall do to fill `writing` with it."""
+        blocks = writing.first + len(writing.rows)
+        tokens = self.tokens[: blocks * self.chain.block_tokens].tobytes()
+        return Learn(number, request, tokens, writing.first, [int(row) for row in writing.rows], writing.home)
+
+
 class Chunks:
     """A prompt's chunks behind `start` tokens that are at hand, looked for and held until `release`.
 
-    wanted: each chunk, and its keys. Owned by one request.
+    pieces: where they stand among `tokens`. chain: of the request. Owned by one request.
     """
 
-    def __init__(self, engine: EngineCore, wanted: list[tuple[Piece, KeyChain]], start: int) -> None:
+    def __init__(
+        self, engine: EngineCore, chain: KeyChain, tokens: Tokens, pieces: Sequence[Piece], start: int
+    ) -> None:
         self.start = start
-        self.pieces = [piece for piece, _ in wanted]
+        self.pieces = pieces
         self._engine = engine
-        self._chains = [chain for _, chain in wanted]
+        self._tokens = tokens
+        self._chains = [KeyChain(chain.namespace, chain.block_tokens, tokens[a:b]) for a, b in pieces]
         self._asked = [answer for chain in self._chains if (answer := engine.ask(chain)) is not None]
         self._until = engine.deadline(None)
         self._stages: list[Stage] | None = None
@@ -130,21 +148,30 @@ class Chunks:
         return [held for held in found if held.piece.stop > held.piece.start]
 
     @property
+    def missing(self) -> list[Missing]:
+        """Those that are not there whole, once they are settled."""
+        return [
+            Missing(self._tokens[piece.start : piece.stop], chain)
+            for piece, chain, stage in zip(self.pieces, self._chains, self._stages or (), strict=True)
+            if stage.wait() < len(chain) * chain.block_tokens
+        ]
+
+    @property
     def stop(self) -> int:
         """Up to which token the prompt is blended, once they are settled: what is behind, vLLM computes."""
         return max((held.piece.stop for held in self.held), default=self.start)
 
-    def order(self, number: int, request: Any, pages: list[int], prefix: Stage, computed: int) -> Blend:
-        """What the worker shall do, once they are settled; counts them as loaded. number: see `Blend`. pages: of the
-        request. prefix: what is to be loaded before the chunks, up to `start`. computed: tokens that are there.
+    def order(self, number: int, request: str, pages: list[int], prefix: Stage, computed: int) -> Blend:
+        """What the worker shall do, once they are settled; counts them as loaded. number, request: see `Blend`.
+        pages: of the request. prefix: what is to be loaded before the chunks. computed: tokens that are there.
         """
         parts = [_part(stage, piece, origin) for piece, origin, stage in self.held]
         if self.start > computed:
             parts.insert(0, _part(prefix, Piece(computed, self.start), 0))
         block = self._engine.geometry.block_tokens
         first, last = computed // block, -(-self.stop // block)
-        tokens = np.fromiter(request.all_token_ids, np.uint32, request.num_tokens)[: self.stop].tobytes()
-        return Blend(number, request.request_id, tokens, self.start, parts, pages[:first], pages[first:last])
+        tokens = self._tokens[: self.stop].tobytes()
+        return Blend(number, request, tokens, self.start, parts, pages[:first], pages[first:last])
 
     def failed(self) -> None:
         """What was ordered could not be loaded."""
@@ -184,12 +211,8 @@ class Blending:
         pieces = split(tokens, self._separator)
         if len(self._separator):
             pieces = pieces[:-1]  # the question
-        wanted = [
-            (piece, KeyChain(chain.namespace, chain.block_tokens, tokens[piece.start : piece.stop]))
-            for piece in pieces
-            if piece.start and piece.stop > start
-        ]
-        return Chunks(self._engine, wanted, start) if wanted else None
+        wanted = [piece for piece in pieces if piece.start and piece.stop > start]
+        return Chunks(self._engine, chain, tokens, wanted, start) if wanted else None
 
     def pays(self, chunks: Chunks) -> bool:
         """Whether to blend a prompt with settled chunks; counts them."""

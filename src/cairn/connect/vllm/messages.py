@@ -55,19 +55,35 @@ class Blend:
 
 
 @dataclass(slots=True)
+class Learn:
+    """A chunk to be computed alone, in a step that computes nothing else, and stored: block first + i in rows[i].
+
+    number, request, home: as in `Copy`. tokens: uint32, those of the blocks up to the last row's.
+    """
+
+    number: int
+    request: str
+    tokens: bytes
+    first: int
+    rows: list[int]
+    home: tuple[str, int, int, str] | None = None
+
+
+@dataclass(slots=True)
 class Orders(KVConnectorMetadata):  # type: ignore[misc]
     """What the workers shall do in this step.
 
     layered: loads that this step's forward pass needs, layer by layer. loads: loads whose requests wait outside of the
-    step. blends: the same. stores: made after the forward pass. released: requests that are over and whose blocks vLLM
-    may free. work: what the step computes, if it is to be timed for the planner. settle_stores: blocks are about to be
-    taken from requests, so stores under way must end first. forgiven: failed copies that the scheduler has heard of, so
-    that no request goes on with what they left.
+    step. blends: the same. learns: chunks for later requests. stores: made after the forward pass. released: requests
+    that are over and whose blocks vLLM may free. work: what the step computes, if it is to be timed for the planner.
+    settle_stores: blocks are about to be taken from requests, so stores under way must end first. forgiven: failed
+    copies that the scheduler has heard of, so that no request goes on with what they left.
     """
 
     layered: list[Copy] = field(default_factory=list)
     loads: list[Copy] = field(default_factory=list)
     blends: list[Blend] = field(default_factory=list)
+    learns: list[Learn] = field(default_factory=list)
     stores: list[Copy] = field(default_factory=list)
     released: set[str] = field(default_factory=set)
     work: Work | None = None

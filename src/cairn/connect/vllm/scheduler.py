@@ -11,7 +11,7 @@ import numpy as np
 
 from cairn.config import Config
 from cairn.connect.vllm.adapters import Adapters
-from cairn.connect.vllm.blending import Blending, Chunks, Settings, make_private
+from cairn.connect.vllm.blending import Blending, Chunks, Missing, Settings, make_private
 from cairn.connect.vllm.events import TierEvents
 from cairn.connect.vllm.identity import extra_keys, namespace_of, reusable
 from cairn.connect.vllm.messages import Copy, Done, Orders
@@ -43,8 +43,9 @@ class _Tracked:
     step waits for it. writing: what it is storing. offered: blocks offered for storing so far.
     computed: tokens that have KV once the step is over. finished: it is over. held: and vLLM keeps its blocks for us.
     loads: false once a load of it has failed: it is not tried again. chunks: what it will be blended from, or is.
-    blends: false once that was found not to pay. exact: its blocks from there on are no prefix's. asked, answer,
-    ask_until: whether a remote store was asked about it, how it goes, and until when that is waited for.
+    missing: chunks that it lacked, to be stored when it is over. blends: false once that was found not to pay. exact:
+    its blocks from there on are no prefix's. asked, answer, ask_until: whether a remote store was asked about it, how it
+    goes, and until when that is waited for.
     """
 
     request: Any
@@ -59,6 +60,7 @@ class _Tracked:
     held: bool = False
     loads: bool = True
     chunks: Chunks | None = None
+    missing: list[Missing] = field(default_factory=list)
     blends: bool = True
     exact: int = 1 << 30
     asked: bool = False
@@ -153,7 +155,9 @@ class SchedulerSide:
             return
         if tracked.chunks:
             self._number += 1
-            blend = tracked.chunks.order(self._number, request, tracked.pages, stage, tracked.chunks.stop - tokens)
+            blend = tracked.chunks.order(
+                self._number, request.request_id, tracked.pages, stage, tracked.chunks.stop - tokens
+            )
             self._loading[blend.number] = request.request_id
             self._orders.blends.append(blend)
             return
@@ -221,6 +225,8 @@ class SchedulerSide:
             self._drop_stage(tracked)
         # A load that a step under way follows: vLLM would not wait for it, nor for the stores of that step.
         tracked.held = loading or tracked.writing is not None or self._whole_blocks(tracked) > tracked.offered
+        if all(other.finished for other in self._tracked.values()):
+            tracked.held |= bool(tracked.missing)
         if not tracked.held:
             del self._tracked[request.request_id]
         return tracked.held
@@ -247,7 +253,7 @@ class SchedulerSide:
             if not tracked.pages:
                 del self._tracked[request_id]
                 continue
-            tracked.offered, tracked.loads = 1 << 30, False
+            tracked.offered, tracked.loads, tracked.missing = 1 << 30, False, []
 
     def close(self) -> None:
         for tracked in self._tracked.values():
@@ -316,6 +322,10 @@ class SchedulerSide:
             tracked.chunks = self._blending.find(tracked.request, tracked.chain, start)
         if tracked.chunks and not tracked.chunks.settled:
             return None
+        if tracked.chunks and self._mode.writes:
+            tracked.missing = [
+                chunk for chunk in tracked.chunks.missing if len(chunk.tokens) <= self._served.step_tokens
+            ]
         if tracked.chunks is None or not self._blending.pays(tracked.chunks):
             tracked.blends = False
             if tracked.chunks:
@@ -439,9 +449,23 @@ class SchedulerSide:
         if tracked.stage:
             return  # still loading
         self._store(tracked)
+        if tracked.writing is None and not self._busy:
+            self._learn(tracked)
         if tracked.writing is None:
             self._orders.released.add(tracked.request.request_id)
             del self._tracked[tracked.request.request_id]
+
+    def _learn(self, tracked: _Tracked) -> None:
+        """Orders the next chunk that the request lacked to be computed alone: nobody waits for this step. So what is
+        stored of a chunk depends on its own tokens only.
+        """
+        while tracked.missing and tracked.writing is None:
+            chunk = tracked.missing.pop(0)
+            tracked.writing = self.engine.reserve(chunk.chain)
+            if tracked.writing:
+                self._number += 1
+                self._storing[self._number] = tracked.request.request_id
+                self._orders.learns.append(chunk.learn(self._number, tracked.request.request_id, tracked.writing))
 
     def _work(self, scheduled: dict[str, int]) -> Work | None:
         """What the step computes, if that is worth measuring: some prefill, and all of it known."""

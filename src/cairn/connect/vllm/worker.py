@@ -12,7 +12,7 @@ from cairn.config import Config
 from cairn.connect.vllm.blend_model import model_of
 from cairn.connect.vllm.blender import Blender
 from cairn.connect.vllm.blending import Settings, no_blending
-from cairn.connect.vllm.messages import Blend, Copy, Done, Orders
+from cairn.connect.vllm.messages import Blend, Copy, Done, Learn, Orders
 from cairn.connect.vllm.model import Served, own_arena
 from cairn.connect.vllm.movers import Copying, Layers, Mover, Rows, Timer, mover_for
 from cairn.connect.vllm.places import Places, Refused, refused
@@ -24,7 +24,8 @@ from cairn.tier.arena import Arena
 
 logger = logging.getLogger(__name__)
 
-_Begun = tuple[Copy | Blend, Copying]
+_Order = Copy | Blend | Learn
+_Begun = tuple[_Order, Copying]
 
 
 class WorkerSide:
@@ -128,10 +129,10 @@ class WorkerSide:
             now = time.monotonic()
             self._layered += [(copy, self._load_layers(copy), now) for copy in self._orders.layered]
             self._loads += [(copy, self._copy(copy, store=False)) for copy in self._orders.loads]
-        for order in self._orders.blends:
-            assert self._blender  # or it would not have said so
-            self._loads.append((order, self._blender.run(order)))
-        self._orders.layered, self._orders.loads, self._orders.blends = [], [], []
+        if self._blender:  # orders come once it has been said to be there
+            self._loads += [(blend, self._blender.run(blend)) for blend in self._orders.blends]
+            self._stores += [(learn, self._blender.learn(learn)) for learn in self._orders.learns]
+        self._orders.layered, self._orders.loads, self._orders.blends, self._orders.learns = [], [], [], []
 
     def wait_for_layer(self, name: str) -> None:
         """Before a layer's attention: waits until the layer is loaded, or never will be."""
@@ -220,12 +221,12 @@ class WorkerSide:
             error = copying.exception()
             if error:
                 log_once(logger, f"copy {type(error).__name__}", f"a copy failed: {error!r}")
-                if loads:
+                if not isinstance(copy, Learn) and loads:
                     self._invalid.update(copy.pages)
             self._report(copy, 0.0 if error else copying.result(), failed=error is not None)
         return [(copy, copying) for copy, copying in copies if copy.number not in self._done.copies]
 
-    def _report(self, copy: Copy | Blend, seconds: float, *, failed: bool) -> None:
+    def _report(self, copy: _Order, seconds: float, *, failed: bool) -> None:
         self._done.copies[copy.number] = 1
         self._done.seconds[copy.number] = seconds
         if failed:
