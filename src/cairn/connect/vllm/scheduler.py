@@ -44,8 +44,8 @@ class _Tracked:
     computed: tokens that have KV once the step is over. finished: it is over. held: and vLLM keeps its blocks for us.
     loads: false once a load of it has failed: it is not tried again. chunks: what it will be blended from, or is.
     missing: chunks that it lacked, to be stored when it is over. blends: false once that was found not to pay. exact:
-    its blocks from there on are no prefix's. asked, answer, ask_until: whether a remote store was asked about it, how it
-    goes, and until when that is waited for.
+    its blocks from there on are no prefix's. asked, answer, ask_until: whether a remote store was asked about it, how
+    it goes, and until when that is waited for.
     """
 
     request: Any
