@@ -134,6 +134,9 @@ class Blender:
         place = self._places.at(part.home)
         if place is None:
             raise BlendError("a chunk's rows cannot be reached: the node's arena is not mapped yet")
+        block = self._geometry.block_tokens
+        if len(part.rows) * block < (part.start - part.origin) % block + part.stop - part.start:
+            raise BlendError("some of a chunk's rows are not there any more")
         if place.mover.kv.opaque:
             return _Read(place, part, self._geometry, self._layout, self._layers[0].keys.dtype)
         return place.load_layers(self._slots(part, order), np.asarray(part.rows, np.int32))

@@ -111,58 +111,48 @@ class Missing(NamedTuple):
 class Chunks:
     """A prompt's chunks behind `start` tokens that are at hand, looked for and held until `release`.
 
-    pieces: where they stand among `tokens`. chain: of the request. Owned by one request.
+    pieces: where they stand among `tokens`. chain: of the request. Once they are `settled`, held: those that are there,
+    each as far as it is; missing: those that are not there whole; stop: up to which token the prompt is blended, as
+    vLLM computes what is behind. taken: it is decided that it is. Owned by one request.
     """
 
     def __init__(
         self, engine: EngineCore, chain: KeyChain, tokens: Tokens, pieces: Sequence[Piece], start: int
     ) -> None:
-        self.start = start
+        self.start = self.stop = start
         self.pieces = pieces
+        self.held: list[_Held] = []
+        self.missing: list[Missing] = []
+        self.settled = self.taken = False
         self._engine = engine
         self._tokens = tokens
         self._chains = [KeyChain(chain.namespace, chain.block_tokens, tokens[a:b]) for a, b in pieces]
         self._asked = [answer for chain in self._chains if (answer := engine.ask(chain)) is not None]
         self._until = engine.deadline(None)
-        self._stages: list[Stage] | None = None
+        self._stages: list[Stage] = []
 
-    @property
-    def settled(self) -> bool:
-        """Whether it is known which of them are there. Waits for nothing."""
-        if self._stages is None:
+    def settle(self) -> bool:
+        """Goes on as far as it can without waiting; returns whether they are settled."""
+        if not self._stages:
             if not all(answer.done() for answer in self._asked) and time.monotonic() < self._until:
                 return False
             self._stages = [
                 self._engine.stage(chain, first_token=max(0, self.start - piece.start))
                 for piece, chain in zip(self.pieces, self._chains, strict=True)
             ]
-        return all(stage.settled for stage in self._stages)
-
-    @property
-    def held(self) -> list[_Held]:
-        """Those that are there, each as far as it is, once they are settled."""
-        found = [
-            _Held(Piece(max(piece.start, self.start), piece.start + stage.wait()), piece.start, stage)
-            for piece, stage in zip(self.pieces, self._stages or (), strict=True)
-        ]
-        return [held for held in found if held.piece.stop > held.piece.start]
-
-    @property
-    def missing(self) -> list[Missing]:
-        """Those that are not there whole, once they are settled."""
-        return [
-            Missing(self._tokens[piece.start : piece.stop], chain)
-            for piece, chain, stage in zip(self.pieces, self._chains, self._stages or (), strict=True)
-            if stage.wait() < len(chain) * chain.block_tokens
-        ]
-
-    @property
-    def stop(self) -> int:
-        """Up to which token the prompt is blended, once they are settled: what is behind, vLLM computes."""
-        return max((held.piece.stop for held in self.held), default=self.start)
+        if not self.settled and all(stage.settled for stage in self._stages):
+            self.settled = True
+            for piece, chain, stage in zip(self.pieces, self._chains, self._stages, strict=True):
+                there = Piece(max(piece.start, self.start), piece.start + stage.wait())
+                if there.stop > there.start:
+                    self.held.append(_Held(there, piece.start, stage))
+                    self.stop = there.stop
+                if there.stop - piece.start < len(chain) * chain.block_tokens:
+                    self.missing.append(Missing(self._tokens[piece.start : piece.stop], chain))
+        return self.settled
 
     def order(self, number: int, request: str, pages: list[int], prefix: Stage, computed: int) -> Blend:
-        """What the worker shall do, once they are settled; counts them as loaded. number, request: see `Blend`.
+        """What the worker shall do; counts them as loaded. number, request: see `Blend`.
         pages: of the request. prefix: what is to be loaded before the chunks. computed: tokens that are there.
         """
         parts = [_part(stage, piece, origin) for piece, origin, stage in self.held]
@@ -175,11 +165,11 @@ class Chunks:
 
     def failed(self) -> None:
         """What was ordered could not be loaded."""
-        for stage in self._stages or ():
+        for stage in self._stages:
             stage.failed(Reason.IO_ERROR)
 
     def release(self) -> None:
-        for stage in self._stages or ():
+        for stage in self._stages:
             stage.release()
 
 
@@ -214,14 +204,16 @@ class Blending:
         wanted = [piece for piece in pieces if piece.start and piece.stop > start]
         return Chunks(self._engine, chain, tokens, wanted, start) if wanted else None
 
-    def pays(self, chunks: Chunks) -> bool:
-        """Whether to blend a prompt with settled chunks; counts them."""
-        pieces = [held.piece for held in chunks.held]
-        hits, lookups = self._engine.metrics.blend_hits, self._engine.metrics.blend_lookups
-        for counter, some in ((lookups, chunks.pieces), (hits, pieces)):
-            counter.add(len(some), unit="chunks")
-            counter.add(sum(piece.stop - max(piece.start, chunks.start) for piece in some), unit="tokens")
-        return pays(self._recipe, self._engine.geometry.layers, chunks.stop - chunks.start, pieces)
+    def take(self, chunks: Chunks) -> bool:
+        """Decides, once for settled chunks, whether to blend their prompt; counts them."""
+        if not chunks.taken:
+            pieces = [held.piece for held in chunks.held]
+            hits, lookups = self._engine.metrics.blend_hits, self._engine.metrics.blend_lookups
+            for counter, some in ((lookups, chunks.pieces), (hits, pieces)):
+                counter.add(len(some), unit="chunks")
+                counter.add(sum(piece.stop - max(piece.start, chunks.start) for piece in some), unit="tokens")
+            chunks.taken = pays(self._recipe, self._engine.geometry.layers, chunks.stop - chunks.start, pieces)
+        return chunks.taken
 
 
 def make_private(request: Any, first_hash: int) -> None:

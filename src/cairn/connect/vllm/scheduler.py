@@ -320,13 +320,13 @@ class SchedulerSide:
             tracked.chunks = None
         if tracked.chunks is None:
             tracked.chunks = self._blending.find(tracked.request, tracked.chain, start)
-        if tracked.chunks and not tracked.chunks.settled:
+        if tracked.chunks and not tracked.chunks.settle():
             return None
         if tracked.chunks and self._mode.writes:
             tracked.missing = [
                 chunk for chunk in tracked.chunks.missing if len(chunk.tokens) <= self._served.step_tokens
             ]
-        if tracked.chunks is None or not self._blending.pays(tracked.chunks):
+        if tracked.chunks is None or not self._blending.take(tracked.chunks):
             tracked.blends = False
             if tracked.chunks:
                 tracked.chunks.release()
