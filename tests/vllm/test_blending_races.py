@@ -68,9 +68,9 @@ def test_a_crowd_with_preemptions(llm: Any, plain: list[list[int]], monkeypatch:
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     real = scheduler._preempt_request
 
-    def counting(request: Any, *rest: Any) -> None:
+    def counting(request: Any, *rest: Any, **options: Any) -> None:
         preempted.append(request)
-        real(request, *rest)
+        real(request, *rest, **options)
 
     monkeypatch.setattr(scheduler, "_preempt_request", counting)
     before = hits(llm)
