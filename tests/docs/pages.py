@@ -1,7 +1,7 @@
 """The pages of the documentation and their code blocks.
 
-A block's language says what becomes of it in the tests: `python` is run, `console` is run and its output compared, `bash`
-has its command lines checked, `yaml` must be a file that Cairn or Kubernetes takes, `text` is prose.
+A block's language says what becomes of it in the tests: `python` is run, `console` is run and its output compared,
+`bash` has its command lines checked, `yaml` must be a file that Cairn or Kubernetes takes, `text` is prose.
 """
 
 import re

@@ -14,7 +14,10 @@ from tests.docs.pages import PAGES, ROOT, prose
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#{1,6} (.+)$", re.MULTILINE)
 #: What a browser fetches by itself.
-_FETCHED = re.compile(r"""<(?:script|img|iframe|source|link(?=[^>]+stylesheet))[^>]+(?:src|href)=["']?((?:https?:)?//[^"'> ]+)""")
+_FETCHED = re.compile(
+    r"<(?:script|img|iframe|source|link(?=[^>]+(?:stylesheet|preconnect)))"
+    r"[^>]+(?:src|href)=[\"']?((?:https?:)?//[^\"'> ]+)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,9 @@ def test_the_site_fetches_nothing_from_elsewhere(site: Path) -> None:
     for path in pages:
         assert _FETCHED.findall(path.read_text()) == [], path
     for path in (ROOT / "docs").rglob("*.svg"):
-        drawn = re.sub(r"xmlns(:\w+)?=\"[^\"]+\"|<metadata>.*?</metadata>|<!DOCTYPE.*?>", "", path.read_text(), flags=re.DOTALL)
+        drawn = re.sub(
+            r"xmlns(:\w+)?=\"[^\"]+\"|<metadata>.*?</metadata>|<!DOCTYPE.*?>", "", path.read_text(), flags=re.DOTALL
+        )
         assert not re.search(r"(href|src)=\"?https?:|url\(\"?https?:|@import", drawn), path
 
 

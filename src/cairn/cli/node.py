@@ -22,7 +22,7 @@ def node(
     file: Annotated[Path | None, typer.Argument(help="YAML file; CAIRN_CONFIG names it if left out.")] = None,
     address: Annotated[str | None, typer.Option(help="Where to listen, as ipc:///run/cairn/node.sock.")] = None,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay here, log to stderr, end on Ctrl-C.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Ask the node that runs there; exit code 1: no answer.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Ask the node there; exit code 1: no answer.")] = False,
     settings: Settings = [],  # noqa: B006 (typer copies it)
 ) -> None:
     """Keep the KV cache of all engines on this host, in memory that they share.

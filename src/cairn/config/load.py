@@ -107,8 +107,8 @@ def _read(path: Path) -> Mapping[Any, Any]:
 
 
 def _from_environ(environ: Mapping[str, str]) -> Iterator[tuple[KeyPath, _Value]]:
-    """Ours is what has a `__` or begins with a section's name. Other CAIRN_* variables are not meant for us, nor is what
-    Kubernetes makes of the names of services: CAIRN_SERVICE_HOST for cairn, CAIRN_SERVE_PORT for cairn-serve."""
+    """Ours is what has a `__` or begins with a section's name. Other CAIRN_* variables are not meant for us, nor is
+    what Kubernetes makes of services' names: CAIRN_SERVICE_HOST for cairn, CAIRN_SERVE_PORT for cairn-serve."""
     for name, key in _SHORT.items():
         if name in environ:
             yield key, _Value(_parse_value(name, environ[name]), name)
