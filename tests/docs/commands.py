@@ -1,6 +1,8 @@
 """Command lines as documentation and manifests show them, checked without running them."""
 
+import functools
 import importlib.util
+import itertools
 import json
 import re
 import shlex
@@ -9,13 +11,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import typer.main
+from starlette.testclient import TestClient
 
 from cairn.cli import app
-from cairn.config import load_config
+from cairn.config import Config, load_config
+from cairn.serve.gateway import app as gateway_app
+from cairn.serve.indexer.app import make_app
+from cairn.serve.indexer.parts import Parts
 from tests.docs.pages import ROOT
 
 #: Programs of others, whose options are theirs; files of this repository that they name must exist.
-OTHERS = {"curl", "docker", "echo", "kubectl", "mkdir", "openssl", "sed", "systemctl"}
+OTHERS = {"docker", "echo", "kubectl", "mkdir", "openssl", "sed", "systemctl"}
 _WORDS = {"until", "while", "do", "done", "if", "then", "fi", "!", "("}
 #: What commands of the documentation make themselves.
 _MADE = "deploy/secrets"
@@ -59,8 +65,7 @@ def _command_of(arguments: Sequence[str]) -> tuple[Any, Any, Sequence[str]]:
 
 
 def _commands(script: str) -> Iterator[list[str]]:
-    text = re.sub(r"(^|[ \t])#[^\n'\"]*$", r"\1", script.replace("\\\n", " "), flags=re.MULTILINE)
-    lexer = shlex.shlex(text, posix=True, punctuation_chars="();<>|&\n")
+    lexer = shlex.shlex(_without_comments(script.replace("\\\n", " ")), posix=True, punctuation_chars="();<>|&\n")
     lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t", True, ""
     words: list[str] = []
     skip = False
@@ -77,6 +82,17 @@ def _commands(script: str) -> Iterator[list[str]]:
             words = []
         elif words or token not in _WORDS:
             words.append(token)
+
+
+def _without_comments(script: str) -> str:
+    quote, found, comment = "", [], False
+    for before, here in itertools.pairwise(f"\n{script}"):
+        comment = here != "\n" and (comment or (here == "#" and not quote and before.isspace()))
+        if not comment:
+            found.append(here)
+            if here in ("'", '"') and quote in ("", here):
+                quote = "" if quote else here
+    return "".join(found)
 
 
 def _check_one(words: list[str]) -> None:
@@ -103,8 +119,32 @@ def _check_one(words: list[str]) -> None:
         _check_pip(arguments)
     elif program == "vllm":
         _check_vllm(arguments)
+    elif program == "curl":
+        _check_curl(arguments)
     else:
         assert program in {*OTHERS, ".", ":"}, "a program that this check does not know"
+
+
+def _check_curl(arguments: Sequence[str]) -> None:
+    """That a service's default port has this path."""
+    for word in arguments:
+        asked = re.match(r"^localhost:(\d+)(/[^?]*)", word)
+        if asked:
+            routes = {"9888": gateway_routes(), "8600": index_routes()}[asked[1]]
+            assert any(re.fullmatch(route, asked[2]) for route in routes), f"no {asked[2]}; there are {sorted(routes)}"
+
+
+@functools.cache
+def index_routes() -> frozenset[str]:
+    parts = Parts(Config().index)
+    try:
+        return frozenset(TestClient(make_app(parts, None)).get("/openapi.json").json()["paths"])
+    finally:
+        parts.close()
+
+
+def gateway_routes() -> frozenset[str]:
+    return gateway_app._SHOWN | {r"/v1/models/[\w.-]+", "/admin/instances", r"/admin/instances/[\w.-]+/(un)?drain"}
 
 
 def _check_python(arguments: Sequence[str]) -> None:
