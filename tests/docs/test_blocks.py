@@ -19,7 +19,7 @@ import yaml
 from cairn.cli.up.spec import ClusterSpec
 from cairn.config import Config, load_config
 from tests.cluster.etcd import free_ports
-from tests.docs.commands import check
+from tests.docs.commands import check, check_cairn
 from tests.docs.given import GIVEN, REPLACED
 from tests.docs.pages import BLOCKS, PAGES, Block, blocks, of
 
@@ -48,6 +48,9 @@ def test_files_are_what_they_are_taken_for(block: Block, tmp_path: Path) -> None
             assert document["apiVersion"] == "kustomize.config.k8s.io/v1beta1"
         elif "kind" in document:
             kubernetes_validate.validate(document, "1.37", strict=True)
+            for container in document["spec"]["containers"]:
+                if container["image"].startswith("cairn:"):
+                    check_cairn(container["args"])
         else:
             assert {*document} <= _SECTIONS
             path = tmp_path / "cairn.yaml"
