@@ -5,10 +5,11 @@ import asyncio
 import inspect
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -105,20 +106,25 @@ def test_sessions_go_as_they_are_shown(page: Path, tmp_path: Path) -> None:
     script += "".join(f"{moved(command, ports)}\nprintf '\\n@@@\\n'\n" for command, _ in steps)
     clean = {key: value for key, value in os.environ.items() if not key.startswith("CAIRN_")}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    ran = subprocess.run(
-        ["bash", "-c", script],
-        cwd=tmp_path,
-        env=clean | {"PATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=DEADLINE_S,
-    )
-    said = ran.stdout.split("\n@@@\n")
-    assert len(said) == len(steps) + 1, ran.stdout
+    printed = shell(script, tmp_path, clean | {"PATH": path})
+    said = printed.split("\n@@@\n")
+    assert len(said) == len(steps) + 1, printed
     for (command, expected), output in zip(steps, said, strict=False):
         pattern = re.escape(moved(expected, ports).strip()).replace(r"\.\.\.", ".*")
         assert re.fullmatch(re.sub(r"\\? +", r"\\s+", pattern), output.strip(), re.DOTALL), f"$ {command}\n{output}"
+
+
+def shell(script: str, home: Path, environ: dict[str, str]) -> str:
+    """What a script has printed. Nothing that it started is left, also where it takes too long."""
+    process = subprocess.Popen(
+        ["bash", "-c", script], cwd=home, env=environ, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        return process.communicate(timeout=DEADLINE_S)[0]
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 #: What `fleet.md` has told to start before it asks.

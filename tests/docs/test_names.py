@@ -61,3 +61,24 @@ def test_every_reason_is_told() -> None:
     assert [reason for reason in Reason if f"| `{reason}` |" not in page] == []
     told = re.findall(r"^\| `(\w+)` \|", page.split("## Reasons")[1], re.MULTILINE)
     assert {*told} == {*map(str, Reason)}
+
+
+def test_every_claim_about_others_has_a_source_with_a_date() -> None:
+    parts = re.split(r"^## ", (ROOT / "docs" / "comparison.md").read_text(), flags=re.MULTILINE)
+    tables = {part.splitlines()[0]: rows_of(part) for part in parts}
+    sources = {name: date for name, _, date in tables["Sources"]}
+    assert [date for date in sources.values() if not re.search(r"20\d\d-\d\d", date)] == []
+    better = [row[2] for row in tables["Where the others are better"]]
+    figures = [row[3] for row in tables["Figures measured side by side"]]
+    cells = [cell for row in tables["Side by side"] for cell in row[2:] if cell]
+    assert min(map(len, (better, figures, cells))) > 5
+    for claim in (*better, *figures, *cells):
+        named = re.findall(r"\[(\w\d?)\]", claim)
+        assert named, claim
+        assert {*named} <= {*sources}, claim
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """The cells of a part's table, without its head."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
