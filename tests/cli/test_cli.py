@@ -42,7 +42,19 @@ COMMANDS = [path for path, _ in every_command(typer.main.get_command(app))]
 def test_the_commands_are_there() -> None:
     benches = {
         ("bench", name)
-        for name in ("engine", "disk", "index", "fleet", "node", "remote", "policy", "fleet-sim", "quality", "serve")
+        for name in (
+            "engine",
+            "disk",
+            "index",
+            "fleet",
+            "node",
+            "remote",
+            "policy",
+            "fleet-sim",
+            "quality",
+            "serve",
+            "blend",
+        )
     }
     events = {("events", name) for name in ("record", "replay", "show")}
     clusters = {("register",), ("cluster", "list"), ("cluster", "watch")}
@@ -58,6 +70,7 @@ def test_the_commands_are_there() -> None:
         ("up",),
         ("version",),
         ("codec", "calibrate"),
+        ("blend", "check"),
     }
     assert {*COMMANDS} == {*alone, *benches, *clusters, *configs, *events}
 

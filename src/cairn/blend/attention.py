@@ -3,7 +3,7 @@
 from typing import Any, Final
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from cairn.blend.base import Planes
 
@@ -15,7 +15,8 @@ def attend(queries: Any, planes: Planes, positions: Any, scale: float) -> Any:
     """Softmax attention of queries [rows, heads, dim], row i over tokens 0..positions[i] of the planes.
 
     positions: int64 [rows], ascending. Returns [rows, heads, dim]. Rows that are the whole prompt take the way that
-    models take for it, so that they come out the same, bit for bit. Other rows are one kernel on CUDA, which waits for
+    models take for it, so that they come out the same, bit for bit; so do those behind a short prefix, with rows of
+    zeros for it, as that way looks at nothing that is masked. Other rows are one kernel on CUDA, which waits for
     nothing, and groups under a mask elsewhere.
     """
     rows = len(positions)
@@ -24,11 +25,14 @@ def attend(queries: Any, planes: Planes, positions: Any, scale: float) -> Any:
 
         return attend_rows(queries, *planes, positions, scale)
     stop = int(positions[-1]) + 1
+    lead = stop - rows
     keys, values = (plane[:stop].transpose(0, 1)[None] for plane in planes)
     states = queries.transpose(0, 1)[None]
-    if rows == stop:
-        out = scaled_dot_product_attention(states, keys, values, is_causal=rows > 1, scale=scale, enable_gqa=True)
-        return out[0].transpose(0, 1)
+    if int(positions[0]) == lead <= rows:
+        out = scaled_dot_product_attention(
+            pad(states, (0, 0, lead, 0)), keys, values, is_causal=stop > 1, scale=scale, enable_gqa=True
+        )
+        return out[0, :, lead:].transpose(0, 1)
     order = torch.arange(stop, device=positions.device)
     parts = []
     for first in range(0, rows, _GROUP):

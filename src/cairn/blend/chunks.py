@@ -70,21 +70,21 @@ class Found:
     """What is held of a prompt's chunks, kept until `release` (a context manager does it).
 
     start: tokens before it are exact, a chunk among them that stands at the prompt's beginning. reused: the tokens of
-    others that can be loaded, ascending. missing: chains of chunks that are not held whole, to be computed alone and
-    stored when there is time.
+    others that can be loaded, ascending. missing: chunks that are not held whole, to be computed alone and stored
+    when there is time.
     """
 
     def __init__(self, staged: Sequence[_Staged], start: int) -> None:
         self.start = start
         self.reused: list[Piece] = []
-        self.missing: list[KeyChain] = []
+        self.missing: list[Piece] = []
         self._staged = staged
         self._wanted: list[tuple[Piece, Stage]] = []
         self._origins: list[int] = []
         for piece, chain, stage in staged:
             held = stage.wait()
             if held < len(chain) * chain.block_tokens:
-                self.missing.append(chain)
+                self.missing.append(piece)
             some = Piece(max(piece.start, start), piece.start + held)
             if some.stop <= some.start:
                 continue

@@ -20,7 +20,7 @@ def refuse_blending(config: Any, *, ropes: tuple[str, ...] = _ROPES) -> None:
     rope = getattr(config, "rope_parameters", None) or {}
     reasons = {
         "MLA's latent holds no key that could be turned": getattr(config, "kv_lora_rank", None),
-        "ALiBi adds positions to scores, and not to keys": getattr(config, "alibi", False),
+        "ALiBi adds positions to scores, and not to keys": getattr(config, "alibi", False) or kind in ("bloom", "mpt"),
         "its positions have several axes (mrope)": "mrope_section" in rope,
         "only a part of each head is turned (partial rotary)": rope.get("partial_rotary_factor", 1.0) != 1.0,
         "some of its layers know no positions (NoPE)": 0 in (getattr(config, "no_rope_layers", None) or ()),

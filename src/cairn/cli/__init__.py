@@ -11,6 +11,7 @@ import typer
 
 from cairn import __version__
 from cairn.cli.bench import app as bench
+from cairn.cli.blend import app as blend
 from cairn.cli.cluster import app as cluster
 from cairn.cli.codec import app as codec
 from cairn.cli.config import app as config
@@ -47,6 +48,7 @@ app.command()(doctor)
 app.add_typer(cluster, name="cluster")
 app.command()(register)
 app.add_typer(codec, name="codec")
+app.add_typer(blend, name="blend")
 app.add_typer(config, name="config")
 app.command()(version)
 

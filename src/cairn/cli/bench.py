@@ -172,6 +172,28 @@ def quality(
 
 
 @app.command()
+def blend(
+    model: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="In Hugging Face format; SmolLM2-135M-Instruct by default."),
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=2, help="RAG prompts of 4 to 8 chunks in permuted order.")] = 200,
+    long: Annotated[int, typer.Option(min=0, help="Prompts of 4k tokens, for times.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Blend RAG prompts of real texts: KL, answers and time to first token by recompute ratio, beside full prefill.
+
+    \b
+    Example:
+      cairn bench blend --prompts 20 --json
+    """
+    from cairn.cli.blend.run import run_blend
+
+    result = run_blend(model, prompts, long, lambda i, of: typer.echo(f"prompt {i} of {of}", err=True))
+    _report("blend", result, as_json)
+
+
+@app.command()
 def serve(
     requests: Annotated[int, typer.Option(min=400, help="At each level.")] = 4000,
     engines: Annotated[int, typer.Option(min=1, max=16, help="Mock engines.")] = 4,

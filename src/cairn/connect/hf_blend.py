@@ -1,11 +1,32 @@
-"""Transformers' models as blending wants them: layer by layer, out of their own modules."""
+"""Blending for Transformers: its models layer by layer, out of their own modules, and what a prompt's cache needs."""
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from cairn.blend import Planes, Projected, Rope, attend
+from cairn.blend import (
+    ChunkLoad,
+    ChunkStore,
+    Planes,
+    Projected,
+    Recipe,
+    Rope,
+    attend,
+    blend,
+    join,
+    pays,
+    refuse_blending,
+    split,
+)
+from cairn.connect.hf_layer import Tensors
+from cairn.copy import PagedKV
+from cairn.engine import CacheEngine, LayerLoad
+from cairn.errors import InputError
+from cairn.kv import as_tokens
+from cairn.kv.keys import Tokens
 
 
 class HfBlendModel:
@@ -51,3 +72,97 @@ def rope_of(model: Any) -> Rope:
     """How a model's keys turn: its own frequencies and scaling, whatever kind they are of."""
     rotary = model.base_model.rotary_emb
     return Rope(rotary.inv_freq.float().cpu().numpy(), float(rotary.attention_scaling))
+
+
+class Blended(NamedTuple):
+    """What blending did for one prompt. stop: its KV is there up to this token; exact: and equal to a prefill's up to
+    this one. reused: tokens that came from chunks. missing: chunks to learn.
+    """
+
+    stop: int
+    exact: int
+    reused: int
+    missing: list[Tokens]
+
+
+class Blender:
+    """Blends the prompts of one model as `engine.config.blending` says. Thread-safe as far as the model is.
+
+    tokenizer: the model's, for `special_str`. Raises GeometryError for a model that cannot be blended, InputError for
+    settings that do not fit it.
+    """
+
+    def __init__(self, model: Any, engine: CacheEngine, tokenizer: Any) -> None:
+        refuse_blending(model.config)
+        settings = engine.config.blending
+        layers = engine.geometry.layers
+        if settings.check_layers[-1] >= layers:
+            raise InputError(
+                f"blending.check_layers={list(settings.check_layers)}: the model has layers 0..{layers - 1}"
+            )
+        self.recipe = Recipe(settings.check_layers, settings.recompute_ratios, settings.head_tokens)
+        self.separator = _separator(settings.special_str, tokenizer)
+        self.chunks = ChunkStore(engine, rope_of(model))
+        self._planner = engine.config.engine.planner
+        self._model = model
+
+    def fill(
+        self, tokens: Tokens, start: int, kv: PagedKV, buffers: list[Tensors], before: LayerLoad | None
+    ) -> Blended:
+        """Loads and computes a prompt's KV from `start` on, up to its last chunk that is held, if that pays.
+
+        tokens: the prompt. kv, buffers: where its KV belongs, the same memory. before: the load of what comes before
+        `start`. Raises BlendError when a layer does not come; then the KV before `start` is as it was.
+        """
+        pieces = split(tokens, self.separator)[:-1]
+        with self.chunks.find(tokens, pieces, start) as found:
+            missing = [tokens[piece.start : piece.stop] for piece in found.missing]
+            stop = found.reused[-1].stop if found.reused else start
+            if stop == start or (
+                self._planner and not pays(self.recipe, len(buffers), stop - found.start, found.reused)
+            ):
+                return Blended(start, start, 0, missing)
+            canvas = found.load(kv, _planes_of(buffers), self.chunks.rope, *([before] if before else []))
+            blend(HfBlendModel(self._model, stop), _ids(tokens[:stop]), canvas, found.start, found.reused, self.recipe)
+            reused = sum(piece.stop - piece.start for piece in found.held)
+            return Blended(stop, found.reused[0].start, reused, missing)
+
+    def join(self, parts: Sequence[Any]) -> Tokens:
+        """A prompt's token ids out of those of its parts: system prompt, chunks, question; see `cairn.blend.join`."""
+        return join(parts, self.separator)
+
+    def learn(self, tokens: Any) -> int:
+        """Computes a chunk alone and stores it, unless it is held; returns how many tokens are new.
+
+        tokens: its ids [n], as they stand between separators.
+        """
+        ids = as_tokens(tokens)
+        chain = self.chunks.chain(ids)
+        geometry = self.chunks.engine.geometry
+        whole = len(chain) * geometry.block_tokens
+        if not whole or self.chunks.engine.lookup(chain) == whole:
+            return 0
+        shape = (geometry.layers, 2, 1, geometry.kv_heads, whole, geometry.head_dim)
+        buffers = [(layer[0], layer[1]) for layer in torch.empty(shape, dtype=self._model.dtype)]
+        canvas = ChunkLoad((), _planes_of(buffers), self.chunks.rope, ())
+        blend(HfBlendModel(self._model, whole), _ids(ids[:whole]), canvas, 0, (), self.recipe)
+        return self.chunks.store(chain, PagedKV.from_tensors(buffers, "transformers", geometry))
+
+
+def _ids(tokens: Tokens) -> torch.Tensor:
+    return torch.from_numpy(tokens.astype(np.int64))
+
+
+def _planes_of(buffers: list[Tensors]) -> Callable[[int], Planes]:
+    """Transformers' [1, heads, room, dim] as blending has them: [room, heads, dim]."""
+    return lambda layer: (buffers[layer][0][0].transpose(0, 1), buffers[layer][1][0].transpose(0, 1))
+
+
+def _separator(special_str: str | None, tokenizer: Any) -> Tokens:
+    if special_str is None:
+        return as_tokens(())
+    if tokenizer is None:
+        raise InputError(
+            f"blending.special_str={special_str!r} without a tokenizer: pass the model's, or set special_str to null"
+        )
+    return as_tokens(tokenizer(special_str, add_special_tokens=False)["input_ids"])

@@ -1,6 +1,7 @@
 """The cache of one prompt: a Transformers `Cache` that loads its prefix from a CacheEngine and stores what is new."""
 
 import logging
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,11 +12,13 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
+from cairn.connect.hf_blend import Blended, Blender
 from cairn.connect.hf_history import History
 from cairn.connect.hf_layer import GrowingLayer, Tensors
 from cairn.copy import PagedKV, TokenSlots
 from cairn.engine import CacheEngine, LayerLoad, LayerStore, Stage
 from cairn.errors import CairnError, ClosedError, InputError
+from cairn.kv import as_tokens
 from cairn.observe.log import log_once
 from cairn.observe.reasons import Reason
 
@@ -41,10 +44,20 @@ class CairnCache(Cache):  # type: ignore[misc]
     the prefix would be the wrong one. A cache that began empty only stores nothing in that case.
     """
 
-    def __init__(self, engine: CacheEngine, prompt: torch.Tensor, dtype: torch.dtype, owner: object) -> None:
-        """prompt: int64 [n] on the CPU; dtype: the model's; owner: the connector, whose hooks feed this cache."""
+    def __init__(
+        self,
+        engine: CacheEngine,
+        prompt: torch.Tensor,
+        dtype: torch.dtype,
+        owner: object,
+        blender: Blender | None = None,
+    ) -> None:
+        """prompt: int64 [n] on the CPU; dtype: the model's; owner: the connector, whose hooks feed this cache; blender:
+        of its model, if prompts are to be blended.
+        """
         self.owner = owner
         self.reused_tokens = 0
+        self.blended: Blended | None = None
         self.reused_by_tier: dict[str, int] = {}
         self.stored_tokens = 0
         self._engine = engine
@@ -63,15 +76,19 @@ class CairnCache(Cache):  # type: ignore[misc]
         self._history = History(prompt, 0)
         self._past = self._pass_tokens = 0
         self._started = self._waited_s = 0.0
+        self._blender = blender
+        self._exact = sys.maxsize
         with self._harmless():
             self._begin_load(prompt)
+            if blender is not None:
+                self._blend(blender, prompt)
         if not self.reused_tokens:
             self._release()
 
     @property
     def loaded_bytes(self) -> int:
         """KV bytes that were copied in."""
-        return self.reused_tokens * self._geometry.token_bytes
+        return (self.reused_tokens + (self.blended.reused if self.blended else 0)) * self._geometry.token_bytes
 
     @property
     def stored_bytes(self) -> int:
@@ -106,6 +123,7 @@ class CairnCache(Cache):  # type: ignore[misc]
         """Forgets everything, the prefix too."""
         self._settle()
         super().reset()
+        self._exact = sys.maxsize
         self._history = History(self._history.prompt, 0)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -146,7 +164,7 @@ class CairnCache(Cache):  # type: ignore[misc]
             self._pass_tokens = history.length - self._past
             if history.single:
                 with self._harmless():
-                    stop = min(history.length, len(history.prompt)) // self._geometry.block_tokens
+                    stop = min(history.length, len(history.prompt), self._exact) // self._geometry.block_tokens
                     self._store = self._engine.store_layers(self._chain, 0, stop)
 
     def end_pass(self) -> None:
@@ -164,12 +182,14 @@ class CairnCache(Cache):  # type: ignore[misc]
     def finish(self) -> int:
         """Stores what is whole and not stored yet, the answer's blocks above all; returns how many tokens are new.
 
-        The cache can still be used afterwards, and finished again. Never raises for what happens inside.
+        With blending, also computes and stores the chunks that were not held: they take a prefill more, once. The
+        cache can still be used afterwards, and finished again. Never raises for what happens inside.
         """
         new = 0
         with self._harmless():
             self._settle()
-            new = self._store_all(self._history.tokens()) * self._geometry.block_tokens
+            new = self._store_all(self._history.tokens()[: self._exact]) * self._geometry.block_tokens
+            new += self._learn()
         self.stored_tokens += new
         return new
 
@@ -202,6 +222,25 @@ class CairnCache(Cache):  # type: ignore[misc]
         self._history = History(prompt, reused)
         self.reused_by_tier = stage.tokens_by_tier(0, reused)
         self.reused_tokens = reused
+
+    def _blend(self, blender: Blender, prompt: torch.Tensor) -> None:
+        """Goes on behind the prefix with the prompt's chunks, as far as that pays."""
+        self.blended = blended = blender.fill(
+            as_tokens(prompt), self.reused_tokens, self._kv, self._buffers, self._load
+        )
+        if not blended.reused:
+            return
+        self._exact = blended.exact
+        for layer, buffers in zip(self.layers, self._buffers, strict=True):
+            layer.adopt(buffers, blended.stop)
+        self._history = History(prompt, blended.stop)
+
+    def _learn(self) -> int:
+        """Stores the prompt's chunks that were not held; returns how many tokens are new."""
+        if self._blender is None or self.blended is None:
+            return 0
+        missing, self.blended = self.blended.missing, self.blended._replace(missing=[])
+        return sum(map(self._blender.learn, missing))
 
     def _await_layer(self, load: LayerLoad, layer: int) -> None:
         started = time.perf_counter()

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from cairn.config import Config
-from cairn.config.schema import Cpu, Disk, Storage
+from cairn.config.schema import Blending, Cpu, Disk, Storage
+from cairn.connect.hf_blend import Blender
 from cairn.connect.hf_cache import CairnCache
 from cairn.connect.hf_model import namespace_of, refuse_model
 from cairn.engine import CacheEngine
@@ -30,11 +31,13 @@ __all__ = ["CairnCache", "CairnConnector", "namespace_of"]
 class CairnConnector:
     """One model and one engine. Made once and used for every request; a context manager.
 
-    The engine stays the caller's (`open` makes one that is the connector's). Thread-safe as far as the model is.
-    Raises GeometryError for models whose KV a prefix cache cannot hold, or that do not fit the engine.
+    The engine stays the caller's (`open` makes one that is the connector's). Thread-safe as far as the model is. With
+    `blending.enabled` in the engine's config, chunks are reused wherever they stand in a prompt; `tokenizer`, the
+    model's, tells the tokens of `blending.special_str`. Raises GeometryError for models whose KV a prefix cache cannot
+    hold, or that do not fit the engine or blending.
     """
 
-    def __init__(self, model: Any, engine: CacheEngine) -> None:
+    def __init__(self, model: Any, engine: CacheEngine, tokenizer: Any = None) -> None:
         refuse_model(model)
         own = namespace_of(model, revision="unchecked", block_tokens=engine.geometry.block_tokens).geometry
         if own != engine.geometry:
@@ -42,6 +45,7 @@ class CairnConnector:
         self.engine = engine
         self._owns_engine = False
         self._dtype = model.dtype
+        self.blender = Blender(model, engine, tokenizer) if engine.config.blending.enabled else None
         body = model.base_model
         self._parameters = inspect.signature(body.forward)
         self._hooks = (
@@ -60,16 +64,19 @@ class CairnConnector:
         name: str | None = None,
         revision: str | None = None,
         salt: bytes = b"",
+        blending: Blending | None = None,
+        tokenizer: Any = None,
     ) -> Self:
         """A connector with an engine of its own, whose namespace is that of the model (see `namespace_of`)."""
         disk = Disk(path=Path(disk_path), size=disk_bytes) if disk_path is not None else Disk()
-        config = Config(storage=Storage(cpu=Cpu(size=dram_bytes), disk=disk))
+        storage = Storage(cpu=Cpu(size=dram_bytes), disk=disk)
+        config = Config(storage=storage, blending=blending or Blending())
         namespace = namespace_of(
             model, name=name, revision=revision, salt=salt, block_tokens=config.engine.block_tokens
         )
         engine = CacheEngine(namespace, config)
         try:
-            connector = cls(model, engine)
+            connector = cls(model, engine, tokenizer)
         except CairnError:
             engine.close()
             raise
@@ -87,7 +94,16 @@ class CairnConnector:
         tokens = as_tokens(tokens[0] if tokens.ndim == 2 else tokens)
         if not len(tokens):
             raise InputError("input_ids without a token: a prompt has at least one")
-        return CairnCache(self.engine, torch.from_numpy(tokens.astype(np.int64)), self._dtype, owner=self)
+        return CairnCache(self.engine, torch.from_numpy(tokens.astype(np.int64)), self._dtype, self, self.blender)
+
+    def learn(self, tokens: Any) -> int:
+        """Computes a chunk and stores it, so that prompts which have it between separators can be blended with it.
+
+        tokens: its ids [n]. Returns how many tokens are new. Raises InputError unless blending is enabled.
+        """
+        if self.blender is None:
+            raise InputError("blending.enabled is false: chunks are learnt to be blended; set it to true")
+        return self.blender.learn(tokens)
 
     def close(self) -> None:
         """Takes the hooks off the model, and closes the engine if it is the connector's own. Idempotent."""

@@ -32,7 +32,7 @@ def windows(tokenizer: Any, count: int) -> list[Window]:
     """`count` windows that do not overlap, texts taking turns. Raises InputError if the texts hold fewer."""
     by_source = [
         [Window(name, ids[at : at + WINDOW]) for at in range(0, len(ids) - WINDOW + 1, WINDOW)]
-        for name, ids in ((name, tokenizer(text)["input_ids"]) for name, text in _texts().items())
+        for name, ids in ((name, tokenizer(text)["input_ids"]) for name, text in texts().items())
     ]
     found = [source[i] for i in range(max(map(len, by_source))) for source in by_source if i < len(source)]
     if len(found) < count:
@@ -40,7 +40,7 @@ def windows(tokenizer: Any, count: int) -> list[Window]:
     return found[:count]
 
 
-def _texts() -> dict[str, str]:
+def texts() -> dict[str, str]:
     texts = {
         name: (_LICENSES / name).read_text(encoding="utf-8")
         for name in ("GPL-3", "GFDL-1.3", "MPL-2.0", "LGPL-2.1")

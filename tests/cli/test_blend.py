@@ -1,0 +1,81 @@
+"""`cairn bench blend` and `cairn blend check` on a tiny model with a tokenizer of bytes."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tests.connect.rig import tiny_model
+
+from cairn.cli.blend.measure import f1
+from cairn.cli.blend.prompts import rag_prompts
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens.decoder = decoders.ByteLevel()
+    home = tmp_path_factory.mktemp("model") / "tiny"
+    made = tiny_model(vocab_size=256, num_hidden_layers=8, max_position_embeddings=4096, initializer_range=0.1)
+    made.save_pretrained(home)
+    PreTrainedTokenizerFast(tokenizer_object=tokens).save_pretrained(home)
+    return home
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def test_bench_holds_every_ratio_to_full_prefill(run: Run, model: Path) -> None:
+    ended = run("bench", "blend", "--model", model, "--prompts", "2", "--long", "0", "--json")
+    result = json.loads(ended.stdout)
+    assert ended.stderr.splitlines()[-1] == "prompt 2 of 2"
+    quality = result["quality"]
+    assert list(quality) == [
+        "full reuse",
+        *(f"ratio {ratio}" for ratio in ("0", "0.05", "0.15", "0.3", "1")),
+        "prefix only",
+    ]
+    for name in ("ratio 1", "prefix only"):
+        assert quality[name]["kl"] < 1e-6
+        assert quality[name]["exact_match"] == quality[name]["f1"] == 1
+    assert quality["full reuse"]["kl"] > 1e-6
+    assert quality["prefix only"]["hit_share"] < 0.3
+    assert all(quality[name]["hit_share"] > 0.5 for name in quality if name != "prefix only")
+
+
+def test_check_says_yes_and_no_by_its_exit_code(run: Run, model: Path) -> None:
+    command = ["blend", "check", model, "--prompts", "2", "--json"]
+    ended = run(*command, "--most-kl", "100")
+    assert ended.returncode == 0
+    assert json.loads(ended.stdout)["blended"]["kl"] > 0
+    refused = run(*command, "--most-kl", "0")
+    assert refused.returncode == 1
+    assert "leave blending.enabled false, or raise recompute_ratios" in refused.stderr.splitlines()[-1]
+    exact = run(*command, "--set", "blending.recompute_ratios=[1.0]", "--most-kl", "1e-6")
+    assert exact.returncode == 0
+
+
+def test_prompts_are_the_same_for_the_same_seed(model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    one, two = (list(rag_prompts(tokenizer, 2, seed=5)) for _ in range(2))
+    assert all((a.ids(a.system) == b.ids(b.system)).all() for a, b in zip(one, two, strict=True))
+    assert all(4 <= len(rag.chunks) <= 8 for rag in one)
+
+
+def test_f1() -> None:
+    assert f1("a b c", "a b c") == f1("", "") == 1
+    assert f1("a b", "c") == f1("", "c") == 0
+    assert f1("a b b c", "b b d d") == 0.5

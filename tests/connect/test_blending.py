@@ -1,0 +1,163 @@
+"""Blending with Transformers: chunks in a new order, what is stored of it, and what is not."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cairn.connect.transformers import CairnConnector
+from cairn.errors import GeometryError, InputError
+from tests.blend.rig import model_of, tokens_of
+from tests.connect.rig import BLOCK, check, generate, open_engine
+
+SEPARATOR = [94, 95, 94]
+SETTINGS = {"blending.enabled": True, "blending.special_str": "sep"}
+
+
+class Tokenizer:
+    """Knows one word."""
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
+        assert (text, add_special_tokens) == ("sep", False)
+        return {"input_ids": SEPARATOR}
+
+
+def prompt(*chunks: Any, system: int = 37) -> Any:
+    """System, chunks, question: [1, n]."""
+    parts = [tokens_of(100, system), *chunks, tokens_of(101, 9)]
+    joined = [part for piece in parts for part in (np.array(SEPARATOR), piece)][1:]
+    return torch.from_numpy(np.concatenate(joined).astype(np.int64))[None]
+
+
+A, B, C = (tokens_of(seed, length) for seed, length in ((1, 70), (2, 49), (3, 64)))
+WHOLE = 64 + 48 + 64
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_ratio_one_answers_as_the_model(family: str) -> None:
+    """Everything is loaded, and everything computed: tokens are equal, logits to 1e-4."""
+    model = model_of(family)
+    settings = {**SETTINGS, "blending.recompute_ratios": [1.0]}
+    with open_engine(model, **settings) as engine, CairnConnector(model, engine, Tokenizer()) as cairn:
+        cold = check(model, cairn, prompt(A, B, C))
+        assert cold.blended.reused == 0
+        assert engine.metrics.blend_lookups.value(unit="chunks") == 4  # the system prompt is one
+        warm = check(model, cairn, prompt(C, A, B))
+        assert warm.blended.reused == WHOLE
+
+
+def test_reused_chunks_do_not_reach_prefixes() -> None:
+    """What was blended is never stored: whoever has a prefix has it from a prefill."""
+    model = model_of()
+    with open_engine(model, **SETTINGS) as engine:
+        with CairnConnector(model, engine, Tokenizer()) as cairn:
+            for chunk in (A, B, C):
+                assert cairn.learn(chunk) == len(chunk) // BLOCK * BLOCK
+                assert cairn.learn(chunk) == 0
+            ids = prompt(B, C, A)
+            with cairn.cache(ids) as cache:
+                assert cache.blended.reused == WHOLE
+                assert cache.blended.exact == 40
+                _, blended = generate(model, ids, cache, new_tokens=40)
+        assert not torch.allclose(blended, generate(model, ids, new_tokens=40)[1], atol=1e-3)
+        assert engine.lookup(ids[0]) == 40 // BLOCK * BLOCK
+    settings = {**SETTINGS, "blending.enabled": False}
+    with open_engine(model, **settings) as plain, CairnConnector(model, plain) as cairn:
+        for _ in range(2):
+            check(model, cairn, ids)
+
+
+def test_turns_behind_a_blended_prompt() -> None:
+    """The cache goes on as any other: cropped, extended, finished twice."""
+    model = model_of()
+    with open_engine(model, **SETTINGS) as engine, CairnConnector(model, engine, Tokenizer()) as cairn:
+        cairn.learn(A)
+        ids = prompt(B, A)
+        cache = cairn.cache(ids)
+        tokens, _ = generate(model, ids, cache)
+        cache.finish()
+        more = torch.cat([tokens, tokens_of_torch(7, 20)], dim=1)
+        generate(model, more, cache)
+        assert cache.finish() == 0
+        assert engine.lookup(more[0]) <= cache.blended.exact
+        # B was learnt when the request was over.
+        again = cairn.cache(prompt(A, B))
+        assert again.blended.reused == 64 + 48
+
+
+def tokens_of_torch(seed: int, length: int) -> Any:
+    return torch.from_numpy(tokens_of(seed, length).astype(np.int64))[None]
+
+
+def test_chunks_come_from_disk(tmp_path: Path) -> None:
+    model = model_of()
+    with open_engine(model, disk=tmp_path, **SETTINGS) as engine, CairnConnector(model, engine, Tokenizer()) as cairn:
+        for chunk in (A, B, C):
+            cairn.learn(chunk)
+        _, expected = generate(model, prompt(C, A, B), cairn.cache(prompt(C, A, B)))
+        engine.flush()
+    with open_engine(model, disk=tmp_path, **SETTINGS) as engine, CairnConnector(model, engine, Tokenizer()) as cairn:
+        cache = cairn.cache(prompt(C, A, B))
+        assert cache.blended.reused == WHOLE
+        torch.testing.assert_close(generate(model, prompt(C, A, B), cache)[1], expected)
+        assert engine.metrics.hit_tokens.value(tier="disk") >= WHOLE
+
+
+def test_what_does_not_pay_is_left() -> None:
+    """A chunk of one block in a long prompt: the prompt is computed, and nothing is blended."""
+    model = model_of()
+    settings = {**SETTINGS, "engine.planner": True}
+    with open_engine(model, **settings) as engine, CairnConnector(model, engine, Tokenizer()) as cairn:
+        cairn.learn(A[:16])
+        cache = check(model, cairn, prompt(tokens_of(9, 300), A[:16]))
+        assert cache.blended.reused == 0
+
+
+def test_a_chunk_that_goes_away_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that does not come ends the blending, and not the request."""
+    model = model_of()
+    with open_engine(model, **SETTINGS) as engine, CairnConnector(model, engine, Tokenizer()) as cairn:
+        cairn.learn(A)
+        monkeypatch.setattr("cairn.engine.hold.Hold.scatter", lambda *_, **__: False)
+        cache = check(model, cairn, prompt(B, A))
+        assert cache.blended is None
+        assert engine.metrics.failures.value(reason="internal") == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("mistral", {"sliding_window": 128}, "sliding_window=128"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
+        ("gpt2", {}, "it has no RoPE"),
+        ("stablelm", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial rotary"),
+        ("olmo2", {}, "'olmo2' is none of llama, mistral, qwen2, qwen3"),
+        ("deepseek_v3", {}, "MLA"),
+        ("bloom", {}, "ALiBi"),
+        ("qwen2_vl_text", {"rope_parameters": {"rope_theta": 1e4, "mrope_section": [2, 2, 4]}}, "mrope"),
+        ("smollm3", {}, "NoPE"),
+    ],
+)
+def test_refusals_say_why(family: str, changes: dict[str, Any], reason: str) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from cairn.blend import refuse_blending
+
+    with pytest.raises(GeometryError, match=reason) as refusal:
+        refuse_blending(CONFIG_MAPPING[family](**changes))
+    assert "\n" not in str(refusal.value)
+    assert "set blending.enabled to false" in str(refusal.value)
+
+
+def test_settings_that_do_not_fit() -> None:
+    model = model_of()
+    with open_engine(model, **SETTINGS) as engine, pytest.raises(InputError, match="without a tokenizer"):
+        CairnConnector(model, engine)
+    settings = {**SETTINGS, "blending.check_layers": [3]}
+    with open_engine(model, **settings) as engine, pytest.raises(InputError, match="the model has layers 0"):
+        CairnConnector(model, engine, Tokenizer())
+    with open_engine(model) as engine, CairnConnector(model, engine) as cairn:  # noqa: SIM117
+        with pytest.raises(InputError, match="enabled is false"):
+            cairn.learn(A)
