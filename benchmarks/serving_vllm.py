@@ -9,10 +9,12 @@ cache holds 29 % of the working set (as stated in the result), and keeps its own
 
 Contenders: `none`; `offloading` (vLLM's OffloadingConnector, blocks of 64 tokens); `cairn`, both with host memory for
 all; `cairn-disk`, whose memory is smaller than the working set and spills to a disk tier. Each is a process of its own;
-they start side by side, warm up, and then run one after the other, in another order in each repeat. Llama-3.1-8B's
-shape, dummy weights, eager. Reported: seconds for all turns, requests/s, prompt tokens/s, TTFT from handing over the
-request to its first token (p50, p99), the share of prompt tokens that were not computed (hit) and of those that came
-from the connector (external). Answers are computed by each contender itself; their number of tokens is the same.
+they start side by side, warm up, and then take turns after every round of all users, in an order that moves on by one
+each time: the machine's pace changes within seconds. Llama-3.1-8B's shape, dummy weights, eager. Reported, over all
+rounds of a repeat: seconds, requests/s, prompt tokens/s, TTFT from handing over the request to its first token (p50,
+p99), the share of prompt tokens that were not computed (hit) and of those that came from the connector (external); and,
+of each pair of contenders, the median over the rounds of the ratio of their seconds and of their TTFT p50 in the same
+round. Answers are computed by each contender itself; their number of tokens is the same.
 
 Needs one GPU of 139 GB for four engines (78 GB: --at-once 2), 76 GiB of host memory (44 of it in
 /dev/shm), 32 GiB of disk, and about four minutes.
@@ -111,15 +113,16 @@ def warm_up(running: Crew, args: argparse.Namespace) -> None:
     first = args.first // 2
     turns = [(user, size) for size in (first, args.more[0]) for user in range(min(4, args.users))]
     for _ in range(2):
-        running.all("serve", args.limit + GRACE_S, **_serving(args, turns, seed=1))
+        running.all("serve", args.limit + GRACE_S, **_serving(args, turns, 0, seed=1))
         running.all("settle", SETTLE_S)
         running.all("reset", SETTLE_S)
     running.all("freeze", GRACE_S)
 
 
-def _serving(args: argparse.Namespace, turns: list[tuple[int, int]], seed: int) -> dict[str, Any]:
+def _serving(args: argparse.Namespace, turns: list[tuple[int, int]], first: int, seed: int) -> dict[str, Any]:
     return {
         "turns": turns,
+        "first": first,
         "answer": args.answer,
         "concurrency": args.concurrency,
         "seed": seed,
@@ -127,14 +130,37 @@ def _serving(args: argparse.Namespace, turns: list[tuple[int, int]], seed: int) 
     }
 
 
-def measure(engine: Engine, args: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """One contender's run of the whole schedule."""
-    found = engine.ask("serve", args.limit + GRACE_S, **_serving(args, schedule(args), seed))
-    found["settle_s"] = engine.ask("settle", SETTLE_S)["seconds"]
-    engine.ask("reset", SETTLE_S)
-    ttft = sorted(found["ttft_s"])
+def measure(running: Crew, args: argparse.Namespace, seed: int) -> dict[str, dict[str, Any]]:
+    """The whole schedule once for every contender, round by round."""
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in running}
+    turns = schedule(args)
+    for number, first in enumerate(range(0, len(turns), args.users)):
+        names = list(running)
+        shift = (number + seed) % len(names)
+        for name in names[shift:] + names[:shift]:
+            with running.leaving(name):
+                asked = _serving(args, turns[first : first + args.users], first, seed)
+                rounds[name].append(running[name].ask("serve", args.limit + GRACE_S, **asked))
+    whole = {}
+    for name in list(running):
+        with running.leaving(name):
+            settle_s = running[name].ask("settle", SETTLE_S)["seconds"]
+            running[name].ask("reset", SETTLE_S)
+            whole[name] = _together(rounds[name]) | {"settle_s": settle_s}
+    return whole
+
+
+def _together(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """One run's figures from those of its rounds."""
+    names = ("seconds", "turns", "done", "prompt_tokens", "cached_tokens", "external_tokens")
+    found: dict[str, Any] = {name: sum(part[name] for part in rounds) for name in names}
+    for name in ("ttft_s", "latency_s"):
+        found[name] = [seconds for part in rounds for seconds in part[name]]
+    found["rounds"] = [
+        {"seconds": part["seconds"], "ttft_p50_s": statistics.median(part["ttft_s"])} for part in rounds if part["done"]
+    ]
     found["whole"] = found["done"] == found["turns"]
-    if ttft:
+    if ttft := sorted(found["ttft_s"]):
         found |= {
             "requests_per_s": found["done"] / found["seconds"],
             "prompt_tokens_per_s": found["prompt_tokens"] / found["seconds"],
@@ -146,7 +172,10 @@ def measure(engine: Engine, args: argparse.Namespace, seed: int) -> dict[str, An
 
 
 def compare(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Medians of each contender's runs, and whether Cairn is ahead of the others in each figure."""
+    """Medians of each contender's runs, the paired ratios of their rounds, and whether Cairn is ahead in each figure.
+
+    Requests/s and p50 are judged by the pairs, p99 by the medians of the runs.
+    """
     names = ("seconds", "requests_per_s", "prompt_tokens_per_s", "ttft_p50_s", "ttft_p99_s", "latency_p50_s")
     names += ("cached_tokens", "external_tokens", "prompt_tokens", "done", "settle_s")
     medians = {
@@ -155,15 +184,28 @@ def compare(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         for contender, found in runs.items()
         if (done := [run for run in found if run["done"]])
     }
+    pairs: dict[str, dict[str, float]] = {}
     ahead: dict[str, dict[str, bool]] = {}
     for mine in (name for name in medians if name.startswith("cairn")):
         for other in (name for name in medians if not name.startswith("cairn")):
+            seconds, p50 = (_paired(runs[mine], runs[other], figure) for figure in ("seconds", "ttft_p50_s"))
+            pairs[f"{mine} / {other}"] = {"seconds": seconds, "ttft_p50_s": p50}
             ahead[f"{mine} ahead of {other}"] = {
-                "requests_per_s": medians[mine]["requests_per_s"] > medians[other]["requests_per_s"],
-                "ttft_p50_s": medians[mine]["ttft_p50_s"] < medians[other]["ttft_p50_s"],
+                "requests_per_s": seconds < 1,
+                "ttft_p50_s": p50 < 1,
                 "ttft_p99_s": medians[mine]["ttft_p99_s"] < medians[other]["ttft_p99_s"],
             }
-    return {"medians": medians, "ahead": ahead}
+    return {"medians": medians, "pairs": pairs, "ahead": ahead}
+
+
+def _paired(mine: list[dict[str, Any]], others: list[dict[str, Any]], figure: str) -> float:
+    """The median over all rounds of one's figure over the other's in the same round."""
+    ratios = [
+        a[figure] / b[figure]
+        for run, other in zip(mine, others, strict=False)
+        for a, b in zip(run["rounds"], other["rounds"], strict=False)
+    ]
+    return statistics.median(ratios)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -177,6 +219,10 @@ def table(result: dict[str, Any]) -> str:
             f"{found['prompt_tokens_per_s']:7.0f} {found['ttft_p50_s']:7.4f} {found['ttft_p99_s']:7.4f} "
             f"{hit:6.1%} {external:8.1%}{'' if found['whole'] else '  (cut)'}"
         )
+    lines += [
+        f"{pair}, by rounds: seconds {found['seconds']:.3f}, TTFT p50 {found['ttft_p50_s']:.3f}"
+        for pair, found in result["pairs"].items()
+    ]
     for pair, figures in result["ahead"].items():
         behind = [name for name, is_ahead in figures.items() if not is_ahead]
         lines.append(f"{pair}: {'not in ' + ', '.join(behind) if behind else 'yes'}")
@@ -211,17 +257,17 @@ def run(args: argparse.Namespace, home: Path, logs: Path, result: dict[str, Any]
             print(f"{', '.join(running)}: up and warm after {time.monotonic() - began:.0f} s", flush=True)
             result |= next(iter(running.values())).about
             for repeat in range(args.repeats):
-                for name in list(running)[:: 1 if repeat % 2 == 0 else -1]:
-                    expected = max((found["seconds"] for found in runs[name]), default=0.0)
-                    if spent + expected > args.seconds and repeat > 0:
-                        continue
-                    began = time.monotonic()
+                expected = sum(max((run["seconds"] for run in runs[name]), default=0.0) for name in running)
+                if spent + expected > args.seconds and repeat > 0:
+                    break
+                began = time.monotonic()
+                for name, found in measure(running, args, seed=2 + repeat).items():
+                    runs[name].append(found)
                     with running.leaving(name):
-                        runs[name].append(measure(running[name], args, seed=2 + repeat))
                         result["stats"][name] = running[name].ask("stats", GRACE_S)
-                    spent += time.monotonic() - began
-                    result |= compare(runs)
-                    engines.save(args.out, result)
+                spent += time.monotonic() - began
+                result |= compare(runs)
+                engines.save(args.out, result)
         finally:
             result["died"] |= running.died
             running.close()

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,9 +58,10 @@ def test_the_commands_are_there() -> None:
     }
     events = {("events", name) for name in ("record", "replay", "show")}
     clusters = {("register",), ("cluster", "list"), ("cluster", "watch")}
-    configs = {("config", name) for name in ("show", "check", "schema", "docs")}
+    configs = {("config", name) for name in ("show", "check", "schema", "docs", "import-lmcache")}
     alone = {
         ("demo",),
+        ("doctor",),
         ("index",),
         ("inspect",),
         ("node",),
@@ -174,10 +174,12 @@ def test_help_is_light() -> None:
 def test_help_is_quick() -> None:
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
-        subprocess.run([*CAIRN, "--help"], capture_output=True, check=True, timeout=60)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.6, "0.12 s on an idle machine; the bar is 0.3 s"
+        with subprocess.Popen([*CAIRN, "--help"], stdout=subprocess.DEVNULL) as process:
+            _, status, used = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        seconds.append(used.ru_utime + used.ru_stime)  # other tests have the cores at the same time
+    assert min(seconds) < 0.3, "of processor time; 0.12 s on an idle machine"
 
 
 def test_completion(monkeypatch: pytest.MonkeyPatch) -> None:

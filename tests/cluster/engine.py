@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Self
 
@@ -25,15 +26,23 @@ class Metrics:
         self.ttft = all_of(Histogram, "vllm:time_to_first_token_seconds", "TTFT.")
         self.tpot = all_of(Histogram, "vllm:inter_token_latency_seconds", "TPOT.")
         self.prompt = all_of(Counter, "vllm:prompt_tokens", "Prompt tokens.")
-        info = Gauge("vllm:cache_config_info", "Of the cache.", ("block_size", "engine"), registry=self.registry)
-        info.labels("32", "0").set(1)
+        self.lengths = all_of(Histogram, "vllm:request_prompt_tokens", "Tokens of a prompt.")
+        self._info = Gauge("vllm:cache_config_info", "Of the cache.", ("block_size", "engine"), registry=self.registry)
+        self.block_size("32")
+
+    def block_size(self, tokens: str) -> None:
+        self._info.clear()
+        self._info.labels(tokens, "0").set(1)
 
 
 class Engine:
-    """`with Engine() as engine`: listens at `engine.url` until `stop`; `hang` and `token` as they say."""
+    """`with Engine() as engine`: listens at `engine.url` until `stop`; `hang` and `token` as they say. model: as
+    /v1/models has it. ahead_s: by which its clock is ahead of ours.
+    """
 
     def __init__(self) -> None:
         self.metrics = Metrics()
+        self.model, self.ahead_s = {"id": "tiny"}, 0.0
         self.status, self.token = 200, ""
         self.hang = threading.Event()
         self._port = 0
@@ -53,6 +62,9 @@ class Engine:
                 self.end_headers()
                 self.wfile.write(body if allowed else b"{}")
 
+            def date_time_string(self, timestamp: float | None = None) -> str:
+                return super().date_time_string(time.time() + engine.ahead_s)
+
             def log_message(self, *_: object) -> None:
                 pass
 
@@ -68,7 +80,7 @@ class Engine:
             return self.status, b""
         if path == "/metrics":
             return 200, generate_latest(self.metrics.registry)
-        answers = {"/v1/models": {"data": [{"id": "tiny"}]}, "/version": {"version": "0.33.0"}}
+        answers = {"/v1/models": {"data": [self.model]}, "/version": {"version": "0.33.0"}}
         return (200, json.dumps(answers[path]).encode()) if path in answers else (404, b"")
 
     def stop(self) -> None:

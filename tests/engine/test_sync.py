@@ -176,6 +176,31 @@ def test_the_planner_leaves_to_prefill_what_it_does_faster(tmp_path: Path) -> No
         assert retrieved(engine, tokens) == 64
 
 
+def test_a_disk_slower_than_computing_is_not_written(tmp_path: Path) -> None:
+    with make_engine(64, tmp_path) as engine:
+        for n in (100, 1000):
+            engine.observe_prefill(n, 0, n * 1e-9)
+            engine.cost.observe_load("disk", n * 1000, n * 1.0)
+        stored(engine, prompt(0, 32))
+        assert engine.flush(10)
+        assert engine.get_stats()["tiers"]["disk"]["resident_blocks"] == 0
+        assert engine.get_stats()["skipped_tokens"]["disk"] == {"cheaper_to_recompute": 32}
+        for n in (100, 1000):  # it was busy; now it is not
+            for _ in range(8):
+                engine.cost.observe_load("disk", n * 1000, n * 1e-9)
+        stored(engine, prompt(1, 32))
+        assert engine.flush(10)
+        assert engine.get_stats()["tiers"]["disk"]["resident_blocks"] == 8
+    with make_engine(64, tmp_path, **{"engine.planner": False}) as engine:
+        engine.observe_prefill(100, 0, 1e-12)
+        engine.observe_prefill(1000, 0, 1e-12)
+        engine.cost.observe_load("disk", 1000, 1.0)
+        engine.cost.observe_load("disk", 2000, 2.0)
+        stored(engine, prompt(2, 32))
+        assert engine.flush(10)
+        assert engine.get_stats()["tiers"]["disk"]["resident_blocks"] == 16
+
+
 def test_a_tier_that_was_slow_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cairn.engine.probe.INTERVAL_S", 0.0)
     with make_engine(8, tmp_path) as engine:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cairn.plan import CostModel, OnlineFit, RecomputeCost, Segment, Work, plan_load
+from cairn.plan import CostModel, OnlineFit, RecomputeCost, Segment, Work, plan_load, worth_writing
 
 positive = st.floats(1e-9, 1e-3)
 
@@ -152,3 +152,15 @@ def test_a_slow_tier_is_left_alone() -> None:
         cost.observe_load("disk", size, size / 1e5)
         cost.observe_load("dram", size, size / 1e10)
     assert plan_load([Segment("dram", 64), Segment("disk", 64)], 200, 100, cost).tokens == 64
+
+
+def test_what_would_not_be_loaded_is_not_written() -> None:
+    cost = CostModel()
+    assert worth_writing("disk", 0, 64, 100, cost), "nothing is known"
+    cost = model(0.0, 1e-4, 0.0)
+    assert worth_writing("disk", 0, 64, 100, cost), "the disk is not known"
+    for size in (10_000, 20_000):
+        cost.observe_load("disk", size, size / 1e5)
+        cost.observe_load("near", size, size / 0.6e6)
+    assert not worth_writing("disk", 0, 64, 100, cost)
+    assert worth_writing("near", 0, 64, 100, cost), "it is less than twice as slow"

@@ -16,9 +16,14 @@ def attend(queries: Any, planes: Planes, positions: Any, scale: float) -> Any:
 
     positions: int64 [rows], ascending. Returns [rows, heads, dim]. Rows that are the whole prompt take the way that
     models take for it, so that they come out the same, bit for bit; so do those behind a short prefix, with rows of
-    zeros for it, as that way looks at nothing that is masked.
+    zeros for it, as that way looks at nothing that is masked. Other rows are one kernel on CUDA, which waits for
+    nothing, and groups under a mask elsewhere.
     """
     rows = len(positions)
+    if queries.is_cuda and rows < len(planes[0]):
+        from cairn.blend.triton_attention import attend as attend_rows
+
+        return attend_rows(queries, *planes, positions, scale)
     stop = int(positions[-1]) + 1
     lead = stop - rows
     keys, values = (plane[:stop].transpose(0, 1)[None] for plane in planes)

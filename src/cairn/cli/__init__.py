@@ -16,6 +16,7 @@ from cairn.cli.cluster import app as cluster
 from cairn.cli.codec import app as codec
 from cairn.cli.config import app as config
 from cairn.cli.demo import demo
+from cairn.cli.doctor import doctor
 from cairn.cli.events import app as events
 from cairn.cli.index import index
 from cairn.cli.inspect import inspect
@@ -43,6 +44,7 @@ app.command()(index)
 app.command()(serve)
 app.command()(up)
 app.command()(status)
+app.command()(doctor)
 app.add_typer(cluster, name="cluster")
 app.command()(register)
 app.add_typer(codec, name="codec")

@@ -82,6 +82,34 @@ def docs() -> None:
     typer.echo(render(), nl=False)
 
 
+@app.command("import-lmcache")
+def import_lmcache(
+    file: Annotated[
+        Path | None, typer.Argument(help="LMCache's YAML file; LMCACHE_CONFIG_FILE names it if left out.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Print the configuration that LMCache's amounts to.
+
+    Reads its file and the LMCACHE_* variables; comments say what became of every setting, and why some have no
+    counterpart.
+
+    \b
+    Example:
+      cairn config import-lmcache lmcache-config.yaml > cairn.yaml
+    """
+    import os
+
+    from cairn.cli.lmcache import import_lmcache, read_lmcache, render
+
+    imported = import_lmcache(read_lmcache(file, os.environ))
+    if as_json:
+        became = [one._asdict() for one in imported.settings]
+        typer.echo(json.dumps({"config": imported.config, "settings": became}, indent=2, default=str))
+    else:
+        typer.echo(render(imported), nl=False)
+
+
 def load(file: Path | None, settings: list[str]) -> "Config":
     from cairn.config import load_config, parse_assignment
 

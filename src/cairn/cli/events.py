@@ -102,8 +102,8 @@ def show_recording(file: _File, as_json: _Json = False) -> None:
     show(summarize(Recording(file)), title=f"cairn events show {file}", as_json=as_json)
 
 
-class _Nowhere:
-    """A sink for what is only recorded."""
+class Nowhere:
+    """A sink for what is only recorded, or listened to."""
 
     def apply(self, source: "Source", events: "Sequence[Event]") -> None: ...
 
@@ -123,7 +123,7 @@ async def _record(instance: "Instance", recorder: "Recorder", seconds: float, me
         if recorder.messages >= messages:
             full.set()
 
-    async with Subscriber(_Nowhere(), [instance], tap=tap):
+    async with Subscriber(Nowhere(), [instance], tap=tap):
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(full.wait(), seconds)
 

@@ -20,10 +20,11 @@ class HttpError(Exception):
 
 
 class Answer(NamedTuple):
-    """status: HTTP's. body: decoded of nothing."""
+    """status: HTTP's. body: decoded of nothing. date: the header Date, as it came; "": there was none."""
 
     status: int
     body: bytes
+    date: str
 
 
 def parse_url(url: str) -> SplitResult:
@@ -73,11 +74,14 @@ async def _read(reader: asyncio.StreamReader) -> Answer:
     words = (await reader.readline()).split(None, 2)
     if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
         raise ValueError("no answer in HTTP")
-    while (await reader.readline()).strip():
-        pass
+    date = b""
+    while line := (await reader.readline()).strip():
+        name, _, value = line.partition(b":")
+        if name.lower() == b"date":
+            date = value.strip()
     body = bytearray()
     while piece := await reader.read(_MAX_LINE):
         body += piece
         if len(body) > _MAX_BODY:
             raise ValueError(f"an answer of more than {_MAX_BODY} bytes")
-    return Answer(int(words[1]), bytes(body))
+    return Answer(int(words[1]), bytes(body), date.decode("latin-1"))

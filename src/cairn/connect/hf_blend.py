@@ -102,7 +102,9 @@ class Blender:
             )
         self.recipe = Recipe(settings.check_layers, settings.recompute_ratios, settings.head_tokens)
         self.separator = _separator(settings.special_str, tokenizer)
-        self.chunks = ChunkStore(engine, rope_of(model))
+        begin = getattr(tokenizer, "bos_token_id", None)
+        prelude = as_tokens([*([] if begin is None else [begin]), *self.separator])
+        self.chunks = ChunkStore(engine, rope_of(model), prelude)
         self._planner = engine.config.engine.planner
         self._model = model
 
@@ -142,10 +144,11 @@ class Blender:
         whole = len(chain) * geometry.block_tokens
         if not whole or self.chunks.engine.lookup(chain) == whole:
             return 0
-        shape = (geometry.layers, 2, 1, geometry.kv_heads, whole, geometry.head_dim)
+        text = np.concatenate([self.chunks.prelude, ids[:whole]])
+        shape = (geometry.layers, 2, 1, geometry.kv_heads, len(text), geometry.head_dim)
         buffers = [(layer[0], layer[1]) for layer in torch.empty(shape, dtype=self._model.dtype)]
         canvas = ChunkLoad((), _planes_of(buffers), self.chunks.rope, ())
-        blend(HfBlendModel(self._model, whole), _ids(ids[:whole]), canvas, 0, (), self.recipe)
+        blend(HfBlendModel(self._model, len(text)), _ids(text), canvas, 0, (), self.recipe)
         return self.chunks.store(chain, PagedKV.from_tensors(buffers, "transformers", geometry))
 
 

@@ -18,7 +18,7 @@ from cairn.index.journal import Journal
 from cairn.kv import Keys, KVGeometry, Layout
 from cairn.observe.metrics import Metrics
 from cairn.observe.reasons import Reason
-from cairn.plan import CostModel
+from cairn.plan import CostModel, worth_writing
 from cairn.tier.arena import Arena
 from cairn.tier.base import Rows, Tier
 from cairn.tier.disk import DiskTier
@@ -31,12 +31,13 @@ PROMOTION_BYTES = 16 << 20
 
 class Writes(NamedTuple):
     """How a lower tier is written. share: of DRAM that may be pinned for it at a time, 0: it is only read. linger_s,
-    lazy: see `WriteBehind`.
+    lazy: see `WriteBehind`. choosy: only with what it is worth reading from it (`worth_writing`).
     """
 
     share: float
     linger_s: float = 0.0
     lazy: bool = False
+    choosy: bool = False
 
 
 class LocalStore(BlockStore):
@@ -146,6 +147,12 @@ class LocalStore(BlockStore):
 
     def _writer(self, tier: Tier, writes: Writes) -> WriteBehind:
         limit = max(1, int(writes.share * self._dram.index.capacity)) if writes.share else 0
+        block, token_bytes = self._geometry.block_tokens, self._geometry.token_bytes
+
+        def worth(first: int, stop: int) -> bool:
+            tokens = (stop - first) * block
+            return not writes.choosy or worth_writing(tier.name, first * block, tokens, token_bytes, self._cost)
+
         return WriteBehind(
             self._dram,
             tier,
@@ -154,6 +161,7 @@ class LocalStore(BlockStore):
             metrics=self._metrics,
             linger_s=writes.linger_s,
             lazy=writes.lazy,
+            worth=worth,
         )
 
     def _promote(self, hold: LocalHold, tier: Tier, first: int, below: int, deadline: float) -> int:
@@ -222,7 +230,7 @@ def open_local(
                 write_budget_bytes_per_day=storage.disk.write_budget_per_day,
                 lossy=ladder is not None and ladder.lossy,
             )
-            lower.append((disk, Writes(share)))
+            lower.append((disk, Writes(share, choosy=config.engine.planner)))
         if storage.remote.url is not None:
             remote = open_remote(storage.remote, geometry, layout, ladder, metrics)
             may_write = share if storage.remote.write != "off" else 0.0

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -44,7 +45,9 @@ class WriteBehind:
 
     linger_s: an offer waits for so long, and a longer one of the same chain takes its place; of a chain that grows
     meanwhile only whole groups (`Tier.pack_blocks`) are written. lazy (write-back): offers wait until DRAM has few free
-    slots left, or somebody drains. `pump` starts what is due by now. Thread-safe.
+    slots left, or somebody drains. worth: whether blocks first..stop of a chain are worth writing, asked when it is
+    their turn; what is not is skipped and counted, unless somebody drains. `pump` starts what is due by now.
+    Thread-safe.
     """
 
     def __init__(
@@ -57,12 +60,14 @@ class WriteBehind:
         metrics: Metrics,
         linger_s: float = 0.0,
         lazy: bool = False,
+        worth: Callable[[int, int], bool] = lambda _first, _stop: True,
     ) -> None:
         self._dram = dram
         self._lower = lower
         self._limit = max(limit_blocks, lower.pack_blocks) if limit_blocks else 0
         self._linger_s = linger_s
         self._lazy = lazy
+        self._worth = worth
         self._draining = 0
         self._block_tokens = block_tokens
         self._metrics = metrics
@@ -133,6 +138,10 @@ class WriteBehind:
                 self._waiting_blocks -= chain.missing
                 chain = self._whole_groups(chain)
                 first = min(self._lower.write_start(chain.keys), len(chain.keys))
+                if first < len(chain.keys) and not self._draining and not self._worth(first, len(chain.keys)):
+                    self._skip(len(chain.keys) - first, Reason.CHEAPER_TO_RECOMPUTE)
+                    self._changed.notify_all()
+                    continue
                 wanted = min(len(chain.keys) - first, room)
                 ids = self._dram.index.pin(chain.keys[first : first + wanted], use=False)
                 self._writing += len(ids)

@@ -2,7 +2,7 @@
 
 from cairn.plan.coding import Coded, choose_codec
 from cairn.plan.cost import CostModel, LoadCost, OnlineFit, RecomputeCost, Work
-from cairn.plan.planner import Plan, Segment, plan_load
+from cairn.plan.planner import Plan, Segment, plan_load, worth_writing
 
 __all__ = [
     "Coded",
@@ -15,4 +15,5 @@ __all__ = [
     "Work",
     "choose_codec",
     "plan_load",
+    "worth_writing",
 ]

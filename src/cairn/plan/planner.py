@@ -1,9 +1,13 @@
-"""Load or recompute: how much of a prefix hit is worth loading."""
+"""Load or recompute: how much of a prefix hit is worth loading, and what is worth keeping for it."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from cairn.plan.cost import CostModel
+
+#: How many times slower than computing a tier may be and still be written: it is read faster when it is not written
+#: at the same time, and serves those, too, whose computer is busy.
+WRITE_MARGIN = 2.0
 
 
 class Segment(NamedTuple):
@@ -52,3 +56,14 @@ def plan_load(
         if seconds < best.seconds:
             best = Plan(split - start, seconds)
     return best
+
+
+def worth_writing(tier: str, first: int, tokens: int, token_bytes: int, cost: CostModel) -> bool:
+    """Whether a tier should be given `tokens` tokens behind `first` others: not if loading them from it would take
+    more than WRITE_MARGIN times as long as computing them, so that `plan_load` would leave them there.
+
+    True until both have been measured.
+    """
+    if not cost.recompute.knows(tokens, first):
+        return True
+    return cost.load_seconds(tier, tokens * token_bytes) <= WRITE_MARGIN * cost.recompute.seconds(tokens, first)

@@ -1,122 +1,104 @@
-"""A worker's copies on a GPU: enqueued by threads of their own on streams of their own, in order with the model's."""
+"""A worker's copies on a GPU: enqueued on streams of their own, in order with the model's, by the model's own thread.
+
+To enqueue a copy takes that thread a few tenths of a millisecond, and never a wait. Threads for it took more: each copy
+cost the model's thread as much again in turns of the interpreter (docs/architecture.md has the figures).
+"""
 
 import logging
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
-from typing import Any, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cairn.connect.vllm.movers import Layers, Mover, Rows, Timer
+from cairn.connect.vllm.movers import Copying, Layers, Mover, Rows, Timer, failed
 from cairn.copy import PagedKV, TokenSlots
 from cairn.copy.cuda import CudaCopier, Enqueued
-from cairn.errors import StorageError
+from cairn.errors import InputError, StorageError
 from cairn.kv import KVGeometry
 from cairn.observe.log import log_once
 
 logger = logging.getLogger(__name__)
 
-R = TypeVar("R")
-
 #: A layered load goes in so many pieces at most, each of at least so many bytes of a row: more pieces let the model
 #: start sooner, shorter ones cost the bus more.
 _PIECES, _PIECE_BYTES = 4, 512 << 10
+#: So many pieces are enqueued ahead of those that the model needs: the bus always has some to go on with, and the
+#: model's first kernel is not launched behind the last of them.
+_AHEAD = 2
+#: What enqueueing a copy may raise; torch's errors are RuntimeErrors.
+_FAILURES = (StorageError, InputError, RuntimeError)
 
 
-class _Direction:
-    """Two threads a direction: one enqueues, one waits, so that no copy waits until the one before is over."""
+class _CudaCopy:
+    """A `Copying` that is asked for, not waited for: no thread, unless somebody is to be told."""
 
-    def __init__(self, name: str, use_device: Callable[[], None]) -> None:
-        self._enqueuing = ThreadPoolExecutor(1, f"cairn-{name}", use_device)
-        self._waiting = ThreadPoolExecutor(1, f"cairn-{name}-wait", use_device)
+    def __init__(self, copy: Enqueued, mover: "CudaMover") -> None:
+        self._copy = copy
+        self._mover = mover
 
-    def submit(self, enqueue: Callable[..., R], *arguments: Any) -> "Future[R]":
-        return self._enqueuing.submit(enqueue, *arguments)
+    def done(self) -> bool:
+        return bool(self._copy.end.query())
 
-    def seconds(self, copy: "Future[Enqueued]") -> "Future[float]":
-        """The seconds a copy takes, once it is over."""
-        return self._waiting.submit(lambda: copy.result().seconds())
+    def exception(self) -> BaseException | None:
+        self._copy.synchronize()
+        return None
 
-    def close(self) -> None:
-        self._enqueuing.shutdown(wait=True, cancel_futures=True)
-        self._waiting.shutdown(wait=True, cancel_futures=True)
+    def result(self) -> float:
+        return self._copy.seconds()
+
+    def add_done_callback(self, fn: Callable[[Any], object], /) -> None:
+        self._mover.after(self._copy, lambda: fn(self))
 
 
 class _CudaLayers(Layers):
-    """The model's stream waits for the copies' events, and its thread only until the event it needs is there.
+    """The model's stream waits for the copies' events, its thread for nothing.
 
-    A piece that does not come is enqueued by the model's thread itself. If even that fails, the load has failed; where
-    steps overlap that raises StorageError, because vLLM could not take the step back.
+    A piece that cannot be enqueued ahead of its time is tried once more when the model needs it. If it fails then, so
+    has the load; where steps overlap that raises StorageError, because vLLM could not take the step back.
     """
 
-    def __init__(self, mover: "CudaMover", slots: TokenSlots, rows: Rows, after: Any) -> None:
+    def __init__(self, mover: "CudaMover", slots: TokenSlots, rows: Rows) -> None:
         self._mover = mover
         self._arguments = (mover.kv, slots, mover.memory, rows)
-        self._after = after
+        self._after = mover.stream().record_event()
         self._copies: list[Enqueued] = []
+        self._error: Exception | None = None
         self._waited = 0
-        self._changed = threading.Condition()
-        self._over = False
-        self._job = mover.loads.submit(self._run)
+        self._enqueue(0)
 
-    def wait(self, layer: int, timeout: float) -> None:
-        wanted = layer // self._mover.layers_at_once + 1
-        if wanted <= self._waited:
+    def wait(self, layer: int, timeout: float) -> None:  # noqa: ARG002 - nothing here takes long
+        self._follow(layer // self._mover.layers_at_once + 1)
+
+    def end(self) -> Copying:
+        self._follow(len(self._mover.spans))
+        if self._error:
+            return failed(self._error)
+        return _CudaCopy(Enqueued(self._copies[0].begin, self._copies[-1].end), self._mover)
+
+    def _follow(self, pieces: int) -> None:
+        """Orders the model behind the first `pieces` pieces, or those of them that could be enqueued."""
+        if pieces > self._waited:
+            self._waited = pieces
+            self._enqueue(pieces)
+            if self._copies:
+                self._mover.stream().wait_event(self._copies[min(pieces, len(self._copies)) - 1].end)
+
+    def _enqueue(self, needed: int) -> None:
+        """What is missing of the first `needed` pieces and those ahead of them, in order."""
+        if self._error:
             return
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._copies) >= wanted or self._over, timeout)
-        if len(self._copies) < wanted:
-            self._rescue()
-        self._follow()
-
-    def end(self) -> "Future[float]":
-        if len(self._copies) < len(self._mover.spans):
-            self._rescue()
-        self._follow()
-        if len(self._copies) == len(self._mover.spans):
-            whole = self._mover.loads.submit(lambda: Enqueued(self._copies[0].begin, self._copies[-1].end))
-            return self._mover.loads.seconds(whole)
-        failed: Future[float] = Future()
-        failed.set_exception(self._job.exception() or TimeoutError("its deadline passed"))
-        return failed
-
-    def _follow(self) -> None:
-        """Orders the model behind the copies that were enqueued so far."""
-        self._waited = len(self._copies)
-        if self._waited:
-            self._mover.stream().wait_event(self._copies[self._waited - 1].end)
-
-    def _rescue(self) -> None:
-        """Enqueues what is missing, once the other thread has stopped to."""
-        self._over = True
-        self._job.exception()
         try:
-            self._enqueue()
-        except StorageError as error:
-            if self._mover.overlapping:
-                raise
-            log_once(logger, "layered load", f"a layered load failed: {error}")
-
-    def _run(self) -> None:
-        try:
-            self._enqueue(lambda: self._over)
-        finally:
-            with self._changed:
-                self._over = True
-                self._changed.notify_all()
-
-    def _enqueue(self, stopped: Callable[[], bool] = lambda: False) -> None:
-        """The pieces that are missing, in order."""
-        for span in self._mover.spans[len(self._copies) :]:
-            if stopped():
+            for span in self._mover.spans[len(self._copies) : needed + _AHEAD]:
+                self._copies.append(self._mover.copier.scatter_async(*self._arguments, span, self._after))
+        except _FAILURES as error:
+            if len(self._copies) >= needed:
                 return
-            copy = self._mover.copier.scatter_async(*self._arguments, span, self._after)
-            with self._changed:
-                self._copies.append(copy)
-                self._changed.notify_all()
+            if self._mover.overlapping:
+                raise StorageError(f"a layered load failed: {error}") from error
+            log_once(logger, "layered load", f"a layered load failed: {error}")
+            self._error = error
 
 
 class _CudaTimer(Timer):
@@ -157,41 +139,59 @@ class CudaMover(Mover):
         self.spans = [
             range(first, min(layers, first + self.layers_at_once)) for first in range(0, layers, self.layers_at_once)
         ]
-        # A thread without a device of its own would open a context on the first one.
-        use_device = partial(torch.cuda.set_device, kv.device)
-        self.loads, self._stores = _Direction("load", use_device), _Direction("store", use_device)
-        self._latest_store: Future[Enqueued] | None = None
+        self._waiter: ThreadPoolExecutor | None = None
+        self._latest_store: Enqueued | None = None
         self.copier = CudaCopier(geometry, kv.device)
         self.copier.register(arena)
         self.copier.prepare(kv)
 
-    def load(self, slots: TokenSlots, rows: Rows) -> "Future[float]":
-        return self.loads.seconds(self._start(self.loads, self.copier.scatter_async, slots, rows))
+    def load(self, slots: TokenSlots, rows: Rows) -> Copying:
+        try:
+            return _CudaCopy(self.copier.scatter_async(self.kv, slots, self.memory, rows, None, self._now()), self)
+        except _FAILURES as error:
+            return failed(error)
 
-    def store(self, slots: TokenSlots, rows: Rows) -> "Future[float]":
-        self._latest_store = self._start(self._stores, self.copier.gather_async, slots, rows)
-        return self._stores.seconds(self._latest_store)
+    def store(self, slots: TokenSlots, rows: Rows) -> Copying:
+        try:
+            self._latest_store = self.copier.gather_async(self.kv, slots, self.memory, rows, None, self._now())
+        except _FAILURES as error:
+            return failed(error)
+        return _CudaCopy(self._latest_store, self)
 
     def load_layers(self, slots: TokenSlots, rows: Rows) -> Layers:
-        return _CudaLayers(self, slots, rows, self.stream().record_event())
+        return _CudaLayers(self, slots, rows)
 
     def settle_stores(self) -> None:
-        if self._latest_store and not self._latest_store.exception():
-            self.stream().wait_event(self._latest_store.result().end)
+        if self._latest_store:
+            self.stream().wait_event(self._latest_store.end)
 
     def timer(self) -> Timer:
         return _CudaTimer(self)
 
     def close(self) -> None:
-        self.loads.close()
-        self._stores.close()
         self.copier.close()
+        if self._waiter:
+            self._waiter.shutdown(wait=True)
 
     def stream(self) -> Any:
         """The model's stream: the current one of the model runner's thread."""
         return self.torch.cuda.current_stream()
 
-    def _start(
-        self, direction: _Direction, copy: Callable[..., Enqueued], slots: TokenSlots, rows: Rows
-    ) -> "Future[Enqueued]":
-        return direction.submit(copy, self.kv, slots, self.memory, rows, None, self.stream().record_event())
+    def after(self, copy: Enqueued, then: Callable[[], object]) -> None:
+        """Calls `then` once the copy is over, from a thread that waits, asleep: whoever must know even while the model
+        does nothing."""
+        if self._waiter is None:
+            # A thread without a device of its own would open a context on the first one.
+            self._waiter = ThreadPoolExecutor(1, "cairn-copied", lambda: self.torch.cuda.set_device(self.kv.device))
+
+        def wait() -> None:
+            try:
+                copy.synchronize()
+            finally:
+                then()
+
+        self._waiter.submit(wait)
+
+    def _now(self) -> Any:
+        """An event behind what the model has been given to do so far."""
+        return self.stream().record_event()

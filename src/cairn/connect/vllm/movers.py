@@ -2,8 +2,9 @@
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,29 @@ Rows = npt.NDArray[np.int32]
 _THREADS = 2
 
 
+class Copying(Protocol):
+    """A copy under way, or one that failed. A `Future[float]` is one."""
+
+    def done(self) -> bool:
+        """Whether it is over. Waits for nothing."""
+
+    def exception(self) -> BaseException | None:
+        """Waits for it; why it failed."""
+
+    def result(self) -> float:
+        """Waits for it; the seconds it took. Raises its exception."""
+
+    def add_done_callback(self, fn: Callable[[Any], object], /) -> None:
+        """Calls `fn` once it is over, in whatever thread."""
+
+
+def failed(error: BaseException) -> Copying:
+    """A copy that was not made."""
+    future: Future[float] = Future()
+    future.set_exception(error)
+    return future
+
+
 class Layers(ABC):
     """A load that a running forward pass follows. Owned by the model runner's thread."""
 
@@ -27,8 +51,8 @@ class Layers(ABC):
         """Returns when the model's next operation may read the layer, or when it never will be there."""
 
     @abstractmethod
-    def end(self) -> "Future[float]":
-        """After the pass: the seconds it took, once it is over; already failed if a layer is missing.
+    def end(self) -> Copying:
+        """After the pass: the load as a whole; already failed if a layer is missing.
 
         Whatever the model is given to do from now on comes after the load's last write.
         """
@@ -49,19 +73,19 @@ class Timer(ABC):
 class Mover(ABC):
     """Copies between rows of the arena and the paged cache, without making the model wait.
 
-    `load` and `store` begin behind what the model has been given to do so far; their futures give the seconds that
-    they took. Called by the model runner's thread alone.
+    `load` and `store` begin behind what the model has been given to do so far. Called by the model runner's thread
+    alone.
     """
 
     def __init__(self, kv: PagedKV, memory: npt.NDArray[np.uint8]) -> None:
         self.kv, self.memory = kv, memory
 
     @abstractmethod
-    def load(self, slots: TokenSlots, rows: Rows) -> "Future[float]":
+    def load(self, slots: TokenSlots, rows: Rows) -> Copying:
         """Rows -> paged cache."""
 
     @abstractmethod
-    def store(self, slots: TokenSlots, rows: Rows) -> "Future[float]":
+    def store(self, slots: TokenSlots, rows: Rows) -> Copying:
         """Paged cache -> rows."""
 
     @abstractmethod
@@ -89,14 +113,13 @@ class _CpuLayers(Layers):
     def wait(self, layer: int, timeout: float) -> None:
         self._load.wait(layer, timeout)
 
-    def end(self) -> "Future[float]":
+    def end(self) -> Copying:
         complete = self._load.wait(self._load.layers - 1, 0.0)
         error = self._load.close()
+        if not complete:
+            return failed(error or TimeoutError("its deadline passed"))
         over: Future[float] = Future()
-        if complete:
-            over.set_result(time.monotonic() - self._started)
-        else:
-            over.set_exception(error or TimeoutError("its deadline passed"))
+        over.set_result(time.monotonic() - self._started)
         return over
 
 
@@ -124,10 +147,10 @@ class CpuMover(Mover):
         self._pool = ThreadPoolExecutor(_THREADS, "cairn-copy")
         self._stores: list[Future[float]] = []
 
-    def load(self, slots: TokenSlots, rows: Rows) -> "Future[float]":
+    def load(self, slots: TokenSlots, rows: Rows) -> Copying:
         return self._pool.submit(self._timed, self._copier.scatter, slots, rows)
 
-    def store(self, slots: TokenSlots, rows: Rows) -> "Future[float]":
+    def store(self, slots: TokenSlots, rows: Rows) -> Copying:
         store = self._pool.submit(self._timed, self._copier.gather, slots, rows)
         self._stores = [other for other in self._stores if not other.done()] + [store]
         return store

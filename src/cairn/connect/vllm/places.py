@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from cairn.connect.vllm.movers import Layers, Mover, Rows
+from cairn.connect.vllm.movers import Copying, Layers, Mover, Rows, failed
 from cairn.copy import TokenSlots
 from cairn.errors import StorageError
 from cairn.kv import KVGeometry, Layout
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 #: Makes a mover between this worker's paged cache and an arena.
 MakeMover = Callable[[Arena], Mover]
-Begin = Callable[[TokenSlots, Rows], "Future[float]"]
+Begin = Callable[[TokenSlots, Rows], Copying]
 #: How long a worker that starts waits for the node to have its pool, seconds.
 _START_S = 60.0
 _KEPT_ENTRANCES = 4
@@ -35,7 +35,7 @@ class Place:
         self.mover = mover
         self._entrance = entrance
 
-    def copy(self, begin: Begin, slots: TokenSlots, rows: Rows) -> "Future[float]":
+    def copy(self, begin: Begin, slots: TokenSlots, rows: Rows) -> Copying:
         """Begins a copy (`mover.load` or `mover.store`), and is inside of the gate until it is over."""
         entrance = self._entrance
         if entrance is None:
@@ -43,12 +43,12 @@ class Place:
         if not entrance.enter():
             return refused()
         try:
-            future = begin(slots, rows)
+            copying = begin(slots, rows)
         except BaseException:
             entrance.leave()
             raise
-        future.add_done_callback(lambda _: entrance.leave())
-        return future
+        copying.add_done_callback(lambda _: entrance.leave())
+        return copying
 
     def load_layers(self, slots: TokenSlots, rows: Rows) -> Layers:
         """As the mover's, inside of the gate."""
@@ -63,11 +63,9 @@ class Place:
             raise
 
 
-def refused() -> "Future[float]":
+def refused() -> Copying:
     """A copy that is not made, because its rows are not this engine's any more, or not mapped yet."""
-    future: Future[float] = Future()
-    future.set_exception(StorageError("the node has taken the rows back, or its arena is not mapped yet"))
-    return future
+    return failed(StorageError("the node has taken the rows back, or its arena is not mapped yet"))
 
 
 class Refused(Layers):
@@ -76,7 +74,7 @@ class Refused(Layers):
     def wait(self, layer: int, timeout: float) -> None:
         """Nothing will come."""
 
-    def end(self) -> "Future[float]":
+    def end(self) -> Copying:
         return refused()
 
 
@@ -88,7 +86,7 @@ class _Guarded(Layers):
     def wait(self, layer: int, timeout: float) -> None:
         self._layers.wait(layer, timeout)
 
-    def end(self) -> "Future[float]":
+    def end(self) -> Copying:
         over = self._layers.end()
         over.add_done_callback(lambda _: self._entrance.leave())
         return over

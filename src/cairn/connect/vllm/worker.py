@@ -3,7 +3,6 @@
 import logging
 import re
 import time
-from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy as np
 from cairn.config import Config
 from cairn.connect.vllm.messages import Copy, Done, Orders
 from cairn.connect.vllm.model import Served, own_arena
-from cairn.connect.vllm.movers import Layers, Mover, Rows, Timer, mover_for
+from cairn.connect.vllm.movers import Copying, Layers, Mover, Rows, Timer, mover_for
 from cairn.connect.vllm.places import Places, Refused, refused
 from cairn.copy import TokenSlots
 from cairn.errors import GeometryError
@@ -48,9 +47,9 @@ class WorkerSide:
         self._orders = Orders()
         self._timed: tuple[Work, Timer] | None = None
         self._layered: list[tuple[Copy, Layers, float]] = []
-        self._ended: list[tuple[Copy, Future[float]]] = []
-        self._loads: list[tuple[Copy, Future[float]]] = []
-        self._stores: list[tuple[Copy, Future[float]]] = []
+        self._ended: list[tuple[Copy, Copying]] = []
+        self._loads: list[tuple[Copy, Copying]] = []
+        self._stores: list[tuple[Copy, Copying]] = []
         self._unheard: set[int] = set()
         self._invalid: set[int] = set()
         self._done = Done()
@@ -168,7 +167,7 @@ class WorkerSide:
         assert self._places is not None
         return self._places
 
-    def _copy(self, copy: Copy, *, store: bool) -> "Future[float]":
+    def _copy(self, copy: Copy, *, store: bool) -> Copying:
         place = self._all_places.at(copy.home)
         if place is None:
             return refused()
@@ -183,20 +182,18 @@ class WorkerSide:
         first = np.asarray(copy.pages, np.int64) * self._block
         return (first[:, None] + np.arange(self._block)).reshape(-1), np.asarray(copy.rows, np.int32)
 
-    def _collect(
-        self, copies: list[tuple[Copy, "Future[float]"]], *, loads: bool
-    ) -> list[tuple[Copy, "Future[float]"]]:
+    def _collect(self, copies: list[tuple[Copy, Copying]], *, loads: bool) -> list[tuple[Copy, Copying]]:
         """Reports the copies that are over; returns the others."""
-        for copy, future in copies:
-            if not future.done():
+        for copy, copying in copies:
+            if not copying.done():
                 continue
-            error = future.exception()
+            error = copying.exception()
             if error:
                 log_once(logger, f"copy {type(error).__name__}", f"a copy failed: {error!r}")
                 if loads:
                     self._invalid.update(copy.pages)
-            self._report(copy, 0.0 if error else future.result(), failed=error is not None)
-        return [(copy, future) for copy, future in copies if copy.number not in self._done.copies]
+            self._report(copy, 0.0 if error else copying.result(), failed=error is not None)
+        return [(copy, copying) for copy, copying in copies if copy.number not in self._done.copies]
 
     def _report(self, copy: Copy, seconds: float, *, failed: bool) -> None:
         self._done.copies[copy.number] = 1
