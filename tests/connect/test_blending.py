@@ -13,7 +13,7 @@ from tests.blend.rig import model_of, tokens_of
 from tests.connect.rig import BLOCK, check, generate, open_engine
 
 SEPARATOR = [94, 95, 94]
-SETTINGS = {"blending.enabled": True, "blending.special_str": "sep"}
+SETTINGS = {"blending.enabled": True, "blending.special_str": "sep", "blending.check_layers": [1]}
 
 
 class Tokenizer:

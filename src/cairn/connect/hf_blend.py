@@ -100,7 +100,7 @@ class Blender:
             raise InputError(
                 f"blending.check_layers={list(settings.check_layers)}: the model has layers 0..{layers - 1}"
             )
-        self.recipe = Recipe(settings.check_layers, settings.recompute_ratios, settings.head_tokens)
+        self.recipe = Recipe.of(settings)
         self.separator = _separator(settings.special_str, tokenizer)
         begin = getattr(tokenizer, "bos_token_id", None)
         prelude = as_tokens([*([] if begin is None else [begin]), *self.separator])
