@@ -62,6 +62,10 @@ class Child:
 
         if spec.get("survive_llvmlite"):
             survive_llvmlite()
+        if spec.get("plugin"):
+            from cairn.connect.vllm import plugin
+
+            plugin.register()  # vLLM does so where Cairn is installed, not only on the path
         self.llm: Any = LLM(**spec["llm"])
         self.vocabulary = min(40000, self.llm.model_config.get_vocab_size() - 1)
         if spec.get("seed") is not None:
@@ -86,10 +90,13 @@ class Child:
     # --- commands ------------------------------------------------------------------------------------------------
 
     def visit(self, seed: int, length: int) -> dict[str, Any]:
+        """Asks for one token behind random ones; see `ask`."""
+        return self.ask(prompt(seed, length, self.vocabulary))
+
+    def ask(self, tokens: list[int]) -> dict[str, Any]:
         """Asks for one token. seconds: until it is there. top: its 20 likeliest, with their log-probabilities."""
         from vllm import SamplingParams
 
-        tokens = prompt(seed, length, self.vocabulary)
         sampling = SamplingParams(max_tokens=1, temperature=0, detokenize=False, logprobs=20)
         start = time.perf_counter()
         output = self.llm.generate({"prompt_token_ids": tokens}, sampling, use_tqdm=False)[0]

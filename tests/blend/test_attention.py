@@ -1,6 +1,8 @@
 """Attention of some rows, by the CUDA kernel in Triton's interpreter and by torch with masks, against plain softmax."""
 
-import importlib
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 from cairn.blend import attend
 
-SHAPES = [(1, 1, 2, 1, 16), (1, 700, 2, 2, 64), (40, 90, 4, 2, 64), (130, 300, 3, 1, 48), (270, 600, 6, 2, 32)]
+SHAPES = [(1, 1, 2, 1, 16), (1, 300, 2, 2, 64), (40, 90, 4, 2, 64), (100, 170, 3, 1, 48)]
 
 
 def case(rows: int, tokens: int, heads: int, kv_heads: int, dim: int) -> tuple[Any, Any, Any]:
@@ -38,15 +40,20 @@ def test_each_row_looks_at_what_stands_before_it(shape: tuple[int, ...]) -> None
     torch.testing.assert_close(found.double(), plain(queries, planes, positions), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.float16, 4e-3)])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_kernel_does_so_too(shape: tuple[int, ...], dtype: Any, error: float) -> None:
+def check_the_kernel() -> None:
+    """All shapes, in a process that interprets kernels from the start: triton's own, like `tl.max`, are some too."""
+    from cairn.blend.triton_attention import attend as kernel
+
+    for shape in SHAPES:
+        queries, planes, positions = case(*shape)
+        for dtype, error in ((torch.float32, 1e-5), (torch.float16, 4e-3)):
+            low = queries.to(dtype), *(plane.to(dtype) for plane in planes)
+            found = kernel(*low, positions, shape[-1] ** -0.5)
+            torch.testing.assert_close(found.double(), plain(low[0], low[1:], positions), rtol=error, atol=error)
+
+
+def test_the_kernel_does_so_too() -> None:
     pytest.importorskip("triton")
-    queries, planes, positions = case(*shape)
-    low = queries.to(dtype), *(plane.to(dtype) for plane in planes)
-    expected = plain(low[0], low[1:], positions)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")  # read where kernels are decorated, and where they call others
-        kernel = importlib.import_module("cairn.blend.triton_attention")
-        found = kernel.attend(*low, positions, shape[-1] ** -0.5)
-    torch.testing.assert_close(found.double(), expected, rtol=error, atol=error)
+    command = [sys.executable, "-c", "from tests.blend.test_attention import check_the_kernel as go; go()"]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, timeout=240)
+    assert done.returncode == 0, done.stderr.decode()

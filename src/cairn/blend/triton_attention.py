@@ -84,8 +84,8 @@ def _attend(
     keys += head // GROUP * key_head
     values += head // GROUP * value_head
     most = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    found = tl.zeros([ROWS, POWER], tl.float32)
+    total = tl.full([ROWS], 0.0, tl.float32)
+    found = tl.full([ROWS, POWER], 0.0, tl.float32)
     stop = (tl.max(limit) + 1).to(tl.int32)
     if PIPELINED:
         for first in tl.range(0, stop, TOKENS):
