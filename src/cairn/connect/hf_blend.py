@@ -113,10 +113,12 @@ class Blender:
     ) -> Blended:
         """Loads and computes a prompt's KV from `start` on, up to its last chunk that is held, if that pays.
 
+        What stands at the prompt's beginning is no chunk but a prefix, and computed if it is not held as one.
+
         tokens: the prompt. kv, buffers: where its KV belongs, the same memory. before: the load of what comes before
         `start`. Raises BlendError when a layer does not come; then the KV before `start` is as it was.
         """
-        pieces = split(tokens, self.separator)[:-1]
+        pieces = [piece for piece in split(tokens, self.separator)[:-1] if piece.start]
         with self.chunks.find(tokens, pieces, start) as found:
             missing = [tokens[piece.start : piece.stop] for piece in found.missing]
             stop = found.reused[-1].stop if found.reused else start
