@@ -45,12 +45,11 @@ def blend(
     for piece in reused:
         forced[max(piece.start + recipe.head_tokens, start) - start : max(piece.stop, start) - start] = False
     loaded = sum(max(0, piece.stop - max(piece.start, start)) for piece in reused)
-    shares = dict(zip(recipe.check_layers, recipe.ratios, strict=True))
+    shares = dict(zip(recipe.check_layers, recipe.ratios, strict=True)) if loaded and any(recipe.ratios) else {}
     if any(layer >= model.layers for layer in shares):
         raise InputError(f"check_layers={recipe.check_layers}: the model has layers 0..{model.layers - 1}")
-    if not any(recipe.ratios):
+    if not shares:
         positions, forced = positions[forced], forced[forced]
-        shares = {}
     hidden = model.embed(tokens[positions])
     computed = []
     for layer in range(model.layers):
