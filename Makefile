@@ -72,9 +72,10 @@ bench: $(READY) ## measure this machine; results go to benchmarks/results/
 		mv $(RESULTS)/new $(RESULTS)/$${bench%% *}.json; \
 	done
 
-docs: $(READY) ## renew docs/configuration.md from the schema, docs/doctor.md from the checks
+docs: $(READY) ## renew the pages that are made from the code, and build the site in build/site
 	@$(BIN)/cairn config docs > docs/configuration.md
 	@$(BIN)/cairn doctor --reference > docs/doctor.md
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 proto: $(READY) ## renew the stubs of gRPC from their protocols
 	@cd src && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. \

@@ -106,6 +106,23 @@ def test_variables_of_others_are_left_alone(name: str) -> None:
     assert load_config(environ={name: "tcp://10.0.0.1:80"}) == Config()
 
 
+def test_what_kubernetes_makes_of_a_service_is_left_alone() -> None:
+    """In every pod beside a service called cairn-serve."""
+    made = {
+        "CAIRN_SERVE_SERVICE_HOST": "10.0.0.1",
+        "CAIRN_SERVE_SERVICE_PORT": "9888",
+        "CAIRN_SERVE_SERVICE_PORT_HTTP": "9888",
+        "CAIRN_SERVE_PORT": "tcp://10.0.0.1:9888",
+        "CAIRN_SERVE_PORT_9888_TCP": "tcp://10.0.0.1:9888",
+        "CAIRN_SERVE_PORT_9888_TCP_PROTO": "tcp",
+        "CAIRN_SERVE_PORT_9888_TCP_PORT": "9888",
+        "CAIRN_SERVE_PORT_9888_TCP_ADDR": "10.0.0.1",
+    }
+    assert load_config(environ=made) == Config()
+    with pytest.raises(ConfigError, match=r"index_http_port \(in CAIRN_INDEX_HTTP_PORT\): unknown key; did you mean"):
+        load_config(environ={"CAIRN_INDEX_HTTP_PORT": "8600"})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -14,12 +14,15 @@ if TYPE_CHECKING:
 _SWITCH_S = 0.0005
 #: How long a node may take until it listens, seconds.
 _START_S = 120.0
+#: How long a node may take to answer `--check`, seconds.
+_CHECK_S = 5.0
 
 
 def node(
     file: Annotated[Path | None, typer.Argument(help="YAML file; CAIRN_CONFIG names it if left out.")] = None,
     address: Annotated[str | None, typer.Option(help="Where to listen, as ipc:///run/cairn/node.sock.")] = None,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay here, log to stderr, end on Ctrl-C.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Ask the node there; exit code 1: no answer.")] = False,
     settings: Settings = [],  # noqa: B006 (typer copies it)
 ) -> None:
     """Keep the KV cache of all engines on this host, in memory that they share.
@@ -38,6 +41,12 @@ def node(
     if address is None:
         raise ConfigError("node.address is missing: give --address ipc:///run/cairn/node.sock, or set it in the file")
     path = socket_path(address)
+    if check:
+        from cairn.node.ping import ping
+
+        ping(address, _CHECK_S)
+        typer.echo(f"node at {address}: answers")
+        return
     if foreground:
         _serve(config, address)
         return

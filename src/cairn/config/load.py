@@ -9,6 +9,7 @@ Nothing is read at import: `load_config` reads the file and the environment it i
 
 import difflib
 import os
+import re
 from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,10 @@ from cairn.errors import ConfigError
 _OVERRIDE = ""
 #: Variables that may be written shorter; the long form wins.
 _SHORT: dict[str, KeyPath] = {"CAIRN_LOG_LEVEL": ("engine", "log_level")}
+#: How Kubernetes tells of a service. A port without a URL is meant for us: CAIRN_INDEX_HTTP_PORT=8600 is a mistake.
+_OF_A_SERVICE = re.compile(
+    r"_SERVICE_(HOST|PORT(_\w+)?)=|_PORT(_\d+_[A-Z]+)?=[a-z]+://|_PORT_\d+_[A-Z]+_(PROTO|PORT|ADDR)="
+)
 
 
 class _Value(NamedTuple):
@@ -102,8 +107,8 @@ def _read(path: Path) -> Mapping[Any, Any]:
 
 
 def _from_environ(environ: Mapping[str, str]) -> Iterator[tuple[KeyPath, _Value]]:
-    """Ours is what has a `__` or begins with a section's name. Other CAIRN_* variables are not meant for us: Kubernetes
-    makes CAIRN_SERVICE_HOST for a service called cairn."""
+    """Ours is what has a `__` or begins with a section's name. Other CAIRN_* variables are not meant for us, nor is
+    what Kubernetes makes of services' names: CAIRN_SERVICE_HOST for cairn, CAIRN_SERVE_PORT for cairn-serve."""
     for name, key in _SHORT.items():
         if name in environ:
             yield key, _Value(_parse_value(name, environ[name]), name)
@@ -111,7 +116,8 @@ def _from_environ(environ: Mapping[str, str]) -> Iterator[tuple[KeyPath, _Value]
         if not name.startswith("CAIRN_"):
             continue
         key = tuple(name.removeprefix("CAIRN_").lower().split("__"))
-        if len(key) > 1 or key[0].split("_")[0] in Config.model_fields:
+        begins_alike = key[0].split("_")[0] in Config.model_fields
+        if len(key) > 1 or (begins_alike and not _OF_A_SERVICE.search(f"{name}={text}")):
             yield key, _Value(_parse_value(name, text), name)
 
 

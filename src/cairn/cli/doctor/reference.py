@@ -10,7 +10,7 @@ _HEAD: Final = """\
 
 Made from the checks by `make docs`; do not edit.
 
-```
+```bash
 cairn doctor cairn.yaml --model /models/llama --sample prompts.txt   # one host
 cairn doctor --set cluster.etcd_addr=10.0.0.9:2379                   # a fleet
 cairn doctor --cluster cluster.yaml                                  # what `cairn up` is to start
