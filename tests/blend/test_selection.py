@@ -43,5 +43,6 @@ def test_what_blending_computes() -> None:
     share = computed_share(Recipe((1, 10), (0.3, 0.1), 5), 30, 1000, pieces)
     assert share == (1000 + 9 * (210 + 240) + 20 * (210 + 80)) / 30_000
     assert pays(Recipe(), 30, 1000, pieces)
+    assert not pays(Recipe((29,)), 30, 1000, pieces)
     assert not pays(Recipe(), 30, 1000, [])
     assert not pays(Recipe((1,), (1.0,)), 30, 1000, pieces)

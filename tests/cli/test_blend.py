@@ -43,6 +43,7 @@ def test_bench_holds_every_ratio_to_full_prefill(run: Run, model: Path) -> None:
     quality = result["quality"]
     assert list(quality) == [
         "full reuse",
+        "full reuse, prelude",
         *(f"ratio {ratio}" for ratio in ("0", "0.05", "0.15", "0.3", "1")),
         "prefix only",
     ]

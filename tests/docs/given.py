@@ -28,6 +28,13 @@ def _model(home: Path, stack: ExitStack) -> dict[str, Any]:
     return {"path": path, "model": model, "prompt": "A cairn is a stack of stones that guides travellers. "}
 
 
+def _rag(home: Path, stack: ExitStack) -> dict[str, Any]:
+    given = _model(home, stack)
+    tiny_model(vocab_size=256, num_hidden_layers=8).save_pretrained(given["path"])
+    documents = [f"Document {i}: {given['prompt'] * 4}" for i in range(3)]
+    return {**given, "documents": documents, "retrieved": documents[::-1], "system": "Answer.", "question": "What?"}
+
+
 def _paged_cache(_: Path, __: ExitStack) -> dict[str, Any]:
     pages, tokens = 4, np.arange(40)
     kvcaches = [torch.zeros((2, pages, 16, 8, 128), dtype=torch.bfloat16) for _ in range(32)]
@@ -43,6 +50,7 @@ def _valkey(home: Path, stack: ExitStack) -> dict[str, Any]:
 #: By page.
 GIVEN: dict[str, Callable[[Path, ExitStack], dict[str, Any]]] = {
     "README.md": _model,
+    "blending.md": _rag,
     "embedding.md": _paged_cache,
     "fleet-replicas.md": _valkey,
     "remote.md": _model,

@@ -17,20 +17,26 @@ from cairn.kv.keys import Tokens, chunk_root
 
 #: A layer's copy out of DRAM takes milliseconds; one that takes this long will not come.
 LAYER_TIMEOUT_S: Final = 30.0
+NO_TOKENS: Final = np.zeros(0, np.uint32)
 
 
 class ChunkStore:
     """The chunks of one model in one engine. Thread-safe.
 
     A chunk is a chain of blocks like a prompt's, from a root of its own, with the KV that its tokens have when nothing
-    stands before them: a function of the tokens, so that its keys say all. Tokens behind its last whole block are not
-    kept. rope: the model's, a part of the root.
+    but a prelude stands before them: a function of the tokens, so that its keys say all. Tokens behind its last whole
+    block are not kept.
+
+    rope: the model's; prelude: the same few tokens before every chunk, with which a text begins and which draw the
+    attention that else the chunk's own first tokens would draw (attention sinks, arXiv 2309.17453). Both are parts of
+    the root.
     """
 
-    def __init__(self, engine: CacheEngine, rope: Rope) -> None:
+    def __init__(self, engine: CacheEngine, rope: Rope, prelude: Tokens = NO_TOKENS) -> None:
         self.engine = engine
         self.rope = rope
-        self._root = chunk_root(engine.chain().namespace, rope.digest())
+        self.prelude = prelude
+        self._root = chunk_root(engine.chain().namespace, rope.digest() + prelude.tobytes())
 
     def chain(self, tokens: Tokens) -> KeyChain:
         """The keys of one chunk; what `CacheEngine` takes in place of tokens."""
@@ -48,7 +54,7 @@ class ChunkStore:
             _Staged(piece, chain, self.engine.stage(chain, first_token=max(0, start - piece.start)))
             for piece, chain in wanted
         ]
-        found = Found(stages, start)
+        found = Found(stages, start, len(self.prelude))
         hits, lookups = self.engine.metrics.blend_hits, self.engine.metrics.blend_lookups
         for counter, some in ((lookups, [piece for piece, _ in wanted]), (hits, found.held)):
             counter.add(len(some), unit="chunks")
@@ -56,8 +62,10 @@ class ChunkStore:
         return found
 
     def store(self, chain: KeyChain, kv: PagedKV) -> int:
-        """Stores a chunk that was computed alone, token i in slot i of `kv`; returns how many tokens are new."""
-        return self.engine.store(chain, kvcaches=kv, slot_mapping=np.arange(chain.tokens))
+        """Stores a chunk that was computed behind the prelude alone, in slots 0, 1, ... of `kv` prelude and chunk;
+        returns how many tokens are new.
+        """
+        return self.engine.store(chain, kvcaches=kv, slot_mapping=len(self.prelude) + np.arange(chain.tokens))
 
 
 class _Staged(NamedTuple):
@@ -69,12 +77,12 @@ class _Staged(NamedTuple):
 class Found:
     """What is held of a prompt's chunks, kept until `release` (a context manager does it).
 
-    start: tokens before it are exact, a chunk among them that stands at the prompt's beginning. reused: the tokens of
-    others that can be loaded, ascending. missing: chunks that are not held whole, to be computed alone and stored
-    when there is time.
+    start: tokens before it are exact; without a prelude a chunk at the prompt's beginning is. reused: the tokens of
+    others that can be loaded, ascending. missing: chunks that are not held whole, to be computed alone and stored when
+    there is time.
     """
 
-    def __init__(self, staged: Sequence[_Staged], start: int) -> None:
+    def __init__(self, staged: Sequence[_Staged], start: int, prelude: int) -> None:
         self.start = start
         self.reused: list[Piece] = []
         self.missing: list[Piece] = []
@@ -89,11 +97,11 @@ class Found:
             if some.stop <= some.start:
                 continue
             self._wanted.append((some, stage))
-            if piece.start:
-                self.reused.append(some)
-                self._origins.append(piece.start)
-            else:
+            if piece.start == prelude == 0:
                 self.start = some.stop
+            else:
+                self.reused.append(some)
+                self._origins.append(piece.start - prelude)
 
     @property
     def held(self) -> list[Piece]:

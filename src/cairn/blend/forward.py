@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 
 from cairn.blend.base import BlendModel, Canvas, Piece
 from cairn.blend.selection import deviation, keep
+from cairn.config.schema import Blending
 from cairn.errors import InputError
 
 
@@ -17,9 +18,14 @@ class Recipe(NamedTuple):
     alone they drew the attention that goes to the beginning of a text (attention sinks, arXiv 2309.17453).
     """
 
-    check_layers: tuple[int, ...] = (1,)
+    check_layers: tuple[int, ...] = (6,)
     ratios: tuple[float, ...] = (0.15,)
     head_tokens: int = 4
+
+    @classmethod
+    def of(cls, settings: Blending) -> Self:
+        """As configured."""
+        return cls(settings.check_layers, settings.recompute_ratios, settings.head_tokens)
 
 
 @torch.inference_mode()  # type: ignore[untyped-decorator]
@@ -39,12 +45,11 @@ def blend(
     for piece in reused:
         forced[max(piece.start + recipe.head_tokens, start) - start : max(piece.stop, start) - start] = False
     loaded = sum(max(0, piece.stop - max(piece.start, start)) for piece in reused)
-    shares = dict(zip(recipe.check_layers, recipe.ratios, strict=True))
+    shares = dict(zip(recipe.check_layers, recipe.ratios, strict=True)) if loaded and any(recipe.ratios) else {}
     if any(layer >= model.layers for layer in shares):
         raise InputError(f"check_layers={recipe.check_layers}: the model has layers 0..{model.layers - 1}")
-    if not any(recipe.ratios):
+    if not shares:
         positions, forced = positions[forced], forced[forced]
-        shares = {}
     hidden = model.embed(tokens[positions])
     computed = []
     for layer in range(model.layers):

@@ -213,7 +213,9 @@ class Blending(Section):
         description="What stands between a prompt's chunks; null: nothing does, and chunks are cut by their content.",
     )
     check_layers: tuple[int, ...] = Field(
-        default=(1,), min_length=1, description="Layers, ascending, at which the tokens to compute anew are chosen."
+        default=(6,),
+        min_length=1,
+        description="Layers, ascending, at which the tokens to compute anew are chosen; before the first all are.",
     )
     recompute_ratios: tuple[Share, ...] = Field(
         default=(0.15,),

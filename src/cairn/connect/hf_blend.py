@@ -100,9 +100,11 @@ class Blender:
             raise InputError(
                 f"blending.check_layers={list(settings.check_layers)}: the model has layers 0..{layers - 1}"
             )
-        self.recipe = Recipe(settings.check_layers, settings.recompute_ratios, settings.head_tokens)
+        self.recipe = Recipe.of(settings)
         self.separator = _separator(settings.special_str, tokenizer)
-        self.chunks = ChunkStore(engine, rope_of(model))
+        begin = getattr(tokenizer, "bos_token_id", None)
+        prelude = as_tokens([*([] if begin is None else [begin]), *self.separator])
+        self.chunks = ChunkStore(engine, rope_of(model), prelude)
         self._planner = engine.config.engine.planner
         self._model = model
 
@@ -111,10 +113,12 @@ class Blender:
     ) -> Blended:
         """Loads and computes a prompt's KV from `start` on, up to its last chunk that is held, if that pays.
 
+        What stands at the prompt's beginning is no chunk but a prefix, and computed if it is not held as one.
+
         tokens: the prompt. kv, buffers: where its KV belongs, the same memory. before: the load of what comes before
         `start`. Raises BlendError when a layer does not come; then the KV before `start` is as it was.
         """
-        pieces = split(tokens, self.separator)[:-1]
+        pieces = [piece for piece in split(tokens, self.separator)[:-1] if piece.start]
         with self.chunks.find(tokens, pieces, start) as found:
             missing = [tokens[piece.start : piece.stop] for piece in found.missing]
             stop = found.reused[-1].stop if found.reused else start
@@ -142,10 +146,11 @@ class Blender:
         whole = len(chain) * geometry.block_tokens
         if not whole or self.chunks.engine.lookup(chain) == whole:
             return 0
-        shape = (geometry.layers, 2, 1, geometry.kv_heads, whole, geometry.head_dim)
+        text = np.concatenate([self.chunks.prelude, ids[:whole]])
+        shape = (geometry.layers, 2, 1, geometry.kv_heads, len(text), geometry.head_dim)
         buffers = [(layer[0], layer[1]) for layer in torch.empty(shape, dtype=self._model.dtype)]
         canvas = ChunkLoad((), _planes_of(buffers), self.chunks.rope, ())
-        blend(HfBlendModel(self._model, whole), _ids(ids[:whole]), canvas, 0, (), self.recipe)
+        blend(HfBlendModel(self._model, len(text)), _ids(text), canvas, 0, (), self.recipe)
         return self.chunks.store(chain, PagedKV.from_tensors(buffers, "transformers", geometry))
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from cairn.blend import Recipe
 from cairn.cli.blend.prompts import Rag
 from cairn.cli.quality.measure import divergence
+from cairn.connect.hf_blend import Blender
 from cairn.connect.transformers import CairnConnector
 
 #: Tokens of an answer.
@@ -20,7 +20,7 @@ ANSWER: Final = 24
 _RESAMPLES: Final = 2000
 
 #: By name; None: prefixes only.
-Variants = Mapping[str, Recipe | None]
+Variants = Mapping[str, Blender | None]
 
 
 class Score(NamedTuple):
@@ -53,22 +53,19 @@ def compare(
     """Every prompt under every variant, whose chunks are all stored before. Who is first takes turns; prefixes only,
     which stores the prompt, is last.
     """
-    assert connector.blender is not None
-    blender, scored = connector.blender, []
+    blenders = {name: blender for name, blender in variants.items() if blender is not None}
+    names, scored = list(blenders), []
     for i, rag in enumerate(prompts):
-        for chunk in rag.chunks:
-            blender.learn(chunk)
-        ids = torch.from_numpy(rag.ids(blender.separator).astype(np.int64))[None]
-        blended = [name for name, recipe in variants.items() if recipe is not None]
-        turn = i % len(blended)
-        order = [*blended[turn:], *blended[:turn], *(name for name, recipe in variants.items() if recipe is None)]
+        for blender in blenders.values():
+            for chunk in rag.chunks:
+                blender.learn(chunk)
+        ids = torch.from_numpy(rag.ids(blenders[names[0]].separator).astype(np.int64))[None]
+        turn = i % len(names)
+        order = [*names[turn:], *names[:turn], *(name for name in variants if name not in blenders)]
         right, scores = _full(model, tokenizer, ids), {}
         for name in order:
-            recipe = variants[name]
-            connector.blender = blender if recipe else None
-            blender.recipe = recipe or blender.recipe
+            connector.blender = variants[name]
             scores[name] = _score(model, tokenizer, connector, ids, right)
-        connector.blender = blender
         scored.append({name: scores[name] for name in variants})
         tick(i + 1)
     return scored

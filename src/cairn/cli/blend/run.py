@@ -4,13 +4,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
-from cairn.blend import Recipe
-from cairn.cli.blend.measure import Score, Variants, compare, summary
+from cairn.blend import ChunkStore, Recipe
+from cairn.cli.blend.measure import Variants, compare, summary
 from cairn.cli.blend.prompts import Rag, Shape, rag_prompts
 from cairn.cli.demo.model import default_cache_dir, fetch_model
 from cairn.cli.demo.show import Screen
 from cairn.config import Config
 from cairn.config.schema import Blending, Cpu, Engine, Storage
+from cairn.connect.hf_blend import Blender
 from cairn.connect.transformers import CairnConnector, namespace_of
 from cairn.engine import CacheEngine
 
@@ -26,9 +27,14 @@ def run_blend(model_dir: Path | None, count: int, long: int, tick: Tick) -> dict
     """Quality over `count` prompts, and times over `long` ones of 4k tokens. Raises InputError and StorageError."""
     bench = _Bench(model_dir or fetch_model(default_cache_dir(), Screen()), Blending(enabled=True))
     defaults = Blending()
-    variants: dict[str, Recipe | None] = {"full reuse": Recipe(ratios=(0.0,), check_layers=(1,), head_tokens=0)}
+    nothing = Recipe(ratios=(0.0,), head_tokens=0)
+    variants: dict[str, Blender | None] = {
+        "full reuse": bench.blender(nothing, prelude=False),
+        "full reuse, prelude": bench.blender(nothing),
+    }
     for ratio in RATIOS:
-        variants[f"ratio {ratio:g}"] = Recipe(defaults.check_layers, (ratio,), defaults.head_tokens)
+        recipe = Recipe(defaults.check_layers, (ratio,), defaults.head_tokens)
+        variants[f"ratio {ratio:g}"] = bench.blender(recipe)
     variants["prefix only"] = None
     prompts = list(rag_prompts(bench.tokenizer, count))
     result: dict[str, Any] = {"prompts": count, "recipe": defaults.model_dump(mode="json")}
@@ -45,9 +51,9 @@ def run_blend(model_dir: Path | None, count: int, long: int, tick: Tick) -> dict
 def run_check(model_dir: Path, blending: Blending, count: int, tick: Tick) -> dict[str, Any]:
     """The answers of one model by these settings, enabled or not. Raises GeometryError for a model that has none."""
     bench = _Bench(model_dir, blending.model_copy(update={"enabled": True}))
-    recipe = Recipe(blending.check_layers, blending.recompute_ratios, blending.head_tokens)
     prompts = rag_prompts(bench.tokenizer, count)
-    found = bench.run(prompts, {"blended": recipe}, lambda done: tick(done, count))
+    variants = {"blended": bench.blender(Recipe.of(blending))}
+    found = bench.run(prompts, variants, lambda done: tick(done, count))
     bench.close()
     return {"prompts": count, **found}
 
@@ -60,15 +66,22 @@ class _Bench:
 
         self._model = AutoModelForCausalLM.from_pretrained(home, dtype="float32", local_files_only=True).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(home, local_files_only=True)
-        # Every variant is to be measured, whether it pays or not.
+        # Every variant is to be measured, whether it pays or not: without a planner what is held is loaded.
         config = Config(storage=Storage(cpu=Cpu(size=_DRAM_BYTES)), blending=blending, engine=Engine(planner=False))
         self._engine = CacheEngine(namespace_of(self._model), config)
         self._connector = CairnConnector(self._model, self._engine, self.tokenizer)
-        assert self._connector.blender is not None
-        self.separator = self._connector.blender.separator
+        self.separator = self.blender(Recipe()).separator
+
+    def blender(self, recipe: Recipe, *, prelude: bool = True) -> Blender:
+        """One that blends by `recipe`. prelude: False: chunks are computed with nothing before them, as published."""
+        made = Blender(self._model, self._engine, self.tokenizer)
+        made.recipe = recipe
+        if not prelude:
+            made.chunks = ChunkStore(self._engine, made.chunks.rope)
+        return made
 
     def run(self, prompts: Iterable[Rag], variants: Variants, tick: Callable[[int], None]) -> dict[str, Any]:
-        scored: list[dict[str, Score]] = compare(self._model, self.tokenizer, self._connector, prompts, variants, tick)
+        scored = compare(self._model, self.tokenizer, self._connector, prompts, variants, tick)
         return {name: summary([scores[name] for scores in scored]) for name in variants}
 
     def close(self) -> None:
