@@ -26,7 +26,7 @@ def asked(blending: dict[str, Any] | None = None, ranks: int = 1, **vllm: Any) -
     model = SimpleNamespace(hf_text_config=text, skip_tokenizer_init=True)
     vllm_config = SimpleNamespace(**{"model_config": model, "lora_config": None} | vllm)
     served = SimpleNamespace(namespace=SimpleNamespace(geometry=vllm.pop("geometry", G)), ranks=ranks)
-    settings = {"enabled": True, "special_str": None} | (blending or {})
+    settings = {"enabled": True, "special_str": None, "check_layers": (1,)} | (blending or {})
     return settings_of(vllm_config, served, Config(blending=Blending(**settings)))  # type: ignore[arg-type]
 
 

@@ -65,7 +65,7 @@ def ratio(llm: Any, share: float, head_tokens: int = 4) -> Iterator[None]:
     sides = connector(llm)._scheduler._blending, get_kv_transfer_group()._worker._blender
     before = [side._recipe for side in sides]
     for side in sides:
-        side._recipe = Recipe((1,), (share,), head_tokens)
+        side._recipe = Recipe((6,), (share,), head_tokens)
     yield
     for side, recipe in zip(sides, before, strict=True):
         side._recipe = recipe
