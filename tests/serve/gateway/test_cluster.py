@@ -73,7 +73,7 @@ def test_serving_goes_on_without_etcd_and_without_a_replica() -> None:
 @needs_etcd
 @pytest.mark.parametrize("away_s", [3 * LEASE_S, *map(float, os.environ.get("CAIRN_TEST_ETCD_AWAY_S", "").split())])
 def test_a_registry_that_is_away_for_longer_than_its_leases_is_not_missed(away_s: float) -> None:
-    """All members stop, so that leases run out at the moment of their return. CAIRN_TEST_ETCD_AWAY_S=60: for so long."""
+    """All members stop, so that leases run out as they return. CAIRN_TEST_ETCD_AWAY_S=60: for so long, too."""
     with ExitStack() as stack:
         cluster = stack.enter_context(etcd(3))
         engines = [stack.enter_context(Engine(model="m")) for _ in range(3)]

@@ -20,8 +20,10 @@ from cairn.observe.log import log_once
 logger = logging.getLogger(__name__)
 
 _FIELD: Final = "cairn"
-#: Waits between two looks at what is to come, seconds.
-_LOOK_S: Final = 0.002
+#: Pauses between two looks at what is to come, seconds: doubled from the first up to the last, so that many requests
+#: that wait for one slow instance do not hold up those that run.
+_FIRST_PAUSE_S: Final = 0.002
+_LAST_PAUSE_S: Final = 0.05
 
 
 class _Stored(msgspec.Struct):
@@ -53,6 +55,7 @@ class Promise:
         self._engine, self._chain = engine, chain
         self._answer: Future[None] | None = None
         self._look_at = self._until = 0.0
+        self._pause_s = _FIRST_PAUSE_S
 
     def pending(self) -> bool:
         """Whether they are worth waiting for: not all here, and not late. The time runs from the first call on."""
@@ -71,7 +74,8 @@ class Promise:
                 "node, or remote store?",
             )
             return False
-        self._look_at = now + _LOOK_S
+        self._look_at = now + self._pause_s
+        self._pause_s = min(2 * self._pause_s, _LAST_PAUSE_S)
         if self._answer is None or self._answer.done():
             self._answer = self._engine.ask(self._chain)
         return True
