@@ -78,8 +78,8 @@ def test_what_is_about_other_blocks_is_not_awaited(tmp_path: Path) -> None:
         assert promised(told, there, TOKENS[: 9 * BLOCK]) is None
         assert promised(told, there, TOKENS[::-1]) is None
         key = told["cairn"]
-        others: list[Any] = [key | {"blocks": 0}, key | {"blocks": -1}, key | {"blocks": 9}, key | {"last": 5}, {}, None]
-        for other in [*others, "x", [1]]:
+        others: list[Any] = [key | {"blocks": blocks} for blocks in (-1, 0, 9, 11)]
+        for other in [*others, key | {"last": 5}, {}, None, "x", [1]]:
             assert promised(told | {"cairn": other}, there) is None
         for params in (None, {}, [], told | {"do_remote_prefill": False}, {"do_remote_prefill": True}):
             assert promised(params, there) is None
