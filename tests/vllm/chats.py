@@ -3,7 +3,6 @@
 import asyncio
 import json
 import random
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -59,7 +58,6 @@ class Chats:
         self.answers: list[Answered] = []
         self.broken: list[Answered] = []
         self.moved = 0
-        self.statuses: Counter[int] = Counter()
         self._answered = asyncio.Condition()
         self._asked = 0
 
@@ -113,13 +111,14 @@ class Chats:
             try:
                 url = f"http://{self.at[at % len(self.at)]}/v1/completions"
                 async with client.stream("POST", url, json=body) as answer:
-                    self.statuses[answer.status_code] += 1
-                    if not streams:
-                        whole = json.loads(await answer.aread())
-                        assert answer.status_code == 200, whole
-                        return ids(whole), whole["usage"]
-                    assert answer.status_code == 200, await answer.aread()
-                    return await _read(answer)
+                    if answer.status_code == 503:  # no engine is there, or all are taken for dead: as any client
+                        await asyncio.sleep(int(answer.headers["retry-after"]))
+                        continue
+                    if streams and answer.status_code == 200:
+                        return await _read(answer)
+                    whole = json.loads(await answer.aread())
+                    assert answer.status_code == 200, whole
+                    return ids(whole), whole["usage"]
             except httpx.TransportError:
                 self.moved += 1
                 at += 1

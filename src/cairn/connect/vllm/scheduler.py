@@ -280,9 +280,7 @@ class SchedulerSide:
     def _awaits(self, tracked: _Tracked, computed: int) -> bool:
         """Whether a prefill instance is still storing what the request will load. computed: tokens that vLLM has."""
         promise = tracked.promise
-        if promise is None or promise.blocks * self._block <= computed:
-            return False
-        if promise.pending():
+        if promise and promise.blocks * self._block > computed and promise.pending():
             return True
         tracked.promise = None
         return False
