@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("tokenizers")
@@ -73,6 +73,7 @@ MADE = [
 def test_the_pieces_tokens_are_the_whole_s(tokenizer: Any) -> None:
     cuts = Cuts(tokenizer)
 
+    @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # of a loaded machine
     @given(st.lists(st.sampled_from(WORDS), max_size=12))
     def holds(words: list[str]) -> None:
         text = "".join(words)
