@@ -29,7 +29,7 @@ class Engine:
         publisher = {"enable_kv_cache_events": True, "publisher": "zmq"}
         publisher |= {"endpoint": f"tcp://*:{events}", "replay_endpoint": f"tcp://*:{replay}"}
         settings = {"node.address": node.address, "engine.planner": False, "enable_disagg_pd": True}
-        settings |= {"node.timeout_s": 5, "engine.timeout_s": TIMEOUT_S}
+        settings |= {"node.timeout_s": 2, "engine.timeout_s": TIMEOUT_S}
         connector = {"kv_connector": "CairnConnector", "kv_connector_module_path": "cairn.connect.vllm"}
         connector |= {"kv_role": "kv_both", "kv_connector_extra_config": settings}
         options = ["--kv-events-config", json.dumps(publisher), "--kv-transfer-config", json.dumps(connector)]
