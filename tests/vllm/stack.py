@@ -15,7 +15,7 @@ from tests.vllm.test_node import Node
 BLOCK, BLOCKS, MODEL_LEN = 32, 512, 1024
 #: Deadline of what waits inside of the connector.
 TIMEOUT_S = 10.0
-START_S = 240.0
+START_S = 360.0
 
 
 class Engine:
