@@ -17,7 +17,6 @@ from pydantic import (
     SecretStr,
     SerializationInfo,
     WithJsonSchema,
-    field_validator,
     model_validator,
 )
 from pydantic.fields import FieldInfo
@@ -275,7 +274,8 @@ class Engine(Section):
     )
     enable_disagg_pd: bool = Field(
         default=False,
-        description="vLLM: hand KV from prefill to decode instances; refused, as it is not built yet.",
+        description="vLLM: hand KV from prefill to decode instances, through a node or a remote store; also for a node "
+        "with a remote store between them: what is computed goes there at once.",
     )
     copy_threads: Threads = Field(default=2, description="Threads that copy between the paged KV cache and the arena.")
     write_behind: float = Field(
@@ -285,17 +285,6 @@ class Engine(Section):
         description="Largest share of the arena that is pinned at a time while it is written to disk.",
     )
     log_level: Level = Field(default="WARNING", description="Least severe level that is logged.")
-
-    @field_validator("enable_disagg_pd")
-    @classmethod
-    def _is_not_built_yet(cls, wanted: bool) -> bool:
-        if wanted:
-            raise ValueError(
-                "must be false, because handing KV from prefill to decode instances is not built yet; take it out "
-                "(instances that share a node or a remote tier reuse each other's prompts without it), or use a "
-                "connector of vLLM's"
-            )
-        return wanted
 
     @model_validator(mode="after")
     def _lease_outlives_operation(self) -> Self:

@@ -246,10 +246,18 @@ class EngineCore:
         self._check_open()
         if not self._store.asks:
             return None
-        rest = (len(chain) - self._store.match(chain.keys).total) * self.geometry.block_tokens
+        return self._store.ask(chain.keys, deadline=self.deadline(timeout), worth_s=self.recompute_s(chain))
+
+    def held(self, chain: KeyChain) -> int:
+        """How many leading blocks any tier is known to hold. Moves nothing and asks no remote store."""
+        self._check_open()
+        return self._store.match(chain.keys).total
+
+    def recompute_s(self, chain: KeyChain) -> float:
+        """Seconds that computing the blocks which no tier is known to hold takes; inf: not known, or not minded."""
+        rest = (len(chain) - self.held(chain)) * self.geometry.block_tokens
         known = self.cost.recompute.knows(rest, chain.tokens - rest) and self.config.engine.planner
-        worth_s = self.cost.recompute.seconds(rest, chain.tokens - rest) if known else math.inf
-        return self._store.ask(chain.keys, deadline=self.deadline(timeout), worth_s=worth_s)
+        return self.cost.recompute.seconds(rest, chain.tokens - rest) if known else math.inf
 
     def seek(self, chain: KeyChain, *, timeout: float | None = None) -> None:
         """As `ask`, and waits until it is known, within the time that a lookup may take."""

@@ -13,7 +13,7 @@ from cairn.config.schema import Config
 from cairn.errors import ConfigError
 from cairn.fleet.discovery import Discovery
 from cairn.observe.log import setup_logging
-from cairn.plan.schedule import SCHEDULERS
+from cairn.plan.schedule import SCHEDULERS, rehearse
 from cairn.serve.auth import check_exposure
 from cairn.serve.gateway.app import Gateway
 from cairn.serve.gateway.backends import parse_backend, registered
@@ -79,6 +79,7 @@ async def _serve(config: Config, started: Callable[[Addresses], None]) -> None:
         async with AsyncExitStack() as stack:
             ended = stack.enter_context(ended_by_signals(serve.shutdown_s))
             await asyncio.to_thread(parts.start, index)
+            await asyncio.to_thread(rehearse, SCHEDULERS[serve.policy]())
             if serve.tokenizer_path is not None:
                 await asyncio.to_thread(parts.tokenizers.text, ANY_MODEL, "loaded before anybody waits for it")
             rpc = port = None
