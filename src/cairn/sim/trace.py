@@ -35,6 +35,7 @@ class Trace:
     keys: Keys  # [distinct, 2] of the dense ids
     input_tokens: npt.NDArray[np.int64]  # [requests]; zeros where unknown
     output_tokens: npt.NDArray[np.int64]
+    asked: npt.NDArray[np.int64]  # [requests] leading blocks that are the prompt's; the others are the answer's
 
     def __len__(self) -> int:
         return len(self.times)
@@ -43,11 +44,29 @@ class Trace:
     def block_uses(self) -> int:
         return len(self.blocks)
 
-    def chains(self) -> Iterator[tuple[float, Keys]]:
-        """Each request's time in seconds and keys [blocks, 2]."""
-        keys = self.keys[self.blocks]
-        for i in range(len(self)):
-            yield float(self.times[i]), keys[self.starts[i] : self.starts[i + 1]]
+    def chain(self, request: int) -> Keys:
+        """A request's keys [blocks, 2]."""
+        return self.keys[self.blocks[self.starts[request] : self.starts[request + 1]]]
+
+    def repeated(self, requests: int) -> "Trace":
+        """As many requests, by copies of the trace behind one another. Copies share no block, as if each had users of
+        its own: nothing more can be hit by that, and the rate stays.
+        """
+        copies = -(-requests // len(self))
+        last = int(self.starts[-1])
+        gap = float(self.times[-1] - self.times[0]) * len(self) / max(1, len(self) - 1)
+        number = np.repeat(np.arange(copies), len(self))[:requests]
+        starts = np.append((np.arange(copies)[:, None] * last + self.starts[:-1]).ravel(), copies * last)[: requests + 1]
+        blocks = (np.arange(copies)[:, None] * len(self.keys) + self.blocks).ravel()[: starts[-1]]
+        return Trace(
+            times=np.tile(self.times, copies)[:requests] + number * gap,
+            starts=starts,
+            blocks=blocks,
+            keys=_keys(int(blocks.max()) + 1),
+            input_tokens=np.tile(self.input_tokens, copies)[:requests],
+            output_tokens=np.tile(self.output_tokens, copies)[:requests],
+            asked=np.tile(self.asked, copies)[:requests],
+        )
 
     @classmethod
     def of(
@@ -55,8 +74,12 @@ class Trace:
         times: Sequence[float],
         chains: Sequence[Sequence[int]],
         lengths: Sequence[tuple[int, int]] | None = None,
+        asked: Sequence[int] | None = None,
     ) -> "Trace":
-        """From times in seconds and chains of block ids, sorted by time here; equal times keep their order."""
+        """From times in seconds and chains of block ids, sorted by time here; equal times keep their order.
+
+        lengths: tokens of each prompt and answer. asked: how many leading blocks are the prompt's; None: all.
+        """
         order = np.argsort(np.asarray(times, np.float64), kind="stable")
         starts = np.zeros(len(chains) + 1, np.int64)
         np.cumsum([len(chains[i]) for i in order], out=starts[1:])
@@ -72,6 +95,7 @@ class Trace:
             keys=_keys(len(first)),
             input_tokens=tokens[order, 0],
             output_tokens=tokens[order, 1],
+            asked=np.asarray(asked, np.int64)[order] if asked is not None else np.diff(starts),
         )
 
 
