@@ -45,8 +45,14 @@ class _Held(Mapping[str, Mapping[str, int]]):
     def __init__(self, keys: Keys, instances: Sequence[SimInstance], block: int) -> None:
         self._keys, self._instances, self._block = keys, instances, block
         self._known: dict[Tier, int] = {}  # instances share tiers
+        self._told: dict[str, Mapping[str, int]] = {}
 
     def __getitem__(self, name: str) -> Mapping[str, int]:
+        if name not in self._told:
+            self._told[name] = self._look(name)
+        return self._told[name]
+
+    def _look(self, name: str) -> Mapping[str, int]:
         one = self._instances[int(name)]
         reach = one.index.match(self._keys)
         held = {"vram": reach * self._block}

@@ -71,7 +71,9 @@ class SimInstance:
     """
 
     def __init__(self, machine: Machine, policy: type[EvictionPolicy], tiers: Sequence[Tier]) -> None:
-        self.cost = CostModel()
+        self._true = machine.cost()
+        self.cost = CostModel()  # as its router knows it: loads from the start, prefills as it sees them
+        self.cost.load = self._true.load
         self.index = PrefixIndex(machine.blocks, policy)
         self.tiers = tiers
         self.computing = False  # between `begin` and `end`; False while it only waits for a load
@@ -85,7 +87,6 @@ class SimInstance:
         self._steps = 0
         self._loader_free = 0.0
         self._run = Run(0.0, 0, 0.0, 0.0, 0.0, False)
-        self._true = machine.cost()
 
     @property
     def running(self) -> int:
@@ -221,12 +222,10 @@ class SimInstance:
         for name, tokens in segments:
             if left <= 0:
                 break
-            took = self._machine.links[name].seconds(tokens * size)
-            self.cost.observe_load(name, tokens * size, took)
             job.held[name] = tokens
             job.computed += tokens
             left -= tokens
-            ready += took
+            ready += self._machine.links[name].seconds(tokens * size)
         if not plan.tokens:
             return now
         self._loader_free = ready
