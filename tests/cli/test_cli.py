@@ -52,6 +52,7 @@ def test_the_commands_are_there() -> None:
         ("demo",),
         ("index",),
         ("inspect",),
+        ("plan",),
         ("node",),
         ("serve",),
         ("status",),

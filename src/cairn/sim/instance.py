@@ -27,7 +27,7 @@ _NONE: SlotIds = np.empty(0, np.int32)
 @dataclass(slots=True, eq=False)
 class Job:
     """A request at an instance. keys: of its blocks [n, 2], the first `asked` of them the prompt's, the others the
-    answer's as far as known; computed: tokens that are there, of `prompt`; held: tokens that were not computed, by tier.
+    answer's as far as known; computed: tokens that are there, of `prompt`; held: those that were not computed, by tier.
     """
 
     number: int

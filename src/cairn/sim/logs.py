@@ -4,8 +4,8 @@
     prompt_token_ids   the prompt; or `prompt`: text, or token ids; or `messages`, a chat
     output_token_ids   the answer; or `output_tokens`, how many; or `usage.completion_tokens`, as OpenAI's API says
 
-Other fields are not looked at. Text is not tokenized: four bytes of UTF-8 count as one token, so prefixes are told apart
-exactly and lengths are about right. Where the answer is known too, the next turn of a chat finds its blocks.
+Other fields are not looked at. Text is not tokenized: four bytes of UTF-8 count as one token, so prefixes are told
+apart exactly and lengths are about right. Where the answer is known too, the next turn of a chat finds its blocks.
 """
 
 from datetime import datetime

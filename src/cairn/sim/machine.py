@@ -78,8 +78,8 @@ class Machine:
 
 #: vLLM 0.26 with Llama-3.1-8B in bf16 on one H200. Prefill and floor: the cold and GPU-hit times of
 #: benchmarks/results/ttft_vllm.json, DRAM: the copy of that run (a test holds these to it); reads: 128 KiB a token at
-#: the 4,220 GB/s that the GPU's memory moved; blocks: 100 GB. Disk: one NVMe, 2 MiB blocks, benchmarks/results/disk.json
-#: (another machine). Remote: 100 Gb/s, an assumption.
+#: the 4,220 GB/s that the GPU's memory moved; blocks: 100 GB. Disk: one NVMe with 2 MiB blocks, of another machine,
+#: benchmarks/results/disk.json. Remote: 100 Gb/s, an assumption.
 H200_8B = Machine(
     floor_s=0.032,
     token_s=2.238e-5,

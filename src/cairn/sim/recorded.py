@@ -1,9 +1,9 @@
 """KV events that were recorded (`cairn events record`), as the requests that must have caused them.
 
 An engine tells of blocks when it stores them in its KV cache, so a request shows where its prompt was new: its chain is
-that of the stored blocks back to their root. Blocks that hang from the end of a request's chain within 5 s go on with it: several
-at once are its prompt's next chunk, one alone is its answer's next block; later ones are another turn. What an engine finds in its cache as a whole is
-told by nobody and missing here, so hits are a lower bound.
+that of the stored blocks back to their root. Blocks that hang from the end of a request's chain within 5 s go on with
+it: several at once are its prompt's next chunk, one alone is its answer's next block; later ones are another turn. What
+an engine finds in its cache as a whole is told by nobody and missing here, so hits are a lower bound.
 """
 
 from collections.abc import Sequence

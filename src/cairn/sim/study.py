@@ -48,7 +48,7 @@ class Fleet:
 
     def total_bytes(self, tier: str, per_host: int) -> int:
         """Of a tier, in the whole fleet."""
-        size: int = getattr(self, f"{tier}_bytes")
+        size = int(getattr(self, f"{tier}_bytes"))
         return size if tier == "remote" else size * -(-self.instances // per_host)
 
 
@@ -72,7 +72,7 @@ class Prices:
     remote: float = 0.0
 
     def hourly(self, fleet: Fleet, per_host: int) -> float:
-        monthly = sum(getattr(self, tier) * fleet.total_bytes(tier, per_host) / 1e9 for tier in TIERS_TO_BUY)
+        monthly: float = sum(getattr(self, tier) * fleet.total_bytes(tier, per_host) / 1e9 for tier in TIERS_TO_BUY)
         return self.gpu * fleet.instances + monthly / HOURS_A_MONTH
 
 

@@ -1,8 +1,8 @@
 """Request traces: what was asked when, as chains of block ids.
 
-The first format is Mooncake's (Qin et al., FAST'25; github.com/kvcache-ai/Mooncake): a JSON object a line with `timestamp` in
-milliseconds, `input_length` and `output_length` in tokens, and `hash_ids`, one id for each block of 512 prompt
-tokens. An id stands for its block and all before it, so equal ids mean equal prefixes; `read_trace` checks that.
+The first format is Mooncake's (Qin et al., FAST'25; github.com/kvcache-ai/Mooncake): a JSON object a line with
+`timestamp` in milliseconds, `input_length` and `output_length` in tokens, and `hash_ids`, one id for each block of 512
+prompt tokens. An id stands for its block and all before it, so equal ids mean equal prefixes; `read_trace` checks that.
 `cairn.sim.logs` and `cairn.sim.recorded` read others.
 """
 
@@ -66,7 +66,9 @@ class Trace:
         last = int(self.starts[-1])
         gap = float(self.times[-1] - self.times[0]) * len(self) / max(1, len(self) - 1)
         number = np.repeat(np.arange(copies), len(self))[:requests]
-        starts = np.append((np.arange(copies)[:, None] * last + self.starts[:-1]).ravel(), copies * last)[: requests + 1]
+        starts = np.append((np.arange(copies)[:, None] * last + self.starts[:-1]).ravel(), copies * last)[
+            : requests + 1
+        ]
         blocks = (np.arange(copies)[:, None] * len(self.keys) + self.blocks).ravel()[: starts[-1]]
         return Trace(
             times=np.tile(self.times, copies)[:requests] + number * gap,
