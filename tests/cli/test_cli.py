@@ -43,7 +43,19 @@ COMMANDS = [path for path, _ in every_command(typer.main.get_command(app))]
 def test_the_commands_are_there() -> None:
     benches = {
         ("bench", name)
-        for name in ("engine", "disk", "index", "fleet", "node", "remote", "policy", "fleet-sim", "quality", "serve")
+        for name in (
+            "engine",
+            "disk",
+            "index",
+            "fleet",
+            "node",
+            "remote",
+            "policy",
+            "fleet-sim",
+            "machine",
+            "quality",
+            "serve",
+        )
     }
     events = {("events", name) for name in ("record", "replay", "show")}
     clusters = {("register",), ("cluster", "list"), ("cluster", "watch")}

@@ -175,3 +175,28 @@ def test_the_machine_is_the_one_that_was_measured() -> None:
     assert H200_8B.token_s == pytest.approx(token_s, rel=0.01)
     assert H200_8B.attention_s == pytest.approx(attention_s, rel=0.01)
     assert H200_8B.floor_s == pytest.approx(measured[0]["gpu_hit_s"], rel=0.05)
+
+
+def test_tiers_are_loaded_from_the_nearest_first() -> None:
+    """Two blocks fit DRAM, where the prompt's head stays; the next is on disk, the last remote."""
+    machine = replace(TINY, prefix_cache=False)
+    settings = replace(ALONE, machine=machine, blocks={"dram": 2, "disk": 3, "remote": 9})
+    outcome = run([(0.0, [0, 1, 2, 3], 40, 1), (1.0, [0, 1, 2, 3], 40, 1)], settings)
+    assert outcome.held_tokens == {"dram": 20, "disk": 10, "remote": 9}
+    assert outcome.ttft_s[1] == pytest.approx(20e-6 + 10e-5 + 9e-5 + 0.010)
+
+
+@pytest.mark.parametrize(("per_host", "loaded"), [(1, 0), (2, 39)])
+def test_instances_of_a_host_share_its_dram(per_host: int, loaded: int) -> None:
+    settings = replace(ALONE, instances=2, per_host=per_host, blocks={"dram": 64})
+    outcome = run([(0.0, [0, 1, 2, 3], 40, 1), (1.0, [0, 1, 2, 3], 40, 1)], settings)
+    assert outcome.loaded_tokens == loaded
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_a_known_answer_is_found_by_the_next_turn(prefix_cache: bool) -> None:
+    """Prompt of two blocks, answer of one; the next turn says all of it again, and a block more."""
+    trace = Trace.of([0.0, 1.0, 9.0], [[0, 1, 2], [0, 1, 2, 3], [9]], [(20, 10), (40, 1), (5, 1)], [2, 4, 1], 10)
+    machine = replace(TINY, prefix_cache=prefix_cache)
+    outcome = FleetSim(trace, RoundRobin(), 3 / 9, replace(ALONE, machine=machine, blocks={"dram": 64})).run()
+    assert outcome.held_tokens == {"vram" if prefix_cache else "dram": 30}

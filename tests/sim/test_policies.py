@@ -53,7 +53,9 @@ def test_the_clock_does_not_matter(trace: Trace) -> None:
     """An engine's clock may stand still or run evenly; Tenure counts requests for blocks."""
     expected = replay(trace, 1_000, Tenure).hit_blocks
     for times in (np.zeros(len(trace)), np.arange(len(trace), dtype=float)):
-        same = Trace(times, trace.starts, trace.blocks, trace.keys, trace.input_tokens, trace.output_tokens, trace.asked)
+        same = Trace(
+            times, trace.starts, trace.blocks, trace.keys, trace.input_tokens, trace.output_tokens, trace.asked
+        )
         assert replay(same, 1_000, Tenure).hit_blocks == expected
 
 

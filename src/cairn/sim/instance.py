@@ -7,6 +7,7 @@ come between are one event (`Run`).
 """
 
 import heapq
+import math
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
@@ -55,7 +56,7 @@ class Run(NamedTuple):
         """When the first `steps` are over."""
         short = 0
         if self.work < self.floor:
-            short = min(steps, -int((self.work - self.floor) // self.growth)) if self.growth > 0 else steps
+            short = steps if self.growth <= 0 else math.ceil(min(steps, (self.floor - self.work) / self.growth))
         long = steps - short
         return self.began + short * self.floor + long * (self.work + self.growth * (short + steps - 1) / 2)
 

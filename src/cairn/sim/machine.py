@@ -27,14 +27,15 @@ class Link:
 class Machine:
     """An engine on its GPU, with continuous batching and chunked prefill.
 
-    step = max(floor_s, fixed_s + token_s (n + batch) + attention_s n (context + n / 2) + read_s (tokens attended))
+    step = max(floor_s, token_s (n + batch) + attention_s n (context + n / 2) + read_s (tokens attended) [+ fixed_s])
 
-    n tokens of a prefill behind `context` others, and `batch` requests that decode one token each. links: to the tiers
-    beyond the KV cache, by name; every instance has its own, and one load at a time.
+    n tokens of a prefill behind `context` others (without any, fixed_s does not count), and `batch` requests that
+    decode one token each. links: to the tiers beyond the KV cache, by name; each instance has its own, and one load at
+    a time.
     """
 
     floor_s: float  # of a step: launching kernels, sampling, the scheduler
-    fixed_s: float = 0.0  # of a step, beside its work
+    fixed_s: float = 0.0  # of a step that prefills, beside its work
     token_s: float
     attention_s: float  # a pair of query and key
     read_s: float  # of one token's KV
@@ -52,7 +53,8 @@ class Machine:
 
     def work_s(self, computed: int, attended: float, batch: int, read: int) -> float:
         """A step without its floor."""
-        return self.fixed_s + self.token_s * (computed + batch) + self.attention_s * attended + self.read_s * read
+        fixed = self.fixed_s if computed else 0.0
+        return fixed + self.token_s * (computed + batch) + self.attention_s * attended + self.read_s * read
 
     def cost(self) -> CostModel:
         """The same as the planner of an engine knows it."""

@@ -27,8 +27,8 @@ class Tier:
     def store(self, keys: Keys, at: int, now: float, chunk: int = 0) -> None:
         """Stores keys[at:], as `use` says, without a use of what is there."""
         while at < len(keys):
-            ids = self.index.reserve(min(chunk or len(keys), len(keys) - at), now)
-            stored = int(np.count_nonzero(self.index.commit(keys, at, ids, now)))
-            at += stored
-            if stored == 0 or stored < len(ids):
+            want = min(chunk or len(keys), len(keys) - at)
+            stored = int(np.count_nonzero(self.index.commit(keys, at, self.index.reserve(want, now), now)))
+            if stored < want:
                 return
+            at += stored

@@ -15,7 +15,7 @@ def plan(
         float | None, typer.Option(min=0.001, help="Requests a second; the trace's own if left out.")
     ] = None,
     instances: Annotated[list[int] | None, typer.Option(min=1, help="Engines; repeatable.")] = None,
-    per_host: Annotated[int, typer.Option(min=1, help="Instances that share a host's DRAM and disk.")] = 1,
+    per_host: Annotated[int, typer.Option(min=1, help="Instances that share a host's DRAM and disk.")] = 8,
     dram: Annotated[_Sizes, typer.Option(metavar="SIZE", help="Of a host (512GB); repeatable.")] = None,
     disk: Annotated[_Sizes, typer.Option(metavar="SIZE", help="Of a host; repeatable.")] = None,
     remote: Annotated[_Sizes, typer.Option(metavar="SIZE", help="Shared by all; repeatable.")] = None,
