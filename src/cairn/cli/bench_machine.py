@@ -9,6 +9,7 @@ on disk take turns, and one fit over all of them tells
 import tempfile
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 from cairn.cli.demo.model import NAME, default_cache_dir, fetch_model
 from cairn.cli.demo.show import Screen
 from cairn.connect.transformers import CairnConnector
+from cairn.kv import KVGeometry
 from cairn.plan.cost import OnlineFit, Work
 from cairn.sim.machine import Link, Machine
 
@@ -33,13 +35,19 @@ _FASTEST = 1e12  # bytes a second, where a load costs less than can be measured
 
 
 class Visit(NamedTuple):
-    """A request that was answered. reused: tokens that were loaded, by tier."""
+    """A request that was answered. reused: tokens that were loaded, by tier. cpu_s: the first two by the processor time
+    of this process, which other work on the machine changes little.
+    """
 
     ttft_s: float
     total_s: float
+    cpu_s: tuple[float, float]
     prompt: int
     answer: list[int]
     reused: dict[str, int]
+
+    def by_cpu(self) -> "Visit":
+        return self._replace(ttft_s=self.cpu_s[0], total_s=self.cpu_s[1])
 
 
 class _Clock(BaseStreamer):  # type: ignore[misc]
@@ -47,12 +55,12 @@ class _Clock(BaseStreamer):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self.puts = 0
-        self.first = 0.0
+        self.first = self.first_cpu = 0.0
 
     def put(self, _: torch.Tensor) -> None:
         self.puts += 1
         if self.puts == 2:
-            self.first = time.perf_counter()
+            self.first, self.first_cpu = time.perf_counter(), time.process_time()
 
     def end(self) -> None:
         """Nothing is held back."""
@@ -71,7 +79,7 @@ class Stack:
     def ask(self, ids: list[int], answer: int = ANSWER) -> Visit:
         """Exactly `answer` tokens, greedily; the clock includes the search for a prefix, and storing."""
         inputs, clock = torch.tensor([ids]), _Clock()
-        began = time.perf_counter()
+        began, began_cpu = time.perf_counter(), time.process_time()
         with self._connector.cache(inputs) as cache:
             output = self._model.generate(
                 inputs,
@@ -82,8 +90,14 @@ class Stack:
                 do_sample=False,
                 streamer=clock,
             )
-        total = time.perf_counter() - began
-        return Visit(clock.first - began, total, len(ids), output[0, len(ids) :].tolist(), dict(cache.reused_by_tier))
+        return Visit(
+            clock.first - began,
+            time.perf_counter() - began,
+            (clock.first_cpu - began_cpu, time.process_time() - began_cpu),
+            len(ids),
+            output[0, len(ids) :].tolist(),
+            dict(cache.reused_by_tier),
+        )
 
     def flush(self) -> None:
         """Waits until the disk has everything."""
@@ -126,38 +140,37 @@ class Calibration:
         self._stack.flush()
         return self.visits[-1]
 
-    def machine(self) -> Machine:
-        """What all visits so far say. Call after two rounds (24 visits) at least."""
-        size = self._stack.geometry.token_bytes
-        fit = OnlineFit(7, window=len(self.visits))
-        rows = [(_features(one, size), one.ttft_s) for one in self.visits]
-        for features, seconds in rows:
-            fit.observe(features, seconds)
-        # The fit weighs relative errors, so it is low where noise is one-sided; the sums shall be equal.
-        level = sum(seconds for _, seconds in rows) / sum(fit.predict(features) for features, _ in rows)
-        fixed, token, pair, dram, dram_byte, disk, disk_byte = (level * fit.coefficients()).tolist()
-        return Machine(
-            floor_s=sum(one.total_s - one.ttft_s for one in self.visits)
-            / sum(len(one.answer) - 1 for one in self.visits),
-            fixed_s=fixed,
-            token_s=token,
-            attention_s=pair,
-            read_s=0.0,  # in the floor
-            token_bytes=size,
-            blocks=1 << 10,
-            block_tokens=self._stack.geometry.block_tokens,
-            chunk=1 << 20,
-            running=1,
-            prefix_cache=False,
-            links={
-                "dram": Link(dram, 1 / max(dram_byte, 1 / _FASTEST)),
-                "disk": Link(disk, 1 / max(disk_byte, 1 / _FASTEST)),
-            },
-        )
-
     def _tokens(self, count: int) -> list[int]:
         ids: list[int] = self._rng.integers(1000, 40_000, count).tolist()
         return ids
+
+
+def machine_of(visits: Sequence[Visit], geometry: KVGeometry) -> Machine:
+    """What visits say: those of two rounds (24) at least."""
+    size = geometry.token_bytes
+    fit = OnlineFit(7, window=len(visits))
+    for one in visits:
+        fit.observe(_features(one, size), one.ttft_s)
+    # The fit weighs relative errors, so it is low where noise is one-sided; the sums shall be equal.
+    level = sum(one.ttft_s for one in visits) / sum(fit.predict(_features(one, size)) for one in visits)
+    fixed, token, pair, dram, dram_byte, disk, disk_byte = (level * fit.coefficients()).tolist()
+    return Machine(
+        floor_s=sum(one.total_s - one.ttft_s for one in visits) / sum(len(one.answer) - 1 for one in visits),
+        fixed_s=fixed,
+        token_s=token,
+        attention_s=pair,
+        read_s=0.0,  # in the floor
+        token_bytes=size,
+        blocks=1 << 10,
+        block_tokens=geometry.block_tokens,
+        chunk=1 << 20,
+        running=1,
+        prefix_cache=False,
+        links={
+            "dram": Link(dram, 1 / max(dram_byte, 1 / _FASTEST)),
+            "disk": Link(disk, 1 / max(disk_byte, 1 / _FASTEST)),
+        },
+    )
 
 
 def _features(visit: Visit, token_bytes: int) -> tuple[float, ...]:
@@ -183,7 +196,7 @@ def run_machine(directory: Path | None, rounds: int, seed: int = 0) -> dict[str,
         calibration = Calibration(asked, seed)
         for _ in range(12 * rounds):
             calibration.visit()
-        calibrated = calibration.machine()
+        calibrated = machine_of(calibration.visits, asked.geometry)
     return {
         "model": NAME if directory is None else directory.name,
         "threads": torch.get_num_threads(),

@@ -10,6 +10,8 @@ from cairn.sim.advice import ENOUGH, curves, needed
 from cairn.sim.study import TIERS_TO_BUY
 
 _COLOURS = {"dram": "#1f6fb4", "disk": "#2a9d8f", "remote": "#d1495b"}
+_MARKERS = {"dram": "o", "disk": "s", "remote": "^"}
+_WIDTHS = {"dram": 4.0, "disk": 2.0, "remote": 1.5}  # curves may lie on one another
 _STYLES = ("-", "--", ":", "-.")
 _NAMES = {"dram": "DRAM", "disk": "disk", "remote": "remote"}
 
@@ -29,12 +31,18 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     figure, (hits, ttft) = plt.subplots(1, 2, figsize=(12, 5), dpi=130)
     kinds = list(dict.fromkeys(kind for _, kind, _ in lines))
     for tier, kind, curve in lines:
-        style = {"color": _COLOURS[tier], "linestyle": _STYLES[kinds.index(kind) % len(_STYLES)]}
+        style = {
+            "color": _COLOURS[tier],
+            "linestyle": _STYLES[kinds.index(kind) % len(_STYLES)],
+            "linewidth": _WIDTHS[tier],
+            "marker": _MARKERS[tier],
+            "markersize": 6,
+            "label": f"{_NAMES[tier]}{_kind(kind, kinds)}",
+        }
         points = [row for row in curve if row[f"{tier}_bytes"]]
         x = [row[f"{tier}_total_bytes"] / 1e9 for row in points]
-        label = f"{_NAMES[tier]}{_kind(kind, kinds)}"
-        hits.plot(x, [row["of_possible_percent"] for row in points], "o", markersize=4, label=label, **style)
-        ttft.plot(x, [row["ttft_p95_s"] for row in points], "o", markersize=4, label=label, **style)
+        hits.plot(x, [row["of_possible_percent"] for row in points], **style)
+        ttft.plot(x, [row["ttft_p95_s"] for row in points], **style)
     _hits(hits, lines, kinds)
     _ttft(ttft, result, lines)
     for axes in (hits, ttft):
@@ -49,32 +57,26 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
 
 
 def _hits(axes: Any, lines: Sequence[tuple[str, Any, Any]], kinds: Sequence[Any]) -> None:
-    """The share of the possible hits, and for each curve where it crosses 90 %."""
+    """The share of the possible hits, where each curve crosses 90 %, and how much that is, in words."""
     low = min(row["of_possible_percent"] for _, _, curve in lines for row in curve)
+    bottom = max(0.0, low - 5)
     axes.axhline(ENOUGH, color="black", linewidth=1, linestyle=(0, (4, 3)))
-    for _, _, curve in lines:
+    for i, (tier, kind, curve) in enumerate(lines):
+        colour, size = _COLOURS[tier], needed(curve, tier)
         axes.axhline(curve[0]["of_possible_percent"], color="#8a8f98", linewidth=1, linestyle=":")
-    crossing = sorted(
-        (size, tier, kind) for tier, kind, curve in lines if (size := needed(curve, tier)) is not None and size
-    )
-    for i, (size, tier, kind) in enumerate(crossing):
-        axes.plot(size / 1e9, ENOUGH, "o", color=_COLOURS[tier], markersize=9, markeredgecolor="black", zorder=5)
-        axes.annotate(
-            f"{_NAMES[tier]} {amount(size)}{_kind(kind, kinds)}",
-            (size / 1e9, ENOUGH),
-            xytext=(-12, 14 + 17 * i),
-            textcoords="offset points",
-            ha="right",
-            fontsize=11,
-            weight="bold",
-            color=_COLOURS[tier],
-            arrowprops={"arrowstyle": "-", "color": _COLOURS[tier]},
-        )
-    axes.set_ylim(max(0.0, low - 5), ENOUGH + 14 + 6 * len(crossing))
-    axes.set_yticks([tick for tick in range(0, 101, 10) if tick >= low - 5])
+        best = max(row["of_possible_percent"] for row in curve)
+        reached = f"{best:.0f} % at most" if size is None else f"90 % with {amount(size)}" if size else "not needed"
+        text = f"{_NAMES[tier]}{_kind(kind, kinds)}: {reached}"
+        axes.text(0.02, 0.98 - 0.065 * i, text, color=colour, weight="bold", va="top", transform=axes.transAxes)
+        if size:
+            axes.plot([size / 1e9] * 2, [bottom, ENOUGH], color=colour, linewidth=1, linestyle=(0, (1, 2)))
+            axes.plot(
+                size / 1e9, ENOUGH, _MARKERS[tier], color=colour, markersize=10, markeredgecolor="black", zorder=5
+            )
+    axes.set_ylim(bottom, 102 + 7 * len(lines))
+    axes.set_yticks([tick for tick in range(0, 101, 10) if tick >= bottom])
     axes.set_ylabel("% of the possible hits")
     axes.set_title("What reaches 90 % of the possible hits", loc="left", weight="bold")
-    axes.legend(loc="lower right", frameon=False)
 
 
 def _ttft(axes: Any, result: Mapping[str, Any], lines: Sequence[tuple[str, Any, Any]]) -> None:
@@ -86,6 +88,7 @@ def _ttft(axes: Any, result: Mapping[str, Any], lines: Sequence[tuple[str, Any, 
     axes.set_ylim(0, 1.15 * max(slo, *(row["ttft_p95_s"] for _, _, curve in lines for row in curve)))
     axes.set_ylabel("seconds")
     axes.set_title("Time to the first token, p95", loc="left", weight="bold")
+    axes.legend(loc="lower left", frameon=False)
 
 
 def _kind(kind: tuple[Any, ...], kinds: Sequence[tuple[Any, ...]]) -> str:
@@ -96,7 +99,8 @@ def _kind(kind: tuple[Any, ...], kinds: Sequence[tuple[Any, ...]]) -> str:
 
 
 def _save(figure: Any, result: Mapping[str, Any], path: Path) -> None:
-    demand, counts = result["demand"], sorted({row["instances"] for row in result["fleets"]})
+    demand = result["demand"]
+    counts = " and ".join(map(str, sorted({row["instances"] for row in result["fleets"]})))
     figure.text(
         0.01,
         0.01,
