@@ -8,6 +8,11 @@ from rich.table import Table
 
 from cairn.sim.study import TIERS_TO_BUY
 
+_KEY = (
+    "DRAM and disk: of a host; hits: % of the possible; TTFT: p50 and p95, TPOT: p95, in seconds; "
+    "good: requests a second within the SLO; SLO: % of the requests within it, * if enough; cost: of an hour"
+)
+
 
 def amount(size: float) -> str:
     """Bytes in decimal units, as they are bought."""
@@ -18,15 +23,15 @@ def amount(size: float) -> str:
 
 
 def show_plan(result: Mapping[str, Any]) -> None:
-    console = Console()
+    console = Console(highlight=False, soft_wrap=True)
     demand = result["demand"]
     console.print(
         f"{result['trace']}: {result['requests']:,} requests at {demand['rate']:.3g}/s, "
-        f"{amount(result['distinct_bytes'])} of KV; {result['possible_hit_percent']:.1f} % of the tokens can be hits"
+        f"{amount(result['distinct_bytes'])} of KV; {result['possible_hit_percent']:.1f} % of the tokens can be hits\n"
     )
-    for line in needs(result):
-        console.print(f"  {line}")
     _table(console, result)
+    for line in needs(result):
+        console.print(line)
     best = result["cheapest"]
     slo = (
         f"{demand['slo_percent']:g} % of the requests within {demand['ttft_slo_s']:g} s to the first token and "
@@ -41,14 +46,15 @@ def show_plan(result: Mapping[str, Any]) -> None:
 
 def needs(result: Mapping[str, Any]) -> list[str]:
     """For each kind of fleet and each tier, how much reaches 90 % of the possible hits."""
+    found = result["needed_for_90_percent"]
+    kinds = [name for name in ("instances", "policy", "codec", "scheduler") if len({one[name] for one in found}) > 1]
     lines = []
-    for one in result["needed_for_90_percent"]:
-        size = one["total_bytes"]
-        kind = f"{one['instances']} instances, {one['policy']}, {one['codec']}"
-        reached = f"90 % of the possible hits with {amount(size)}" if size else "90 % of the possible hits: not reached"
-        hosts = -(-one["instances"] // result["per_host"])
+    for one in found:
+        size, hosts = one["total_bytes"], -(-one["instances"] // result["per_host"])
+        kind = "".join(f", {one[name]}{' instances' * (name == 'instances')}" for name in kinds)
         each = f" ({amount(size / hosts)} a host)" if size and one["tier"] != "remote" and hosts > 1 else ""
-        lines.append(f"{one['tier']} alone, {kind}: {reached}{each}")
+        reached = "not with any size" if size is None else f"with {amount(size)}{each}" if size else "without it"
+        lines.append(f"{one['tier']} alone{kind}: 90 % of the possible hits {reached}")
     return lines
 
 
@@ -60,29 +66,19 @@ def _describe(row: Mapping[str, Any]) -> str:
 
 def _table(console: Console, result: Mapping[str, Any]) -> None:
     rows = result["fleets"]
-    table = Table(box=None, header_style="bold")
     kinds = [name for name in ("policy", "codec", "scheduler") if len({row[name] for row in rows}) > 1]
     priced = any(row["cost_per_hour"] for row in rows)
-    names = ["instances", "DRAM a host", "disk a host", "remote", *kinds]
-    names += [
-        "hits %",
-        "of possible",
-        "TTFT p50",
-        "p95",
-        "TPOT p95",
-        "goodput/s",
-        "in SLO",
-        *(["an hour"] * priced),
-        "",
-    ]
-    for name in names:
-        table.add_column(name, justify="right")
+    names = ["fleet", "DRAM", "disk", "remote", *kinds, "hits", "TTFT", "p95", "TPOT", "good", "SLO"]
+    table = Table(box=None, padding=(0, 1), caption=_KEY, caption_justify="left")
+    for name in [*names, *(["cost"] * priced)]:
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        cells = [str(row["instances"]), *(amount(row[f"{tier}_bytes"]) for tier in TIERS_TO_BUY)]
+        cells = [f"{row['instances']} x", *(amount(row[f"{tier}_bytes"]) for tier in TIERS_TO_BUY)]
         cells += [row[name] for name in kinds]
-        cells += [f"{row['hit_percent']:.1f}", f"{row['of_possible_percent']:.0f} %"]
-        cells += [f"{row[name]:.3g} s" for name in ("ttft_p50_s", "ttft_p95_s", "tbt_p95_s")]
-        cells += [f"{row['goodput']:.3g}", f"{row['good_percent']:.1f} %"]
+        cells += [f"{row['of_possible_percent']:.0f}"]
+        cells += [f"{row[name]:.2f}" for name in ("ttft_p50_s", "ttft_p95_s")]
+        cells += [f"{row['tbt_p95_s']:.3f}", f"{row['goodput']:.1f}"]
+        cells += [f"{row['good_percent']:.1f} {'*' if row['meets_slo'] else ' '}"]
         cells += [f"{row['cost_per_hour']:,.2f}"] * priced
-        table.add_row(*cells, "meets SLO" if row["meets_slo"] else "")
+        table.add_row(*cells)
     console.print(table)
