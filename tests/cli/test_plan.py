@@ -29,7 +29,7 @@ def test_a_plan_in_every_form(run: Run, tmp_path: Path) -> None:
     assert "<svg" in picture.read_text()
 
     shown = run("plan", SLICE, *options).stdout
-    assert "remote alone, 2 instances" in shown
+    assert "remote alone: 90 % of the possible hits" in shown
     assert "cheapest fleet" in shown
     assert "4 TB" in shown
 
