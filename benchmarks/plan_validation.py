@@ -13,6 +13,8 @@ processor time of this process, which other work on the machine changes less.
 
 import argparse
 import json
+import shlex
+import sys
 import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -151,7 +153,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "calibrating_visits": len(calibration.visits),
         "threads": torch.get_num_threads(),
         "options": {"users": args.users, "turns": args.turns, "load": args.load, "seed": args.seed},
-        "machine": describe_machine(),
+        "machine": describe_machine() | {"command": shlex.join(["python", *sys.argv])},
     }
 
 
