@@ -83,6 +83,8 @@ def test_how_large_a_tier_has_to_be() -> None:
     assert needed([row(of_possible_percent=95.0)], "dram") == 0
     other = row(remote_bytes=5, remote_total_bytes=5, of_possible_percent=50.0)
     assert list(curves([*curve, other], "dram").values()) == [curve]
+    beside = [{**one, "disk_bytes": 7} for one in curve]
+    assert list(curves(beside, "dram").values()) == [beside]
     assert [(one["tier"], one["total_bytes"]) for one in needed_by_tier([*curve, other])] == [
         ("dram", needed(curve, "dram")),
         ("remote", None),

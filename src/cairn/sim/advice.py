@@ -31,12 +31,15 @@ def instances(trace: Trace, machine: Machine, demand: Demand) -> int:
     return max(1, math.ceil(prefill / len(trace) * demand.rate / 0.8))
 
 
-def curves(rows: Iterable[Row], tier: str) -> dict[tuple[Any, ...], list[Row]]:
-    """By number of instances, policy, codec and scheduler: the fleets where, beside nothing, only `tier` differs."""
+def curves(rows: Sequence[Row], tier: str) -> dict[tuple[Any, ...], list[Row]]:
+    """By number of instances, policy, codec and scheduler: fleets that differ in `tier` alone, the smallest first. The
+    other tiers are as small as any simulated: most often empty.
+    """
     others = [f"{name}_bytes" for name in TIERS_TO_BUY if name != tier]
+    least = [min(row[name] for row in rows) for name in others]
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        if not any(row[name] for name in others):
+        if [row[name] for name in others] == least:
             found.setdefault(tuple(row[name] for name in _KINDS), []).append(row)
     return {kind: sorted(part, key=lambda row: row[f"{tier}_bytes"]) for kind, part in found.items() if len(part) > 1}
 

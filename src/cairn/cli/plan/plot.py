@@ -27,7 +27,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
 
     lines = [(tier, kind, curve) for tier in TIERS_TO_BUY for kind, curve in curves(result["fleets"], tier).items()]
     if not lines:
-        raise InputError("--plot: nothing to draw over; give at least two sizes of one tier, with the others at 0")
+        raise InputError("--plot: nothing to draw over; give at least two sizes of one tier")
     figure, (hits, ttft) = plt.subplots(1, 2, figsize=(12, 5), dpi=130)
     kinds = list(dict.fromkeys(kind for _, kind, _ in lines))
     for tier, kind, curve in lines:
@@ -51,7 +51,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         axes.grid(visible=True, color="#e3e3e3", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlabel("size of one tier in the whole fleet, the others empty")
+        axes.set_xlabel("size of one tier in the whole fleet, the others at their least")
     _save(figure, result, path)
     plt.close(figure)
 
