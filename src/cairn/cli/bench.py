@@ -141,6 +141,26 @@ def fleet_sim(
     _report("fleet-sim", result, as_json)
 
 
+@app.command(name="machine")
+def machine_(
+    model: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="In Hugging Face format; SmolLM2-135M-Instruct by default."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=2, help="Of twelve visits.")] = 4,
+    as_json: AsJson = False,
+) -> None:
+    """Measure Transformers with Cairn on this CPU: what `cairn plan --machine` simulates.
+
+    \b
+    Example:
+      cairn bench machine --json > machine.json
+    """
+    from cairn.cli.bench_machine import run_machine
+
+    _report("machine", run_machine(model, rounds), as_json)
+
+
 @app.command()
 def quality(
     model: Annotated[
