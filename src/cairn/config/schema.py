@@ -358,7 +358,11 @@ class Serve(Section):
     backend_token: Secret | None = Field(default=None, description="API key of the engines; null: none.")
     api_keys: tuple[Secret, ...] = Field(default=(), description="Keys of clients, any of which will do; empty: none.")
     admin_key: Secret | None = Field(
-        default=None, description="Key of /admin and /metrics; null: clients' keys do for /metrics, none for /admin."
+        default=None,
+        description="Key of /admin, /metrics and the dashboard; null: clients' keys do, but there is no /admin.",
+    )
+    show_prompts: bool = Field(
+        default=False, description="Show the beginnings of hot prompts as text on the dashboard, instead of digests."
     )
     policy: Scheduling = Field(default="slo_aware", description="Which engine takes a request: see scheduling.md.")
     slo: Slo = Slo()

@@ -6,6 +6,7 @@ from typing import Final
 
 from cairn.config.schema import Serve
 from cairn.serve.base import RequestError
+from cairn.serve.dashboard.traffic import BEGINNING, Recent
 from cairn.serve.gateway import sse
 from cairn.serve.gateway.asked import Asked
 from cairn.serve.gateway.base import Answer, Prompt, Prompts, UpstreamError
@@ -46,7 +47,7 @@ class _Passage:
         self._headers, self._path = client.headers(), asked.path.encode()
         self._ask = relay.dispatch.ask(asked, prompt)
         self._tried: list[str] = []
-        self._tokens = 0
+        self._tokens, self._served = 0, ""
         self._first = self._latest = 0.0
         self._continuation: Continuation | None = None
         self._transcript: sse.Transcript | None = None
@@ -69,7 +70,17 @@ class _Passage:
                     raise
                 return await self._give_up(UpstreamError("resume", str(error)))
         self._metrics.timed(self._ask.arrived, self._first, self._latest, self._tokens)
+        self._remember()
         return None
+
+    def _remember(self) -> None:
+        """For who looks at the dashboard."""
+        held, served = self._prompt.held, self._served
+        beginning, size = self._asked.beginning(BEGINNING)
+        by_instance = {name: sum(tiers.values()) for name, tiers in held.items()}
+        recent = Recent(beginning, size, self._prompt.tokens, by_instance, served)
+        ttft_s = self._first - self._ask.arrived if self._first else None
+        self._metrics.traffic.add(recent, held.get(served, {}), ttft_s)
 
     async def _place(self) -> Placed:
         return await self._relay.dispatch.place(self._ask, self._asked.model, self._tried)
@@ -82,7 +93,7 @@ class _Passage:
             with self._relay.members.flight(member, self._prompt) as flight:
                 self._relay.prompts.sent(self._prompt, member.name)
                 await self._exchange(placed, flight, last=last)
-            ended = True
+            ended, self._served = True, member.name
             member.succeeded()
         except UpstreamError as error:
             self._tried.append(member.name)
