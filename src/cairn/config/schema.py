@@ -428,6 +428,13 @@ class Node(Section):
         default=None,
         description="Where the node listens, ipc:// and a socket's path; null: engines keep their blocks themselves.",
     )
+    http_host: str = Field(
+        default="127.0.0.1", description="Address of the node's dashboard; any but loopback needs `http_token`."
+    )
+    http_port: Port | None = Field(
+        default=None, description="Port of the dashboard, which needs `cairn-kv[index]`; 0: a free one; null: none."
+    )
+    http_token: Secret | None = Field(default=None, description="Bearer token for the dashboard; null: none.")
     pools: int = Field(
         default=1, ge=1, le=64, description="Geometries (models) that share DRAM and disk, in equal parts."
     )

@@ -16,7 +16,7 @@ SAMPLES: Final = 300
 
 #: Tokens or bytes, by tier or by reason.
 Amounts = dict[str, float]
-Kind = Literal["service", "node", "index"]
+Kind = Literal["service", "node"]
 Condition = Literal["ready", "resting", "draining", "gone"]
 
 

@@ -30,6 +30,11 @@ def page(path: str) -> Page | None:
     return _pages().get(path.removeprefix(PAGE) or "index.html") if path.startswith(PAGE) else None
 
 
+def paths() -> frozenset[str]:
+    """Of all files, the page's own included."""
+    return frozenset(PAGE + name for name in ("", *_pages()))
+
+
 def since_of(query: bytes) -> int:
     """The number of the last sample that who asks for the state has; -1: none."""
     told = dict(parse_qsl(query[:100])).get(b"since", b"")

@@ -17,7 +17,7 @@ _ROOTS, _CHILDREN = 6, 4
 #: Characters shown of a node.
 _SHOWN: Final = 120
 _ROLE: Final = re.compile(r'\{?"role":\s*"(\w+)",\s*"content":\s*"?')
-_ESCAPED: Final = re.compile(r'\\[nrt"]|^"?[\[\],{}]+|"\},?|"\]?$|[\[{]$')
+_BESIDE: Final = re.compile(r'\\[nrt"]|^[\[{,\]}]+|"[\]},]*|[\[{]$')
 
 
 def tree(recent: Sequence[Recent], *, with_text: bool) -> list[PrefixShown]:
@@ -67,7 +67,7 @@ def _shown(group: Sequence[Recent], at: int, end: int, depth: int, with_text: bo
         digest=xxhash.xxh3_64_hexdigest(beginning[:end])[:8],
         tokens=_tokens(group[0], end),
         requests=len(group),
-        text=_readable(beginning[at:end]) if with_text else "",
+        text=_readable(beginning[_word_at(beginning, at) : end]) if with_text else "",
         held=held,
     )
 
@@ -76,8 +76,14 @@ def _tokens(one: Recent, end: int) -> int:
     return one.tokens * end // max(1, one.size)
 
 
+def _word_at(text: bytes, at: int) -> int:
+    """Where the word begins that goes on at `at`, or what is before it if that is long."""
+    found = max(text.rfind(mark, max(0, at - _LEAST), at) for mark in (b" ", b'"'))
+    return found + 1 if found >= 0 else at
+
+
 def _readable(part: bytes) -> str:
     """JSON as people read it: roles in front of what they say, no brackets and escapes."""
     text = part[: 4 * _SHOWN].decode("utf-8", "ignore")
-    text = _ESCAPED.sub(" ", _ROLE.sub(r" \1: ", text))
+    text = _BESIDE.sub(" ", _ROLE.sub(r" \1: ", text))
     return " ".join(text.split())[:_SHOWN]

@@ -205,13 +205,13 @@ const moves = new Chart($("moves"), {
 function draw() {
   const service = state.kind === "service", now = samples.at(-1)?.t ?? state.time;
   const from = Math.min(Math.max(now - WINDOW_S, samples[0]?.t ?? 0), now - RATE_S);
-  $("kind").textContent = { service: "", node: "node", index: "index" }[state.kind];
+  $("kind").textContent = service ? "" : state.kind;
   $("name").textContent = state.name;
   $("notice").hidden = !state.instances.some((one) => one.version === "simulated");
   $("notice").textContent = "The model and the time that prefill takes are made up. Keys, tiers, hits, misses and bytes are Cairn's own.";
-  for (const id of ["ttft", "prefixes"]) $(id).hidden = !service;
+  for (const id of ["hits", "misses", "ttft", "prefixes"]) $(id).hidden = !service;
   $("moves").classList.toggle("half", service);
-  for (const chart of [hits, misses, moves, ...(service ? [ttft] : [])]) chart.update(samples, state.period_s, from, now);
+  for (const chart of service ? [hits, misses, ttft, moves] : [moves]) chart.update(samples, state.period_s, from, now);
   $("tiles").replaceChildren(...tiles(service));
   const late = samples.filter((one) => one.t > now - RATE_S);
   tiers($("tiers"), state, late, { name: tierName, cls: tierClass });
@@ -230,12 +230,11 @@ function tiles(service) {
   const per = (field) => (found, time) => sum(found.map((one) => (typeof one[field] === "number" ? one[field] : total(one[field])))) / time;
   const line = (value) => history.map((span) => value(span.samples, span.seconds));
   const measured = state.instances.filter((one) => one.measured).length;
-  const found = [
-    tile("Hit rate", [percent(hitRate(late)), "%"], `of ${joined(amount(asked(late) / time))} prompt tokens/s${service && !measured ? ", as routed" : ""}`, spark(line(hitRate), "hit")),
-  ];
+  const found = [];
   if (service) {
     const cold = middle(samples, "cold"), hit = middle(samples, "hit");
     found.push(
+      tile("Hit rate", [percent(hitRate(late)), "%"], `of ${joined(amount(asked(late) / time))} prompt tokens/s${!measured ? ", as routed" : ""}`, spark(line(hitRate), "hit")),
       tile("TTFT of hits, p50", seconds(hit), cold && hit ? `${number(cold / hit, 2)} times faster than cold` : "no hit yet", spark(line((one) => middle(one, "hit") ?? 0), "hit")),
       tile("TTFT cold, p50", seconds(cold), `${number(count(samples, "cold"))} of ${number(count(samples, "cold") + count(samples, "hit"))} requests`, spark(line((one) => middle(one, "cold") ?? 0), "cold")),
       tile("Requests", [number(per("requests")(late, time)), "/s"], `${samples.at(-1)?.running ?? 0} running, ${samples.at(-1)?.waiting ?? 0} waiting, ${number(sum(late.map((one) => one.failures ?? 0)))} failed`, spark(line(per("requests")), "accent")),
@@ -243,10 +242,11 @@ function tiles(service) {
   }
   const loads = bytes(per("load_bytes")(late, time)), stores = bytes(per("store_bytes")(late, time));
   found.push(tile("Loaded", [loads[0], `${loads[1]}/s`], `${joined(stores)}/s stored`, spark(line(per("load_bytes")), "accent")));
+  if (!service) return [...found, tile("Clients", [number(samples.at(-1)?.running ?? 0), ""], `in ${state.instances.length} pools`)];
   const ready = state.instances.filter((one) => (one.state ?? "ready") === "ready").length;
   const rest = state.instances.filter((one) => one.state && one.state !== "ready").map((one) => one.state);
   const words = [...new Set(rest)].map((word) => `${rest.filter((one) => one === word).length} ${word}`);
-  found.push(tile(state.kind === "node" ? "Clients" : "Instances ready", [number(ready), ""], words.join(", ") || "none missing"));
+  found.push(tile("Instances ready", [number(ready), ""], words.join(", ") || "none missing"));
   return found;
 }
 

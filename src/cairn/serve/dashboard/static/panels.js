@@ -39,13 +39,15 @@ export function tiers(section, state, late, { name, cls }) {
 export function instances(section, state) {
   const more = state.more_instances ? `, and ${state.more_instances} more` : "";
   const unmeasured = state.instances.filter((one) => !one.measured && one.state !== "gone").length;
-  note(section, state.instances.length ? `${state.instances.length}${more}${unmeasured && state.kind === "service" ? `; of ${unmeasured} the hit rate is what was expected when routing` : ""}` : "");
+  const service = state.kind === "service";
+  section.querySelector("h2").firstChild.textContent = service ? "Instances " : "Pools ";
+  note(section, state.instances.length ? `${state.instances.length}${more}${unmeasured && service ? `; of ${unmeasured} the hit rate is what was expected when routing` : ""}` : "");
   const body = section.querySelector(".body");
   if (!state.instances.length) {
-    const how = { service: ["Name them with ", h("code", {}, "cairn serve --backend URL"), ", or let them join by ", h("code", {}, "cairn register"), "."], node: ["They appear as they connect to this node."], index: ["Name them with ", h("code", {}, "cairn index --instance NAME=ENDPOINT"), "."] };
-    return body.replaceChildren(empty("There are no engines yet.", ...how[state.kind]));
+    if (!service) return body.replaceChildren(empty("No engine has connected to this node yet.", "Each geometry that one brings gets a pool."));
+    return body.replaceChildren(empty("There are no engines yet.", "Name them with ", h("code", {}, "cairn serve --backend URL"), ", or let them join by ", h("code", {}, "cairn register"), "."));
   }
-  const heads = COLUMNS.filter((column) => !column.only || column.only(state));
+  const heads = COLUMNS.filter((column) => column.only(state));
   body.replaceChildren(
     h("div", { class: "scroll" }, h("table", {},
       h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Name"), heads.map((one) => h("th", { scope: "col", class: one.text ? "" : "n" }, one.label)))),
@@ -54,14 +56,16 @@ export function instances(section, state) {
   );
 }
 
+const serves = (state) => state.kind === "service";
 const any = (field) => (state) => state.instances.some((one) => one[field] != null);
 const COLUMNS = [
-  { label: "Role", text: true, only: (state) => state.kind === "service", cell: (one) => h("span", { class: "role" }, ROLES[one.role ?? "DEFAULT"]) },
-  { label: "State", text: true, always: true, cell: (one, state) => h("span", { class: `state ${one.state ?? "ready"}` }, `${one.state ?? "ready"}${one.state === "gone" ? ` for ${ago(state.time - one.since)}` : ""}`) },
-  { label: "Hit rate", cell: (one) => (one.hit_rate == null ? "–" : h("span", {}, meter(one.hit_rate, "hit"), `${percent(one.hit_rate)} %`)) },
-  { label: "Running", only: (state) => state.kind === "service", cell: (one) => number(one.running ?? 0) },
-  { label: "Waiting", only: (state) => state.kind === "service", cell: (one) => number(one.waiting ?? 0) },
-  { label: "Queued tokens", only: (state) => state.kind === "service", cell: (one) => number(one.queued_tokens ?? 0, 6) },
+  { label: "Role", text: true, only: serves, cell: (one) => h("span", { class: "role" }, ROLES[one.role ?? "DEFAULT"]) },
+  { label: "State", text: true, only: serves, cell: (one, state) => h("span", { class: `state ${one.state ?? "ready"}` }, `${one.state ?? "ready"}${one.state === "gone" ? ` for ${ago(state.time - one.since)}` : ""}`) },
+  { label: "Hit rate", only: serves, cell: (one) => (one.hit_rate == null ? "–" : h("span", {}, meter(one.hit_rate, "hit"), `${percent(one.hit_rate)} %`)) },
+  { label: "Clients", only: (state) => !serves(state), cell: (one) => number(one.running ?? 0) },
+  { label: "Running", only: serves, cell: (one) => number(one.running ?? 0) },
+  { label: "Waiting", only: serves, cell: (one) => number(one.waiting ?? 0) },
+  { label: "Queued tokens", only: serves, cell: (one) => number(one.queued_tokens ?? 0, 6) },
   { label: "KV cache", only: any("kv_usage"), cell: (one) => (one.kv_usage == null ? "–" : h("span", {}, meter(one.kv_usage, "vram"), `${percent(one.kv_usage)} %`)) },
   { label: "TTFT", only: any("ttft_s"), cell: (one) => joined(seconds(one.ttft_s)) },
   { label: "TPOT", only: any("tpot_s"), cell: (one) => joined(seconds(one.tpot_s)) },
