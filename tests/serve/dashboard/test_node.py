@@ -47,6 +47,12 @@ def test_a_node_shows_its_pools_and_what_they_move(node: tuple[str, str]) -> Non
         found = client.get(state).json()
         assert found["kind"] == "node"
         assert [one["running"] for one in found["instances"]] == [1]
-        until(
-            lambda: any("disk" in one.get("store_bytes", {}) for one in client.get(state).json()["samples"]), "writes"
-        )
+        # A pool that came in between two samples is counted from the second on.
+        seq = found["seq"]
+        until(lambda: client.get(state).json()["seq"] > seq, "another sample")
+        stored(engine, np.arange(100, 100 + 10 * BLOCK))
+
+        def moved() -> bool:
+            return any("disk" in one.get("store_bytes", {}) for one in client.get(state).json()["samples"])
+
+        until(moved, "what was written")

@@ -10,16 +10,15 @@ from cairn.serve.dashboard.traffic import Recent, Traffic
 BLOCK = 64
 
 
-def recent(text: bytes, **held: int) -> Recent:
+def recent(text: bytes, **held: dict[str, int]) -> Recent:
     return Recent(text, len(text), len(text) // 4, held, "a")
 
 
 def test_requests_are_told_as_cold_or_hit_by_what_was_held() -> None:
     traffic = Traffic()
-    prompt = recent(b"x" * 400)
     for held, seconds in ((0, 3.0), (49, 2.0), (50, 1.0), (100, 0.5)):
-        traffic.add(prompt, {"dram": held}, seconds)
-    traffic.add(prompt, {"disk": 100}, None)
+        traffic.answered_at("a", 100, {"dram": held}, seconds)
+    traffic.answered_at("a", 100, {"disk": 100}, None)
     assert traffic.served() == (2, 2, [2.0, 3.0], [0.5, 1.0])
     assert traffic.served() == (0, 0, [], [])
     assert traffic.hits == {"a": {"dram": 199, "disk": 100}}
@@ -32,12 +31,21 @@ def test_requests_are_told_as_cold_or_hit_by_what_was_held() -> None:
 def test_a_busy_period_is_told_by_few_fair_quantiles() -> None:
     traffic = Traffic()
     for i in range(20_000):
-        traffic.add(recent(b""), {}, (i * 7919 % 20_000) / 20_000)
+        traffic.answered_at("a", 0, {}, (i * 7919 % 20_000) / 20_000)
     told = traffic.served()
     assert told.hit == 20_000
     assert len(told.hit_s) == 8
     assert all(abs(value - (i + 0.5) / 8) < 0.15 for i, value in enumerate(told.hit_s))
-    assert len(traffic.recent) == 256
+
+
+def test_few_prompts_of_a_period_are_remembered_and_few_in_all() -> None:
+    traffic = Traffic()
+    for _ in range(10):
+        for i in range(100):
+            if traffic.curious:
+                traffic.remember(recent(b"%d" % i))
+        traffic.served()
+    assert [one.beginning for one in traffic.recent] == 4 * [b"%d" % i for i in range(64)]
 
 
 WORDS = [bytes([letter]) * BLOCK for letter in b"abc"]
@@ -65,7 +73,7 @@ def test_a_conversation_reads_as_one() -> None:
     system = '[{"role": "system", "content": "You are \\"brief\\".\\n' + "Be kind. " * 20 + '"}, {"role": "user", '
     one = system + '"content": "Why is it so that no one has asked it before me, or will ever again?"}]'
     other = system + '"content": "Who?"}]'
-    nodes = tree([recent(text.encode(), b=20) for text in (one, one, other)], with_text=True)
+    nodes = tree([recent(text.encode(), b={"dram": 10, "disk": 10}) for text in (one, one, other)], with_text=True)
     assert [(node.depth, node.requests) for node in nodes] == [(0, 3), (1, 2)]
     assert nodes[0].text.startswith("system: You are brief . Be kind.")
     assert nodes[1].text == "Why is it so that no one has asked it before me, or will ever again?"

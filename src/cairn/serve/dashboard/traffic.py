@@ -10,20 +10,22 @@ from cairn.serve.dashboard.base import Served
 #: Prompts remembered, and bytes of each one's beginning.
 _RECENT: Final = 256
 BEGINNING: Final = 16 << 10
+#: Of a period: a copy of each would cost a busy service too much.
+_NEW: Final = 64
 #: TTFTs kept of a period, and quantiles told of them.
 _KEPT: Final = 512
 _QUANTILES: Final = 8
 
 
 class Recent(NamedTuple):
-    """A prompt. beginning: of its JSON, of which there were `size` bytes in all. held: tokens of it, by instance, when
-    it was sent to `instance`.
+    """A prompt. beginning: of its JSON, of which there were `size` bytes in all. held: tokens of it, by instance and
+    tier, when it was sent to `instance`.
     """
 
     beginning: bytes
     size: int
     tokens: int
-    held: Mapping[str, int]
+    held: Mapping[str, Mapping[str, int]]
     instance: str
 
 
@@ -58,20 +60,27 @@ class Traffic:
         self.hits: dict[str, dict[str, float]] = {}
         self.misses: dict[str, float] = {}
         self._cold, self._hit = _Times(), _Times()
+        self._new = 0
 
-    def add(self, recent: Recent, held: Mapping[str, int], ttft_s: float | None) -> None:
-        """A request has been answered. held: of its prompt where it was answered, in tokens by tier. ttft_s: None: it
-        was no stream.
-        """
-        self.answered += 1
+    @property
+    def curious(self) -> bool:
+        """Whether a prompt is to be remembered: the first ones of each period are."""
+        return self._new < _NEW
+
+    def remember(self, recent: Recent) -> None:
+        self._new += 1
         self.recent.append(recent)
-        hits, hit = self.hits.setdefault(recent.instance, {}), 0
-        for tier, tokens in held.items():
-            hits[tier] = hits.get(tier, 0) + tokens
-            hit += tokens
-        self.misses[recent.instance] = self.misses.get(recent.instance, 0) + max(0, recent.tokens - hit)
+
+    def answered_at(self, instance: str, tokens: int, held: Mapping[str, int], ttft_s: float | None) -> None:
+        """Counts a request. tokens: of its prompt. held: of them, there, by tier. ttft_s: None: it was no stream."""
+        self.answered += 1
+        hits, hit = self.hits.setdefault(instance, {}), 0
+        for tier, count in held.items():
+            hits[tier] = hits.get(tier, 0) + count
+            hit += count
+        self.misses[instance] = self.misses.get(instance, 0) + max(0, tokens - hit)
         if ttft_s is not None:
-            (self._hit if 2 * hit >= recent.tokens else self._cold).add(ttft_s)
+            (self._hit if 2 * hit >= tokens else self._cold).add(ttft_s)
 
     def forget(self, instance: str) -> None:
         """It is gone."""
@@ -80,6 +89,6 @@ class Traffic:
 
     def served(self) -> Served:
         """Since the last call."""
-        cold, hit = self._cold, self._hit
+        cold, hit, self._new = self._cold, self._hit, 0
         self._cold, self._hit = _Times(), _Times()
         return Served(cold.count, hit.count, cold.quantiles(), hit.quantiles())

@@ -75,12 +75,11 @@ class _Passage:
 
     def _remember(self) -> None:
         """For who looks at the dashboard."""
-        held, served = self._prompt.held, self._served
-        beginning, size = self._asked.beginning(BEGINNING)
-        by_instance = {name: sum(tiers.values()) for name, tiers in held.items()}
-        recent = Recent(beginning, size, self._prompt.tokens, by_instance, served)
+        traffic, prompt, served = self._metrics.traffic, self._prompt, self._served
         ttft_s = self._first - self._ask.arrived if self._first else None
-        self._metrics.traffic.add(recent, held.get(served, {}), ttft_s)
+        traffic.answered_at(served, prompt.tokens, prompt.held.get(served, {}), ttft_s)
+        if traffic.curious:
+            traffic.remember(Recent(*self._asked.beginning(BEGINNING), prompt.tokens, prompt.held, served))
 
     async def _place(self) -> Placed:
         return await self._relay.dispatch.place(self._ask, self._asked.model, self._tried)

@@ -50,13 +50,11 @@ export function linear(most, base = 1000) {
   return Array.from({ length: Math.max(2, Math.ceil(most / step - 1e-9) + 1) }, (_, i) => i * step);
 }
 
-/** Marks of a logarithmic axis, 1 2 5 10, around these values. */
-export function logarithmic(least, most) {
-  const all = [];
-  for (let power = -5; power < 5; power++) for (const digit of [1, 2, 5]) all.push(digit * 10 ** power);
-  const from = all.findLastIndex((one) => one <= least), to = all.findIndex((one) => one >= most);
-  const marks = all.slice(Math.max(0, from), to < from + 1 ? from + 2 : to + 1);
-  return marks.length > 6 ? marks.filter((one, i) => i === 0 || i === marks.length - 1 || /^(1|0\.0*1|10*)$/.test(String(one))) : marks;
+/** Marks of a logarithmic axis around these values: 1 2 5 10, or powers of ten where those would be many. */
+export function logarithmic(least, most, digits = [1, 2, 5]) {
+  const all = Array.from({ length: 10 }, (_, i) => digits.map((digit) => digit * 10 ** (i - 5))).flat();
+  const from = Math.max(0, all.findLastIndex((one) => one <= least)), to = Math.max(from + 1, all.findIndex((one) => one >= most));
+  return to - from > 5 && digits.length > 1 ? logarithmic(least, most, [1]) : all.slice(from, to + 1);
 }
 
 /** What charts have in common: axes, legend, the figures of one span by pointer and keys, and all of them as a table. */
