@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, generate_latest
 from cairn.cluster import CacheState, TierState
 from cairn.cluster.cache_metrics import cache_of
 from cairn.cluster.engine_metrics import parse
+from cairn.cluster.values import encode
 from cairn.observe.metrics import Metrics
 from cairn.observe.prometheus import exposition
 
@@ -75,3 +76,14 @@ def test_an_engines_own_prefix_cache_is_the_tier_in_vram() -> None:
 
 def test_who_tells_nothing_of_a_cache_has_no_state() -> None:
     assert cache_of(parse("vllm:num_requests_running 3\n").cache, "1", 0.0) is None
+
+
+def test_what_is_told_is_bounded() -> None:
+    metrics = counted(**{f"tier{i}": DRAM for i in range(50)})
+    for i in range(500):
+        metrics.miss_tokens.add(i, reason=f"{i} " + "x" * 2000)
+    found = told(metrics)
+    assert found
+    assert len(found.tiers) == 16
+    assert len(found.missed_tokens) == 64
+    assert encode(found)

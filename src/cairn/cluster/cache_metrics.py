@@ -7,6 +7,10 @@ from prometheus_client.samples import Sample
 
 from cairn.cluster.values import CacheState, TierState
 
+#: Tiers and reasons that are taken in, and characters of their names.
+_TIERS: Final = 16
+_REASONS: Final = 64
+_NAME: Final = 64
 #: vLLM's own prefix cache is the tier in VRAM.
 _OWN: Final = "vllm:prefix_cache_hits_total"
 #: Where there is a node, it keeps DRAM and all below for the whole host.
@@ -28,7 +32,7 @@ def figures_of(samples: Iterable[Sample]) -> Figures:
     for sample in samples:
         if sample.name in WANTED:
             labels = (sample.labels.get(name, "") for name in ("tier", "reason", "direction"))
-            key = (sample.name, *(label for label in labels if label))
+            key = (sample.name, *(label[:_NAME] for label in labels if label))
             found[key] = found.get(key, 0.0) + sample.value
     return found
 
@@ -44,8 +48,8 @@ def cache_of(figures: Figures, incarnation: str, at: float) -> CacheState | None
     return CacheState(
         incarnation=incarnation,
         time=at,
-        tiers=tuple(_tier(tier, figures) for tier in sorted(tiers)[:16]),
-        missed_tokens=misses,
+        tiers=tuple(_tier(tier, figures) for tier in sorted(tiers)[:_TIERS]),
+        missed_tokens=dict(sorted(misses.items())[:_REASONS]),
     )
 
 

@@ -128,9 +128,11 @@ def test_the_page_is_small_and_needs_nothing_from_elsewhere() -> None:
     files = {path: page(path) for path in paths()}
     assert {path.rpartition("/")[2] for path in files} >= {"", "index.html", "style.css", "dashboard.js", "icon.svg"}
     found = {path: one.body for path, one in files.items() if one is not None and not path.endswith("/")}
+    assert files["/dashboard"] is not None
+    assert files["/dashboard"].headers == [(b"location", b"dashboard/")]
     assert sum(map(len, found.values())) < 60_000
     for body in found.values():
         assert b"https://" not in body
         assert b"http://" not in body.replace(b"http://www.w3.org/", b"")
-    for path in ("/dashboard", "/dashboard/../pages.py", "/dashboard/style.css/", "/dashboard/__init__.py", "/"):
+    for path in ("/dashboard/../pages.py", "/dashboard/style.css/", "/dashboard/__init__.py", "/"):
         assert page(path) is None

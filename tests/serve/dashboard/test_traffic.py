@@ -23,7 +23,9 @@ def test_requests_are_told_as_cold_or_hit_by_what_was_held() -> None:
     assert traffic.served() == (0, 0, [], [])
     assert traffic.hits == {"a": {"dram": 199, "disk": 100}}
     assert traffic.misses == {"a": 500 - 299}
-    traffic.forget("a")
+    traffic.keep({"a"})
+    assert traffic.misses
+    traffic.keep({"b"})
     assert not traffic.hits
     assert not traffic.misses
 

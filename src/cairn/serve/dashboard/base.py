@@ -55,7 +55,6 @@ class InstanceShown(msgspec.Struct, kw_only=True, omit_defaults=True):
     hit_rate: float | None = None
     measured: bool = False
     indexed_blocks: int | None = None
-    tiers: list[TierShown] = []
 
 
 class PrefixShown(msgspec.Struct, kw_only=True, omit_defaults=True):

@@ -23,16 +23,19 @@ class Page(NamedTuple):
 
     headers: list[tuple[bytes, bytes]]
     body: bytes
+    status: int = 200
 
 
 def page(path: str) -> Page | None:
     """What stands under a path that begins with `PAGE`; None: nothing. Says nothing secret, so anybody may have it."""
+    if path == PAGE.rstrip("/"):
+        return Page([(b"location", PAGE.strip("/").encode() + b"/")], b"", 307)
     return _pages().get(path.removeprefix(PAGE) or "index.html") if path.startswith(PAGE) else None
 
 
 def paths() -> frozenset[str]:
-    """Of all files, the page's own included."""
-    return frozenset(PAGE + name for name in ("", *_pages()))
+    """All that `page` knows."""
+    return frozenset((PAGE.rstrip("/"), PAGE, *(PAGE + name for name in _pages())))
 
 
 def since_of(query: bytes) -> int:

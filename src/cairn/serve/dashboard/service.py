@@ -34,7 +34,7 @@ class Dashboard:
             state = self._board.state(since_of(query))
             return Response(state, headers={"cache-control": "no-store"}, media_type="application/json")
         if method == "GET" and (found := page(path)):
-            return Response(found.body, headers={name.decode(): value.decode() for name, value in found.headers})
+            return Response(found.body, found.status, {name.decode(): value.decode() for name, value in found.headers})
         return Response(status_code=404)
 
 

@@ -2,7 +2,7 @@
 
 import random
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Final, NamedTuple
 
 from cairn.serve.dashboard.base import Served
@@ -82,10 +82,10 @@ class Traffic:
         if ttft_s is not None:
             (self._hit if 2 * hit >= tokens else self._cold).add(ttft_s)
 
-    def forget(self, instance: str) -> None:
-        """It is gone."""
-        self.hits.pop(instance, None)
-        self.misses.pop(instance, None)
+    def keep(self, instances: Set[str]) -> None:
+        """Of all others what was expected is forgotten."""
+        for name in self.misses.keys() - instances:
+            del self.hits[name], self.misses[name]
 
     def served(self) -> Served:
         """Since the last call."""

@@ -89,7 +89,7 @@ class Gateway:
         if route is not None:
             return await route(client)
         if method == "GET" and (found := page(path)):
-            return await _whole(client, found.body, found.headers)
+            return await _whole(client, found.body, found.headers, found.status)
         if path.startswith("/admin/"):
             if self._admin_key is None:
                 raise RequestError("there is no admin API without serve.admin_key", 403)

@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 from urllib.parse import urlsplit
 
-import msgspec
-
-from cairn.cluster import CacheState, TierState
+from cairn.cluster import TierState
 from cairn.fleet import Source
 from cairn.serve.dashboard.base import Condition, Counts, InstanceShown, PrefixShown, Reading, TierShown
 from cairn.serve.dashboard.prefixes import tree
@@ -60,6 +58,7 @@ class ClusterShown:
                 self._went(member)
         for name in here.keys() & self._gone.keys():
             del self._gone[name]
+        traffic.keep(here.keys())
         self._here = here
         return Reading(
             counts={_life(member): self._counts(member) for member in here.values()} | _written(here.values()),
@@ -81,9 +80,9 @@ class ClusterShown:
         found: dict[str, TierShown] = {}
         seen: set[tuple[str, str]] = set()
         for member in self._here.values():
-            for tier in _tiers(member.cache):
+            for tier in member.cache.tiers if member.cache else ():
                 owner = _host_of(member) if tier.shared else member.name
-                if (owner, tier.tier) not in seen:
+                if (owner, tier.tier) not in seen and (tier.capacity_bytes or tier.blocks):
                     seen.add((owner, tier.tier))
                     total = found.setdefault(tier.tier, TierShown(tier=tier.tier))
                     total.capacity_bytes += tier.capacity_bytes
@@ -97,10 +96,10 @@ class ClusterShown:
         return tree(recent, with_text=self._with_text), len(recent)
 
     def _went(self, member: Member) -> None:
-        self._traffic.forget(member.name)
-        one = _shown(member, time.monotonic(), None)
-        last = InstanceShown(name=one.name, role=one.role, model=one.model, version=one.version, http=one.http)
-        self._gone[member.name] = msgspec.structs.replace(last, state="gone", since=time.time())
+        one, now = member.instance, time.time()
+        self._gone[one.name] = InstanceShown(
+            name=one.name, role=one.role, model=one.model, version=one.version, http=one.http, state="gone", since=now
+        )
         while len(self._gone) > _GONE:
             self._gone.popitem(last=False)
 
@@ -142,11 +141,6 @@ def _host_of(member: Member) -> str:
     return urlsplit(member.instance.http).hostname or ""
 
 
-def _tiers(cache: CacheState | None) -> list[TierState]:
-    """Those that hold something, or could."""
-    return [tier for tier in cache.tiers if tier.capacity_bytes or tier.blocks] if cache else []
-
-
 def _shown(member: Member, now: float, indexed: int | None) -> InstanceShown:
     instance, load = member.instance, member.load
     state: Condition = "draining" if member.drains else "ready" if member.ready(now) else "resting"
@@ -166,14 +160,4 @@ def _shown(member: Member, now: float, indexed: int | None) -> InstanceShown:
         tpot_s=load.tpot_s if load else None,
         measured=member.cache is not None,
         indexed_blocks=indexed,
-        tiers=[
-            TierShown(
-                tier=tier.tier,
-                capacity_bytes=tier.capacity_bytes,
-                used_bytes=tier.used_bytes,
-                blocks=tier.blocks,
-                shared=tier.shared,
-            )
-            for tier in _tiers(member.cache)
-        ],
     )
