@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 from tests.cluster.etcd import free_ports
@@ -36,8 +36,10 @@ def running() -> Iterator[Cluster]:
     ports = free_ports(2)
     told = [f"--backend={name}=http://127.0.0.1:{port}" for name, port in zip(("one", "two"), ports, strict=True)]
     told += ["--set", "serve.look_s=0.2", "--set", "serve.show_prompts=true", "--set", "serve.policy=round_robin"]
-    with ThreadPoolExecutor() as pool:
-        one, two = pool.submit(CachedEngine, ports[0]), pool.submit(Engine, ports[1])
-        gateway = pool.submit(Gateway, *told)
-        with gateway.result() as gateway_, one.result() as one_, two.result() as two_:
-            yield Cluster(gateway_, one_, two_)
+    with ThreadPoolExecutor() as pool, ExitStack() as stack:
+        begun = pool.submit(Gateway, *told), pool.submit(CachedEngine, ports[0]), pool.submit(Engine, ports[1])
+        for one in begun:
+            if one.exception() is None:
+                stack.enter_context(one.result())  # it ends, whatever has become of the others
+        gateway, cached, plain = begun
+        yield Cluster(gateway.result(), cached.result(), plain.result())

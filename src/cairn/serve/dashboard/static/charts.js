@@ -72,7 +72,7 @@ export class Chart {
     this.legend = h("ul", { class: "legend", "aria-label": "Legend" });
     this.svg = s("svg", { role: "img", height: HEIGHT });
     this.readout = h("div", { class: "readout", role: "status", hidden: "" });
-    this.none = h("div", { class: "none" }, empty);
+    this.none = h("div", { class: "none" }, h("span", {}, empty));
     this.figure = h("figure", { tabindex: 0, role: "group", "aria-label": `${title}: chart. Left and right arrow keys read single columns.` }, this.svg, this.none, this.readout);
     this.table = h("table");
     this.details = h("details", {}, h("summary", {}, "As a table"), h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `${title}: table` }, this.table));

@@ -175,7 +175,7 @@ const ttft = new Chart($("ttft"), {
       line: found.map((span) => [span.t + span.length / 2, middle(span.samples, kind)]).filter((point) => point[1]),
     }));
     const values = parts.flatMap((part) => part.points.map((point) => point[1]));
-    const legend = KINDS.map(([kind, label, mark]) => ({ cls: `${kind} ${mark}`, label, value: `${joined(seconds(middle(all, kind)))} p50 of ${number(count(all, kind))}` }));
+    const legend = KINDS.filter(([kind]) => count(all, kind)).map(([kind, label, mark]) => ({ cls: `${kind} ${mark}`, label, value: `${joined(seconds(middle(all, kind)))} p50 of ${number(count(all, kind))}` }));
     const marks = values.length ? logarithmic(Math.min(...values), Math.max(...values)) : [0.01, 0.1, 1];
     return { marks, log: true, label: (mark) => joined(seconds(mark)), draw: dots(parts), legend, said: values.length && legend.map((one) => `${one.label} ${one.value}`).join(", ") };
   },
@@ -234,7 +234,7 @@ function tiles(service) {
   if (service) {
     const cold = middle(samples, "cold"), hit = middle(samples, "hit");
     found.push(
-      tile("Hit rate", [percent(hitRate(late)), "%"], `of ${joined(amount(asked(late) / time))} prompt tokens/s${!measured ? ", as routed" : ""}`, spark(line(hitRate), "hit")),
+      tile("Hit rate", [percent(hitRate(late)), hitRate(late) == null ? "" : "%"], `of ${joined(amount(asked(late) / time))} prompt tokens/s${!measured ? ", as routed" : ""}`, spark(line(hitRate), "hit")),
       tile("TTFT of hits, p50", seconds(hit), cold && hit ? `${number(cold / hit, 2)} times faster than cold` : "no hit yet", spark(line((one) => middle(one, "hit") ?? 0), "hit")),
       tile("TTFT cold, p50", seconds(cold), `${number(count(samples, "cold"))} of ${number(count(samples, "cold") + count(samples, "hit"))} requests`, spark(line((one) => middle(one, "cold") ?? 0), "cold")),
       tile("Requests", [number(per("requests")(late, time)), "/s"], `${samples.at(-1)?.running ?? 0} running, ${samples.at(-1)?.waiting ?? 0} waiting, ${number(sum(late.map((one) => one.failures ?? 0)))} failed`, spark(line(per("requests")), "accent")),

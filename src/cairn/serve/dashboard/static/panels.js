@@ -92,7 +92,7 @@ export function prefixes(section, state) {
   drawn = now;
   note(section, state.prompts ? `shared beginnings of the last ${state.prompts} prompts; bars: how much of it each instance holds, as far as the router knows` : "");
   const body = section.querySelector(".body"), nodes = state.hot ?? [];
-  if (!nodes.length) return body.replaceChildren(state.prompts ? empty("No two recent prompts begin alike.") : empty("There were no requests yet.", "Point an OpenAI client at ", h("code", {}, `${location.origin}/v1`), ". `make dashboard` brings traffic of its own."));
+  if (!nodes.length) return body.replaceChildren(state.prompts ? empty("No two recent prompts begin alike.") : empty("There were no requests yet.", "Point an OpenAI client at ", h("code", {}, `${location.origin}/v1`), "; ", h("code", {}, "make dashboard"), " brings traffic of its own."));
   const shown = names.slice(0, HOLDERS), focused = document.activeElement?.dataset?.digest;
   const heads = h("div", { class: "heads", "aria-hidden": "true" }, h("span", {}, "Begins with"), h("span", { class: "num" }, "Tokens"), h("span", {}, "Prompts"), h("span", { class: "cells" }, shown.map((name) => h("span", { title: name }, name))));
   const tree = h("ul", { class: "tree", role: "tree", "aria-label": "Hottest prefixes" });
