@@ -18,7 +18,7 @@ const tierName = (tier) => TIERS[tier] ?? tier;
 const whyClass = (reason) => WHY[reason] ?? (FAULTS.has(reason) ? "why4" : "why5");
 const whyName = (reason) => reason.replaceAll("_", " ");
 
-let state = null, samples = [], failures = 0, timer = 0, answered = 0, paused = false;
+let state = null, samples = [], failures = 0, timer = 0, answered = 0, asking = false, paused = false;
 let token = sessionStorage.getItem("cairn token") ?? "";
 if (location.hash.startsWith("#token=")) {
   token = decodeURIComponent(location.hash.slice(7));
@@ -29,30 +29,29 @@ if (location.hash.startsWith("#token=")) {
 // --- asking ---------------------------------------------------------------------------------------------------------
 
 async function poll() {
+  if (asking) return;
+  asking = true;
   clearTimeout(timer);
-  try {
-    const headers = token ? { authorization: `Bearer ${token}` } : {};
-    const since = state ? `?since=${state.seq}` : "";
-    const response = await fetch(`../api/v1/state${since}`, { headers, signal: AbortSignal.timeout(ANSWER_S * 1e3) });
-    if (response.status === 401 || response.status === 403) return ask();
-    if (!response.ok) throw new Refused(response.status);
-    take(await response.json());
-    failures = 0;
-  } catch (error) {
-    failures += 1;
-    const since = answered ? ` since ${clock(answered / 1e3, true)}` : "";
-    if (error instanceof Refused) connection("error", `the service answers ${error.status}; trying again`);
-    else connection("stale", `no answer${since}; trying again`);
-  }
+  const next = await answer();
+  asking = false;
+  failures = next ? 0 : failures + 1;
   const pause = Math.min(LONGEST_PAUSE_S, (state?.period_s ?? 2) * 2 ** failures);
-  if (!paused && !document.hidden) timer = setTimeout(poll, pause * 1e3);
+  if (!paused && !document.hidden && $("login").hidden) timer = setTimeout(poll, pause * 1e3);
+  if (next && !paused) take(next);
 }
 
-class Refused extends Error {
-  constructor(status) {
-    super();
-    this.status = status;
+/** The state, with the samples that are new; null: there was no answer, and the page says so. */
+async function answer() {
+  const headers = token ? { authorization: `Bearer ${token}` } : {};
+  try {
+    const response = await fetch(`../api/v1/state?since=${state?.seq ?? ""}`, { headers, signal: AbortSignal.timeout(ANSWER_S * 1e3) });
+    if (response.ok) return await response.json();
+    if (response.status === 401 || response.status === 403) ask();
+    else connection("error", `the service answers ${response.status}; trying again`);
+  } catch {
+    connection("stale", `no answer${answered ? ` since ${clock(answered / 1e3, true)}` : ""}; trying again`);
   }
+  return null;
 }
 
 function ask() {
@@ -91,8 +90,7 @@ function connection(kind, text) {
 }
 
 function take(next) {
-  const anew = !state || next.started !== state.started;
-  if (anew && state) {
+  if (state && next.started !== state.started) {
     state = null; // another process: its numbers mean other samples
     samples = [];
     return poll();
