@@ -141,7 +141,7 @@ class Node:
         """How each pool stands, by the name that its directory has. From any thread."""
         return {
             directory_of(*pool.kind): PoolFigures(pool.sessions, {**pool.figures(), "vram": pool.vram.figures()})
-            for pool in list(self._pools)
+            for pool in self._pools
         }
 
     def figures(self) -> dict[str, float]:
