@@ -17,7 +17,7 @@ from tests.serve.running import RUN
 
 _ROOT = Path(__file__).parents[3]
 _TRAFFIC_S = 240
-_COLORS = 64
+_COLORS = 256
 #: Name, width in pixels, height (0: the whole page), colours.
 _PICTURES = (("light", 1280, 0, "light"), ("dark", 1280, 0, "dark"), ("360", 360, 1400, "light"))
 
@@ -29,7 +29,7 @@ def take(browser: webdriver.Chrome, width: int, height: int, scheme: str) -> Ima
     resize(browser, width, height or int(browser.execute_script("return document.documentElement.scrollHeight")))
     time.sleep(1)
     picture = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
-    return picture.quantize(_COLORS, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    return picture.quantize(_COLORS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
 
 
 def make(directory: Path, traffic_s: float) -> None:
