@@ -88,5 +88,5 @@ proto: $(READY) ## renew the stubs of gRPC from their protocols
 		cairn/cluster/etcd/wire.proto
 
 clean: ## remove .venv and everything else that was made here
-	@rm -rf .venv .venv-vllm .cache build dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	@rm -rf .venv .venv-vllm .cache build dist demo-out cairn-cluster .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
