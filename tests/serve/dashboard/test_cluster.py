@@ -11,6 +11,7 @@ from cairn.cluster.directory import Member as Reported
 from cairn.config.schema import Serve
 from cairn.fleet import Source
 from cairn.serve.dashboard import Board, Traffic
+from cairn.serve.dashboard.traffic import Recent
 from cairn.serve.gateway.members import Members
 from cairn.serve.gateway.shown import ClusterShown
 
@@ -105,3 +106,14 @@ def test_who_tells_nothing_of_a_cache_counts_as_the_router_expected() -> None:
     assert sample["missed_tokens"] == {"absent": 50}
     assert [one.get("measured", False) for one in state["instances"]] == [False, True]
     assert [one["hit_rate"] for one in state["instances"]] == [0.6, 0.5]
+
+
+def test_the_tree_is_of_the_latest_prompts_whoever_has_looked_before() -> None:
+    cluster = Cluster()
+    for i in range(1, 6):
+        for _ in range(2):
+            cluster.traffic.remember(Recent(b"x" * 200, 200, 50, {}, "a"))
+        state = cluster.state()
+        assert ([one["requests"] for one in state["hot"]], state["prompts"]) == ([2 * i], 2 * i)
+        if i == 3:
+            cluster.board._source.look()  # nobody has looked for a while

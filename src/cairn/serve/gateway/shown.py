@@ -44,8 +44,12 @@ class ClusterShown:
         self._here: dict[str, Member] = {}
         self._gone: OrderedDict[str, InstanceShown] = OrderedDict()
         self._indexed: Counter[str] = Counter()
+        self._hot: list[PrefixShown] | None = None
+        self._watched = False
 
     def look(self) -> None:
+        """While somebody looks, the tree is made here, and not in the loop that carries requests."""
+        self._hot, self._watched = self._tree() if self._watched else None, False
         indexed = Counter[str]()
         for source, blocks in self._held().items():
             indexed[source.instance] += blocks
@@ -92,8 +96,11 @@ class ClusterShown:
         return sorted(found.values(), key=lambda one: _ORDER.get(one.tier, len(_ORDER)))
 
     def hot(self) -> tuple[list[PrefixShown], int]:
-        recent = self._traffic.recent
-        return tree(recent, with_text=self._with_text), len(recent)
+        self._watched = True
+        return self._tree() if self._hot is None else self._hot, len(self._traffic.recent)
+
+    def _tree(self) -> list[PrefixShown]:
+        return tree(list(self._traffic.recent), with_text=self._with_text)
 
     def _went(self, member: Member) -> None:
         one, now = member.instance, time.time()
