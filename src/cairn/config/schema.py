@@ -381,7 +381,11 @@ class Serve(Section):
     backend_token: Secret | None = Field(default=None, description="API key of the engines; null: none.")
     api_keys: tuple[Secret, ...] = Field(default=(), description="Keys of clients, any of which will do; empty: none.")
     admin_key: Secret | None = Field(
-        default=None, description="Key of /admin and /metrics; null: clients' keys do for /metrics, none for /admin."
+        default=None,
+        description="Key of /admin, /metrics and the dashboard; null: clients' keys do, but there is no /admin.",
+    )
+    show_prompts: bool = Field(
+        default=False, description="Show the beginnings of hot prompts as text on the dashboard, instead of digests."
     )
     policy: Scheduling = Field(default="slo_aware", description="Which engine takes a request: see scheduling.md.")
     slo: Slo = Slo()
@@ -447,6 +451,13 @@ class Node(Section):
         default=None,
         description="Where the node listens, ipc:// and a socket's path; null: engines keep their blocks themselves.",
     )
+    http_host: str = Field(
+        default="127.0.0.1", description="Address of the node's dashboard; any but loopback needs `http_token`."
+    )
+    http_port: Port | None = Field(
+        default=None, description="Port of the dashboard, which needs `cairn-kv[index]`; 0: a free one; null: none."
+    )
+    http_token: Secret | None = Field(default=None, description="Bearer token for the dashboard; null: none.")
     pools: int = Field(
         default=1, ge=1, le=64, description="Geometries (models) that share DRAM and disk, in equal parts."
     )

@@ -85,7 +85,7 @@ class Pools:
         self._opener = ThreadPoolExecutor(1, "cairn-node-open")
 
     def __iter__(self) -> Iterator[Pool]:
-        return iter(self._pools.values())
+        return iter(list(self._pools.values()))
 
     def get(self, geometry: KVGeometry, layout: Layout) -> Pool | None:
         """The pool of such rows; None: it is being opened, ask again. Raises CairnError where there can be none."""

@@ -4,10 +4,10 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import zmq
 
@@ -19,7 +19,7 @@ from cairn.node.address import Address
 from cairn.node.base import OpenStore
 from cairn.node.bell import Bell
 from cairn.node.gate import Entrance, Gate
-from cairn.node.pools import Pools
+from cairn.node.pools import Pools, directory_of
 from cairn.node.segments import HOME, Segments, sweep
 from cairn.node.session import Held, Session, Written
 from cairn.node.wire import keys_of, raw_of, rows_of
@@ -36,6 +36,13 @@ _TICK_S: Final = 0.05
 #: Frames that are taken in before a look at the leases that is due.
 _BATCH: Final = 64
 _FLUSHERS: Final = 2
+
+
+class PoolFigures(NamedTuple):
+    """clients: sessions that use it. tiers: what each says of itself."""
+
+    clients: int
+    tiers: Mapping[str, Mapping[str, float]]
 
 
 class Node:
@@ -129,6 +136,13 @@ class Node:
         self._flusher.shutdown(wait=False, cancel_futures=True)
         self._pools.close(timeout)
         self._give_back()
+
+    def pools(self) -> dict[str, PoolFigures]:
+        """How each pool stands, by the name that its directory has. From any thread."""
+        return {
+            directory_of(*pool.kind): PoolFigures(pool.sessions, {**pool.figures(), "vram": pool.vram.figures()})
+            for pool in self._pools
+        }
 
     def figures(self) -> dict[str, float]:
         """What the node says of itself."""

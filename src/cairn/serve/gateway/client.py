@@ -26,7 +26,7 @@ class Client:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, patience_s: float) -> None:
         """patience_s: how long a client may read nothing at all."""
-        self._headers = scope["headers"]
+        self._headers, self.query = scope["headers"], scope["query_string"]
         self._receive, self._send, self._patience_s = receive, send, patience_s
         self._task = asyncio.current_task()
         self._watcher: asyncio.Task[None] | None = None

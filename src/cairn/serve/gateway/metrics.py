@@ -10,6 +10,8 @@ from prometheus_client.registry import Collector
 
 from cairn.observe.metrics import Counted
 from cairn.observe.prometheus import MetricsCollector
+from cairn.serve.dashboard import Traffic
+from cairn.serve.gateway.asked import CHAT, COMPLETIONS
 from cairn.serve.gateway.members import Members
 
 _SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
@@ -42,6 +44,7 @@ class GatewayMetrics:
         self._seconds = histogram("request_seconds", "From the request's body to the answer's last byte.", _SECONDS)
         self._ttft = histogram("ttft_seconds", "From the request's body to the answer's first event.", _SECONDS)
         self._tpot = histogram("tpot_seconds", "Mean between two events of a stream, by stream.", _TOKEN_SECONDS)
+        self.traffic = Traffic()
         self._children: dict[tuple[str, int], Any] = {}
 
     def ended(self, path: str, status: int) -> None:
@@ -50,6 +53,8 @@ class GatewayMetrics:
         if child is None:
             child = self._children[path, status] = self._requests.labels(path, str(status))
         child.inc()
+        if path in (COMPLETIONS, CHAT) and (status == 429 or status >= 500):
+            self.traffic.failed += 1
 
     def failed(self, instance: str, reason: str) -> None:
         self._failures.labels(instance, reason).inc()

@@ -6,6 +6,7 @@ from typing import Final
 
 from cairn.config.schema import Serve
 from cairn.serve.base import RequestError
+from cairn.serve.dashboard.traffic import BEGINNING, Recent
 from cairn.serve.gateway import sse
 from cairn.serve.gateway.asked import Asked
 from cairn.serve.gateway.base import Answer, Prompt, Prompts, UpstreamError
@@ -46,7 +47,7 @@ class _Passage:
         self._headers, self._path = client.headers(), asked.path.encode()
         self._ask = relay.dispatch.ask(asked, prompt)
         self._tried: list[str] = []
-        self._tokens = 0
+        self._tokens, self._served = 0, ""
         self._first = self._latest = 0.0
         self._continuation: Continuation | None = None
         self._transcript: sse.Transcript | None = None
@@ -69,7 +70,16 @@ class _Passage:
                     raise
                 return await self._give_up(UpstreamError("resume", str(error)))
         self._metrics.timed(self._ask.arrived, self._first, self._latest, self._tokens)
+        self._remember()
         return None
+
+    def _remember(self) -> None:
+        """For who looks at the dashboard."""
+        traffic, prompt, served = self._metrics.traffic, self._prompt, self._served
+        ttft_s = self._first - self._ask.arrived if self._first else None
+        traffic.answered_at(served, prompt.tokens, prompt.held.get(served, {}), ttft_s)
+        if traffic.curious:
+            traffic.remember(Recent(*self._asked.beginning(BEGINNING), prompt.tokens, prompt.held, served))
 
     async def _place(self) -> Placed:
         return await self._relay.dispatch.place(self._ask, self._asked.model, self._tried)
@@ -82,7 +92,7 @@ class _Passage:
             with self._relay.members.flight(member, self._prompt) as flight:
                 self._relay.prompts.sent(self._prompt, member.name)
                 await self._exchange(placed, flight, last=last)
-            ended = True
+            ended, self._served = True, member.name
             member.succeeded()
         except UpstreamError as error:
             self._tried.append(member.name)

@@ -15,6 +15,7 @@ from cairn.fleet.discovery import Discovery
 from cairn.observe.log import setup_logging
 from cairn.plan.schedule import SCHEDULERS, rehearse
 from cairn.serve.auth import check_exposure
+from cairn.serve.dashboard import Board
 from cairn.serve.gateway.app import Gateway
 from cairn.serve.gateway.backends import parse_backend, registered
 from cairn.serve.gateway.dispatch import Dispatch
@@ -22,6 +23,7 @@ from cairn.serve.gateway.members import Members
 from cairn.serve.gateway.metrics import GatewayMetrics
 from cairn.serve.gateway.prompts import FleetPrompts
 from cairn.serve.gateway.relay import Relay
+from cairn.serve.gateway.shown import ClusterShown
 from cairn.serve.indexer.parts import Parts
 from cairn.serve.indexer.rpc import make_server
 from cairn.serve.process import SWITCH_S, Server, address, ended_by_signals, listen, loop_factory, settings, until_begun
@@ -91,7 +93,16 @@ async def _serve(config: Config, started: Callable[[Addresses], None]) -> None:
             registry = await stack.enter_async_context(_followed(config, members, parts))
             metrics = GatewayMetrics(members, (registry.metrics, *parts.metrics.collectors))
             dispatch = Dispatch(members, SCHEDULERS[serve.policy](), serve, metrics.shed.inc)
-            gateway = Gateway(Relay(members, dispatch, prompts, serve, metrics), members, serve, metrics)
+            shown = ClusterShown(
+                serve.name or at,
+                members,
+                metrics.traffic,
+                lambda: dispatch.waiting,
+                parts.index.held,
+                with_text=serve.show_prompts,
+            )
+            board = await stack.enter_async_context(Board(shown))
+            gateway = Gateway(Relay(members, dispatch, prompts, serve, metrics), members, serve, metrics, board)
             http = Server(settings(gateway, serve.shutdown_s / 2, keep_alive_s=_KEEP_ALIVE_S))
             serving = asyncio.create_task(http.serve([listening]))
             await until_begun(http, serving)
