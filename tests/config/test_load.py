@@ -115,7 +115,7 @@ def test_variables_of_others_are_left_alone(name: str) -> None:
         (
             "qqq: 5",
             "qqq (in cairn.yaml): unknown key; "
-            "the sections are storage, compression, engine, index, serve, cluster, node",
+            "the sections are storage, compression, engine, index, serve, cluster, node, observe",
         ),
         ("- 5", "cairn.yaml: must hold sections (storage:, engine:), not a list"),
         ("engine: {}\nengine: {}", "cairn.yaml: must be YAML: 'engine' stands twice, line 2, column 1"),
