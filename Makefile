@@ -66,14 +66,16 @@ format: $(READY) ## bring the code into shape
 
 bench: $(READY) ## measure this machine; results go to benchmarks/results/
 	@mkdir -p $(RESULTS)
-	@set -e; for bench in engine disk index "policy $(TRACE)" "fleet-sim $(TRACE)"; do \
+	@set -e; for bench in engine observe disk index "policy $(TRACE)" "fleet-sim $(TRACE)"; do \
 		echo "cairn bench $$bench"; \
 		$(BIN)/cairn bench $$bench --json > $(RESULTS)/new; \
 		mv $(RESULTS)/new $(RESULTS)/$${bench%% *}.json; \
 	done
 
-docs: $(READY) ## renew docs/configuration.md from the schema
+docs: $(READY) ## renew what is made from code: docs/configuration.md, docs/metrics.md, the dashboard
 	@$(BIN)/cairn config docs > docs/configuration.md
+	@$(BIN)/cairn metrics docs > docs/metrics.md
+	@$(BIN)/cairn metrics dashboard > deploy/grafana/cairn.json
 
 proto: $(READY) ## renew the stubs of gRPC from their protocols
 	@cd src && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. \

@@ -43,11 +43,24 @@ COMMANDS = [path for path, _ in every_command(typer.main.get_command(app))]
 def test_the_commands_are_there() -> None:
     benches = {
         ("bench", name)
-        for name in ("engine", "disk", "index", "fleet", "node", "remote", "policy", "fleet-sim", "quality", "serve")
+        for name in (
+            "engine",
+            "disk",
+            "index",
+            "fleet",
+            "node",
+            "remote",
+            "policy",
+            "fleet-sim",
+            "quality",
+            "serve",
+            "observe",
+        )
     }
     events = {("events", name) for name in ("record", "replay", "show")}
     clusters = {("register",), ("cluster", "list"), ("cluster", "watch")}
     configs = {("config", name) for name in ("show", "check", "schema", "docs")}
+    figures = {("metrics", name) for name in ("docs", "dashboard")}
     alone = {
         ("demo",),
         ("index",),
@@ -59,7 +72,7 @@ def test_the_commands_are_there() -> None:
         ("version",),
         ("codec", "calibrate"),
     }
-    assert {*COMMANDS} == {*alone, *benches, *clusters, *configs, *events}
+    assert {*COMMANDS} == {*alone, *benches, *clusters, *configs, *events, *figures}
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)

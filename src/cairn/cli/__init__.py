@@ -18,6 +18,7 @@ from cairn.cli.demo import demo
 from cairn.cli.events import app as events
 from cairn.cli.index import index
 from cairn.cli.inspect import inspect
+from cairn.cli.metrics import app as metrics
 from cairn.cli.node import node
 from cairn.cli.output import help_if_alone
 from cairn.cli.register import register
@@ -46,6 +47,7 @@ app.add_typer(cluster, name="cluster")
 app.command()(register)
 app.add_typer(codec, name="codec")
 app.add_typer(config, name="config")
+app.add_typer(metrics, name="metrics")
 app.command()(version)
 
 
