@@ -69,7 +69,7 @@ format: $(READY) ## bring the code into shape
 
 bench: $(READY) ## measure this machine; results go to benchmarks/results/
 	@mkdir -p $(RESULTS)
-	@set -e; for bench in engine disk index "policy $(TRACE)" "fleet-sim $(TRACE)"; do \
+	@set -e; for bench in engine observe disk index "policy $(TRACE)" "fleet-sim $(TRACE)"; do \
 		echo "cairn bench $$bench"; \
 		$(BIN)/cairn bench $$bench --json > $(RESULTS)/new; \
 		mv $(RESULTS)/new $(RESULTS)/$${bench%% *}.json; \
@@ -78,9 +78,11 @@ bench: $(READY) ## measure this machine; results go to benchmarks/results/
 pictures: $(READY) ## renew docs/images/dashboard-*.png (5 minutes)
 	@$(BIN)/python -m tests.serve.dashboard.pictures
 
-docs: $(READY) ## renew the pages that are made from the code, and build the site in build/site
+docs: $(READY) ## renew what is made from the code (pages, the Grafana dashboard), and build the site in build/site
 	@$(BIN)/cairn config docs > docs/configuration.md
 	@$(BIN)/cairn doctor --reference > docs/doctor.md
+	@$(BIN)/cairn metrics docs > docs/metrics.md
+	@$(BIN)/cairn metrics dashboard > deploy/grafana/cairn.json
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 proto: $(READY) ## renew the stubs of gRPC from their protocols

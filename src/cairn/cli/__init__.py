@@ -20,6 +20,7 @@ from cairn.cli.doctor import doctor
 from cairn.cli.events import app as events
 from cairn.cli.index import index
 from cairn.cli.inspect import inspect
+from cairn.cli.metrics import app as metrics
 from cairn.cli.node import node
 from cairn.cli.output import help_if_alone
 from cairn.cli.plan import plan
@@ -52,6 +53,7 @@ app.command()(register)
 app.add_typer(codec, name="codec")
 app.add_typer(blend, name="blend")
 app.add_typer(config, name="config")
+app.add_typer(metrics, name="metrics")
 app.command()(version)
 
 

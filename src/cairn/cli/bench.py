@@ -31,6 +31,19 @@ def engine(as_json: AsJson = False) -> None:
 
 
 @app.command()
+def observe(as_json: AsJson = False) -> None:
+    """What counters and spans cost the engine's paths, with and without in turns.
+
+    
+    Example:
+      cairn bench observe --json
+    """
+    from cairn.cli.bench_observe import run_observe
+
+    _report("observe", run_observe(), as_json)
+
+
+@app.command()
 def disk(
     directory: Annotated[
         Path | None,

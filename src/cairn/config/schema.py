@@ -470,6 +470,29 @@ class Node(Section):
     stop_timeout_s: Seconds = Field(default=30.0, description="Seconds that the node may flush when it is stopped.")
 
 
+class Observe(Section):
+    """What is shown of a process: figures, traces, logs. See observability.md."""
+
+    metrics_host: str = Field(
+        default="127.0.0.1", description="Where an engine or a node shows figures; any but loopback needs a token."
+    )
+    metrics_port: Port | None = Field(
+        default=None,
+        description="Port of `/metrics` and `/api/v1/layerwise/stats` at an engine or a node, for each process its "
+        "own; 0: a free one, which the log tells; null: none.",
+    )
+    metrics_token: Secret | None = Field(default=None, description="Bearer token that scrapers must carry; null: none.")
+    otlp_endpoint: str | None = Field(
+        default=None,
+        pattern="^https?://.+",
+        description="Where spans go by OTLP over HTTP, as http://localhost:4318/v1/traces; null: there are none.",
+    )
+    trace_share: float = Field(default=1.0, ge=0, le=1, description="Share of requests traced where nobody else says.")
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="Log lines for people, or JSON objects with the request's id."
+    )
+
+
 class Config(Section):
     """All of Cairn's settings; every one has a default. Made by `load_config`; immutable."""
 
@@ -481,6 +504,7 @@ class Config(Section):
     serve: Serve = Serve()
     cluster: Cluster = Cluster()
     node: Node = Node()
+    observe: Observe = Observe()
 
     def to_yaml(self) -> str:
         """The file that would make this configuration."""

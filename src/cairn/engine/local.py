@@ -2,8 +2,9 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import NamedTuple
 
 from cairn.codec.ladder import ladder_for
@@ -64,9 +65,9 @@ class LocalStore(BlockStore):
         self._cost = cost
         self._closed = threading.Event()
         metrics.watch(dram.name, dram.stats)
-        for tier in self._lower:
-            metrics.watch(tier.name, tier.stats)
         self._writers = [self._writer(tier, writes) for tier, writes in lower]
+        for tier, writer in zip(self._lower, self._writers, strict=True):
+            metrics.watch(tier.name, partial(_figures, tier, writer))
         self._syncer = threading.Thread(target=self._sync_always, args=(sync_interval_s,), daemon=True)
         if lower:
             self._syncer.start()
@@ -200,6 +201,10 @@ class LocalStore(BlockStore):
             for tier, writer in zip(self._lower, self._writers, strict=True):
                 tier.sync(interval)
                 writer.pump()
+
+
+def _figures(tier: Tier, writer: WriteBehind) -> Mapping[str, float]:
+    return {**tier.stats(), "write_queue_blocks": writer.waiting_blocks}
 
 
 def open_local(

@@ -23,7 +23,9 @@ from cairn.engine.stage import Stage
 from cairn.engine.writing import Writing
 from cairn.kv import KeyChain
 from cairn.node.base import Home
+from cairn.observe.log import serving
 from cairn.observe.reasons import Reason
+from cairn.observe.trace import joined
 from cairn.plan import Work
 from cairn.tier.arena import Arena
 
@@ -120,10 +122,11 @@ class SchedulerSide:
         if tracked.stage and tracked.stage.span.start != computed:
             self._drop_stage(tracked)
         if tracked.stage is None:
-            if self._awaits(tracked, computed) or not self._answered(tracked):
-                return None, False
-            tracked.stage = self.engine.stage(tracked.chain, first_token=computed)
-            self.engine.metrics.lookups.add()
+            with serving(request.request_id), joined(getattr(request, "trace_headers", None)):
+                if self._awaits(tracked, computed) or not self._answered(tracked):
+                    return None, False
+                tracked.stage = self.engine.stage(tracked.chain, first_token=computed)
+            self.engine.metrics.lookups.tick()
         if not tracked.stage.settled:
             return None, False
         tokens = max(0, tracked.stage.wait() - computed)  # waits no more, but notes a deadline that has passed
@@ -443,6 +446,8 @@ class SchedulerSide:
         elif not tracked.chunks:
             self.engine.metrics.transferred("dram", "load", size, seconds)
             self.engine.cost.observe_load("dram", size, seconds)
+            if tracked.layered:
+                self.engine.layer_times.copied(range(self.engine.geometry.layers), seconds)
         self._drop_stage(tracked)
         if tracked.finished and not tracked.held and not tracked.writing:
             del self._tracked[tracked.request.request_id]

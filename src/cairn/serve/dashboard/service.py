@@ -9,7 +9,8 @@ from typing import Final
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from cairn.serve.auth import BearerAuth, check_exposure
+from cairn.observe.access import check_exposure
+from cairn.serve.auth import BearerAuth
 from cairn.serve.dashboard.base import Source
 from cairn.serve.dashboard.board import Board
 from cairn.serve.dashboard.pages import STATE, page, paths, since_of

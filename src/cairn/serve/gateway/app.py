@@ -1,6 +1,7 @@
 """The gateway over HTTP: plain ASGI, as what stands between a client and its engine must cost next to nothing."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
@@ -10,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from cairn import __version__
 from cairn.config.schema import Serve
+from cairn.observe.log import REQUEST_ID
 from cairn.serve.base import RequestError
 from cairn.serve.dashboard import STATE, Board, page, since_of
 from cairn.serve.gateway.admin import Admin
@@ -21,6 +23,8 @@ from cairn.serve.gateway.members import Members
 from cairn.serve.gateway.metrics import GatewayMetrics
 from cairn.serve.gateway.models import Models
 from cairn.serve.gateway.relay import Relay
+
+logger = logging.getLogger(__name__)
 
 _LEFT: Final = 499
 _JSON: Final = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
@@ -53,7 +57,8 @@ class Gateway:
         if scope["type"] != "http":
             return
         client = Client(scope, receive, send, self._config.client_s)
-        path, status = scope["path"], 500
+        path, status, begun = scope["path"], 500, time.monotonic()
+        before = REQUEST_ID.set(client.id)
         try:
             if scope["method"] == "POST" and path in (COMPLETIONS, CHAT):
                 await self._infer(client, path)
@@ -70,6 +75,10 @@ class Gateway:
         finally:
             client.close()
             self._metrics.ended(path if path in _SHOWN else "other", status)
+            if logger.isEnabledFor(logging.INFO):
+                fields = {"path": path[:200], "status": status, "seconds": round(time.monotonic() - begun, 6)}
+                logger.info("request: %(path)s %(status)d in %(seconds)g s", fields, extra={"fields": fields})
+            REQUEST_ID.reset(before)
 
     async def _infer(self, client: Client, path: str) -> None:
         _check_key(client, self._keys)

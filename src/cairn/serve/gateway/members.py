@@ -109,6 +109,11 @@ class Members:
     def members(self) -> Mapping[str, Member]:
         return MappingProxyType(self._members)
 
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for an engine with room."""
+        return len(self._waiting)
+
     @contextmanager
     def following(self, directory: Directory) -> Iterator[None]:
         stop = directory.listen(self._hear)

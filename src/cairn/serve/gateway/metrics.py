@@ -23,7 +23,7 @@ class GatewayMetrics:
 
     def __init__(self, members: Members, others: Iterable[Counted | Collector] = ()) -> None:
         """others: what is shown beside, of the registry and the index."""
-        registry = self._registry = CollectorRegistry()
+        registry = self.registry = CollectorRegistry()
         for other in others:
             registry.register(MetricsCollector(other) if isinstance(other, Counted) else other)
         registry.register(_Standing(members))
@@ -69,7 +69,7 @@ class GatewayMetrics:
 
     def exposition(self) -> bytes:
         """In Prometheus' text format (version 0.0.4)."""
-        return generate_latest(self._registry)
+        return generate_latest(self.registry)
 
 
 class _Standing(Collector):
@@ -90,4 +90,6 @@ class _Standing(Collector):
             running.add_metric((member.name,), member.running)
             queued.add_metric((member.name,), member.queued)
             ready.add_metric((member.name,), float(member.ready(now) and not member.drains))
-        yield from (running, queued, ready)
+        waiting = GaugeMetricFamily("cairn_serve_waiting", "Queue: requests that wait for an engine with room.")
+        waiting.add_metric((), self._members.waiting)
+        yield from (running, queued, ready, waiting)

@@ -5,11 +5,12 @@ import time
 from typing import Final
 
 from cairn.config.schema import Serve
+from cairn.observe.trace import begin, joined
 from cairn.serve.base import RequestError
 from cairn.serve.dashboard.traffic import BEGINNING, Recent
 from cairn.serve.gateway import sse
 from cairn.serve.gateway.asked import Asked
-from cairn.serve.gateway.base import Answer, Prompt, Prompts, UpstreamError
+from cairn.serve.gateway.base import Answer, Headers, Prompt, Prompts, UpstreamError
 from cairn.serve.gateway.client import Client, error_body
 from cairn.serve.gateway.continuation import Continuation, DivergedError
 from cairn.serve.gateway.disaggregation import prefilled
@@ -35,7 +36,12 @@ class Relay:
 
     async def carry(self, asked: Asked, client: Client) -> None:
         """Serves one request. Raises RequestError if nothing has been sent; later it ends with an event that tells."""
-        await _Passage(self, asked, client, await self.prompts.look(asked)).run()
+        with joined(client.given), begin("cairn.serve", path=asked.path, model=asked.model) as serving:
+            with begin("cairn.score") as scoring:
+                prompt = await self.prompts.look(asked)
+                scoring.note(prompt_tokens=prompt.tokens, holders=len(prompt.held))
+            await _Passage(self, asked, client, prompt).run()
+            serving.note(status=client.status)
 
 
 class _Passage:
@@ -82,7 +88,10 @@ class _Passage:
             traffic.remember(Recent(*self._asked.beginning(BEGINNING), prompt.tokens, prompt.held, served))
 
     async def _place(self) -> Placed:
-        return await self._relay.dispatch.place(self._ask, self._asked.model, self._tried)
+        with begin("cairn.schedule") as scheduling:
+            placed = await self._relay.dispatch.place(self._ask, self._asked.model, self._tried)
+            scheduling.note(instance=placed.member.name)
+        return placed
 
     async def _attempt(self, placed: Placed, *, last: bool) -> None:
         scheduler, member = self._relay.dispatch.scheduler, placed.member
@@ -107,12 +116,16 @@ class _Passage:
                 scheduler.failed(self._ask, time.monotonic())
 
     async def _exchange(self, placed: Placed, flight: Flight, *, last: bool) -> None:
+        with begin("cairn.engine", instance=placed.member.name) as asking:
+            await self._answered(placed, flight, asking.headers(self._headers), last=last)
+
+    async def _answered(self, placed: Placed, flight: Flight, headers: Headers, *, last: bool) -> None:
         body = self._continuation.body() if self._continuation else self._asked.body
         if placed.prefill is not None:
-            body = await prefilled(self._relay, self._asked, placed.prefill, self._prompt, self._headers, body)
+            body = await prefilled(self._relay, self._asked, placed.prefill, self._prompt, headers, body)
         config = self._config
         patience_s = config.first_token_s if self._asked.streams else config.answer_s
-        answer = await placed.member.pool.post(self._path, self._headers, body, patience_s)
+        answer = await placed.member.pool.post(self._path, headers, body, patience_s)
         try:
             if (answer.status >= 500 or answer.status == 429) and not last:
                 raise UpstreamError("status", f"{placed.member.name} answered {answer.status}")

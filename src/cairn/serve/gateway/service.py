@@ -12,9 +12,10 @@ from cairn.cluster import Directory, Keys, Registration, Registry, Replica, open
 from cairn.config.schema import Config
 from cairn.errors import ConfigError
 from cairn.fleet.discovery import Discovery
+from cairn.observe.access import check_exposure
 from cairn.observe.log import setup_logging
+from cairn.observe.trace import setup_tracing
 from cairn.plan.schedule import SCHEDULERS, rehearse
-from cairn.serve.auth import check_exposure
 from cairn.serve.dashboard import Board
 from cairn.serve.gateway.app import Gateway
 from cairn.serve.gateway.backends import parse_backend, registered
@@ -47,7 +48,8 @@ def run(config: Config, started: Callable[[Addresses], None]) -> None:
     requests have half of `serve.shutdown_s`; a process that is still there after all of it ends itself.
     """
     _check(config)
-    setup_logging(config.serve.log_level)
+    setup_logging(config.serve.log_level, config.observe.log_format)
+    setup_tracing(config.observe, "cairn-serve")
     sys.setswitchinterval(SWITCH_S)
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         runner.run(_serve(config, started))
