@@ -154,7 +154,8 @@ class CairnConnector(KVConnectorBase_V1):  # type: ignore[misc]
             self._schedulers.reported(connector_output.kv_connector_worker_meta)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        return self._schedulers.finished(request), None
+        told = self._schedulers.handed_over(request)
+        return self._schedulers.finished(request), told
 
     def take_events(self) -> list[Any]:
         events = self._schedulers.events
