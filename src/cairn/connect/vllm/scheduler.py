@@ -334,6 +334,9 @@ class SchedulerSide:
         if tracked.stage:
             tracked.stage.release()
             tracked.stage = None
+        self._drop_chunks(tracked)
+
+    def _drop_chunks(self, tracked: _Tracked) -> None:
         if tracked.chunks:
             tracked.chunks.release()
             tracked.chunks = None
@@ -345,8 +348,7 @@ class SchedulerSide:
         if not (self._blending and self._blending.ready and tracked.blends):
             return 0
         if tracked.chunks and tracked.chunks.start != start:
-            tracked.chunks.release()
-            tracked.chunks = None
+            self._drop_chunks(tracked)
         if tracked.chunks is None:
             tracked.chunks = self._blending.find(tracked.request, tracked.chain, start)
         if tracked.chunks and not tracked.chunks.settle():
@@ -357,9 +359,7 @@ class SchedulerSide:
             ]
         if tracked.chunks is None or not self._blending.take(tracked.chunks):
             tracked.blends = False
-            if tracked.chunks:
-                tracked.chunks.release()
-                tracked.chunks = None
+            self._drop_chunks(tracked)
             return 0
         tracked.exact = min(tracked.exact, start // self._block)
         make_private(tracked.request, start // getattr(self.blocks, "hash_block_size", self._block))
