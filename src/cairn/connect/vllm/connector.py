@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
+from cairn.connect.vllm import plugin
 from cairn.connect.vllm.messages import Done, Orders
 
 if TYPE_CHECKING:
     from cairn.connect.vllm.scheduler import SchedulerSide
     from cairn.connect.vllm.worker import WorkerSide
+
+# Where vLLM loads this before the model, in one process, also works without the plugin's entry point.
+plugin.register()
 
 
 class CairnConnector(KVConnectorBase_V1):  # type: ignore[misc]
@@ -27,6 +31,7 @@ class CairnConnector(KVConnectorBase_V1):  # type: ignore[misc]
     """
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        from cairn.connect.vllm.blending import settings_of
         from cairn.connect.vllm.extra_config import config_of
         from cairn.connect.vllm.mode import mode_of, steps_overlap
         from cairn.connect.vllm.model import served_model
@@ -40,17 +45,20 @@ class CairnConnector(KVConnectorBase_V1):  # type: ignore[misc]
         vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"
         config = config_of(vllm_config.kv_transfer_config.kv_connector_extra_config)
         served = served_model(vllm_config, kv_cache_config, config)
+        blending = settings_of(vllm_config, served, config)
         self._caches = kv_cache_config
         self._unlink_arena = partial(Arena.unlink, served.name)
         self._scheduler: SchedulerSide | None = None
         self._stats: StatsSource | None = None
         self._worker: WorkerSide | None = None
         if role == KVConnectorRole.SCHEDULER:
-            self._scheduler = SchedulerSide(served, config, mode_of(vllm_config, config))
+            self._scheduler = SchedulerSide(served, config, mode_of(vllm_config, config), blending)
             self._stats = StatsSource(self._scheduler.engine.metrics)
         else:
             overlapping = steps_overlap(vllm_config)
-            self._worker = WorkerSide(served, vllm_config.parallel_config.rank % served.ranks, config, overlapping)
+            rank = vllm_config.parallel_config.rank % served.ranks
+            attentions = vllm_config.compilation_config.static_forward_context
+            self._worker = WorkerSide(served, rank, config, overlapping, blending, attentions)
 
     # --- worker --------------------------------------------------------------------------------------------------
 

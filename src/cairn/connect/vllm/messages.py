@@ -24,18 +24,66 @@ class Copy:
 
 
 @dataclass(slots=True)
+class Part:
+    """Tokens start..stop of a prompt that are loaded to be blended, computed when token `origin` was the first.
+
+    rows: of the arena, the blocks from the one on that holds token `start`. home: as in `Copy`. origin 0: exact.
+    """
+
+    start: int
+    stop: int
+    origin: int
+    rows: list[int]
+    home: tuple[str, int, int, str] | None = None
+
+
+@dataclass(slots=True)
+class Blend:
+    """A prompt whose KV is to be put together (`cairn.blend`) while its request waits outside of the step.
+
+    number, request: as in `Copy`. tokens: uint32, those whose KV is wanted. start: tokens before it are exact, be they
+    in the paged cache or in a part. context: pages that are there. pages: those behind, which are written.
+    """
+
+    number: int
+    request: str
+    tokens: bytes
+    start: int
+    parts: list[Part]
+    context: list[int]
+    pages: list[int]
+
+
+@dataclass(slots=True)
+class Learn:
+    """A chunk to be computed alone, in a step that computes nothing else, and stored: block first + i in rows[i].
+
+    number, request, home: as in `Copy`. tokens: uint32, those of the blocks up to the last row's.
+    """
+
+    number: int
+    request: str
+    tokens: bytes
+    first: int
+    rows: list[int]
+    home: tuple[str, int, int, str] | None = None
+
+
+@dataclass(slots=True)
 class Orders(KVConnectorMetadata):  # type: ignore[misc]
     """What the workers shall do in this step.
 
     layered: loads that this step's forward pass needs, layer by layer. loads: loads whose requests wait outside of the
-    step. stores: made after the forward pass. released: requests that are over and whose blocks vLLM may free.
-    work: what the step computes, if it is to be timed for the planner. settle_stores: blocks are about to be taken from
-    requests, so stores under way must end first. forgiven: failed copies that the scheduler has heard of, so that no
-    request goes on with what they left.
+    step. blends: the same. learns: chunks for later requests. stores: made after the forward pass. released: requests
+    that are over and whose blocks vLLM may free. work: what the step computes, if it is to be timed for the planner.
+    settle_stores: blocks are about to be taken from requests, so stores under way must end first. forgiven: failed
+    copies that the scheduler has heard of, so that no request goes on with what they left.
     """
 
     layered: list[Copy] = field(default_factory=list)
     loads: list[Copy] = field(default_factory=list)
+    blends: list[Blend] = field(default_factory=list)
+    learns: list[Learn] = field(default_factory=list)
     stores: list[Copy] = field(default_factory=list)
     released: set[str] = field(default_factory=set)
     work: Work | None = None
@@ -48,7 +96,8 @@ class Done(KVConnectorWorkerMetadata):  # type: ignore[misc]
     """What workers have done since the last report.
 
     copies: by number, how many ranks have made the copy. failed: numbers of copies that at least one rank could not
-    make. seconds: a copy's time on the slowest rank. work, work_seconds: a step that was timed.
+    make. seconds: a copy's time on the slowest rank. work, work_seconds: a step that was timed. blends: whether
+    the worker is able to blend; said once.
     """
 
     copies: dict[int, int] = field(default_factory=dict)
@@ -56,6 +105,7 @@ class Done(KVConnectorWorkerMetadata):  # type: ignore[misc]
     seconds: dict[int, float] = field(default_factory=dict)
     work: Work | None = None
     work_seconds: float = 0.0
+    blends: bool = False
 
     def aggregate(self, other: Any) -> "Done":
         """Both reports in one (vLLM folds the ranks' reports of a step this way)."""
@@ -66,4 +116,6 @@ class Done(KVConnectorWorkerMetadata):  # type: ignore[misc]
         for number, taken in other.seconds.items():
             seconds[number] = max(taken, seconds.get(number, 0.0))
         timed = self if self.work else other
-        return Done(copies, self.failed | other.failed, seconds, timed.work, timed.work_seconds)
+        return Done(
+            copies, self.failed | other.failed, seconds, timed.work, timed.work_seconds, self.blends or other.blends
+        )

@@ -11,6 +11,7 @@ import numpy as np
 
 from cairn.config import Config
 from cairn.connect.vllm.adapters import Adapters
+from cairn.connect.vllm.blending import Blending, Chunks, Missing, Settings, make_private
 from cairn.connect.vllm.events import TierEvents
 from cairn.connect.vllm.identity import extra_keys, namespace_of, reusable
 from cairn.connect.vllm.messages import Copy, Done, Orders
@@ -41,8 +42,10 @@ class _Tracked:
     pages: its blocks in the paged cache. stage: what it will load or is loading. layered: whether a
     step waits for it. writing: what it is storing. offered: blocks offered for storing so far.
     computed: tokens that have KV once the step is over. finished: it is over. held: and vLLM keeps its blocks for us.
-    loads: false once a load of it has failed: it is not tried again. asked, answer, ask_until: whether a remote store
-    was asked about it, how it goes, and until when that is waited for.
+    loads: false once a load of it has failed: it is not tried again. chunks: what it will be blended from, or is.
+    missing: chunks that it lacked, to be stored when it is over. blends: false once that was found not to pay. exact:
+    its blocks from there on are no prefix's. asked, answer, ask_until: whether a remote store was asked about it, how
+    it goes, and until when that is waited for.
     """
 
     request: Any
@@ -56,6 +59,10 @@ class _Tracked:
     finished: bool = False
     held: bool = False
     loads: bool = True
+    chunks: Chunks | None = None
+    missing: list[Missing] = field(default_factory=list)
+    blends: bool = True
+    exact: int = 1 << 30
     asked: bool = False
     answer: "Future[None] | None" = None
     ask_until: float = 0.0
@@ -64,10 +71,11 @@ class _Tracked:
 class SchedulerSide:
     """Lives in vLLM's scheduler and owns the engine. Called by vLLM's scheduler loop alone.
 
-    mode: what it is to do. blocks: vLLM's pool of blocks, once it is known.
+    mode: what it is to do. blending: how to blend, if that is to be done. blocks: vLLM's pool of blocks, once it is
+    known.
     """
 
-    def __init__(self, served: Served, config: Config, mode: Mode) -> None:
+    def __init__(self, served: Served, config: Config, mode: Mode, blending: Settings | None = None) -> None:
         self._served = served
         self._block = served.block_tokens
         arena = None if config.node.address else own_arena(served, config)
@@ -82,6 +90,7 @@ class SchedulerSide:
             )
         self.events = TierEvents(self.engine.watch(), self._block) if mode.events else None
         self._mode = mode
+        self._blending = Blending(self.engine, blending) if blending else None
         self._adapters = Adapters()
         self.blocks: Any = None
         self._tracked: dict[str, _Tracked] = {}
@@ -116,6 +125,12 @@ class SchedulerSide:
         if not tracked.stage.settled:
             return None, False
         tokens = max(0, tracked.stage.wait() - computed)  # waits no more, but notes a deadline that has passed
+        blended = self._blended(tracked, computed + tokens)
+        if blended is None:
+            return None, False
+        if blended:
+            tracked.layered = False
+            return blended - computed, True
         if tokens == 0:
             self._drop_stage(tracked)
             return 0, False
@@ -138,6 +153,14 @@ class SchedulerSide:
         if tokens == 0:
             self._drop_stage(tracked)
             return
+        if tracked.chunks:
+            self._number += 1
+            blend = tracked.chunks.order(
+                self._number, request.request_id, tracked.pages, stage, tracked.chunks.stop - tokens
+            )
+            self._loading[blend.number] = request.request_id
+            self._orders.blends.append(blend)
+            return
         first = stage.span.start // self._block
         rows = stage.rows(stage.span.start + tokens)
         copy = self._copy(tracked, rows, tracked.pages[first : first + len(rows)], stage.home)
@@ -147,7 +170,7 @@ class SchedulerSide:
     def sources(self, request: Any, tokens: int) -> dict[str, int]:
         """From which tiers the `tokens` of a request's load come."""
         tracked = self._tracked.get(request.request_id)
-        if tracked is None or tracked.stage is None:
+        if tracked is None or tracked.stage is None or tracked.chunks:
             return {}
         start = tracked.stage.span.start
         return tracked.stage.tokens_by_tier(start, start + tokens)
@@ -168,12 +191,14 @@ class SchedulerSide:
         orders, self._orders = self._orders, Orders()
         orders.settle_stores = bool(output.preempted_req_ids)
         orders.forgiven, self._unforgiven = self._unforgiven, set()
-        if not orders.layered:
+        if not orders.layered and not orders.blends:
             orders.work = self._work(scheduled)
         return orders
 
     def reported(self, done: Done) -> None:
         """Takes in what the workers have done."""
+        if done.blends and self._blending:
+            self._blending.ready = True
         for number, ranks in done.copies.items():
             self._reports[number] = self._reports.get(number, 0) + ranks
             if number in done.failed:
@@ -200,6 +225,8 @@ class SchedulerSide:
             self._drop_stage(tracked)
         # A load that a step under way follows: vLLM would not wait for it, nor for the stores of that step.
         tracked.held = loading or tracked.writing is not None or self._whole_blocks(tracked) > tracked.offered
+        if all(other.finished for other in self._tracked.values()):
+            tracked.held |= bool(tracked.missing)
         if not tracked.held:
             del self._tracked[request.request_id]
         return tracked.held
@@ -226,7 +253,7 @@ class SchedulerSide:
             if not tracked.pages:
                 del self._tracked[request_id]
                 continue
-            tracked.offered, tracked.loads = 1 << 30, False
+            tracked.offered, tracked.loads, tracked.missing = 1 << 30, False, []
 
     def close(self) -> None:
         for tracked in self._tracked.values():
@@ -278,6 +305,36 @@ class SchedulerSide:
         if tracked.stage:
             tracked.stage.release()
             tracked.stage = None
+        if tracked.chunks:
+            tracked.chunks.release()
+            tracked.chunks = None
+
+    def _blended(self, tracked: _Tracked, start: int) -> int | None:
+        """Up to which token a request will be blended, of whose tokens the first `start` are at hand or held; 0: it
+        will not be; None: its chunks are on their way up.
+        """
+        if not (self._blending and self._blending.ready and tracked.blends):
+            return 0
+        if tracked.chunks and tracked.chunks.start != start:
+            tracked.chunks.release()
+            tracked.chunks = None
+        if tracked.chunks is None:
+            tracked.chunks = self._blending.find(tracked.request, tracked.chain, start)
+        if tracked.chunks and not tracked.chunks.settle():
+            return None
+        if tracked.chunks and self._mode.writes:
+            tracked.missing = [
+                chunk for chunk in tracked.chunks.missing if len(chunk.tokens) <= self._served.step_tokens
+            ]
+        if tracked.chunks is None or not self._blending.take(tracked.chunks):
+            tracked.blends = False
+            if tracked.chunks:
+                tracked.chunks.release()
+                tracked.chunks = None
+            return 0
+        tracked.exact = min(tracked.exact, start // self._block)
+        make_private(tracked.request, start // getattr(self.blocks, "hash_block_size", self._block))
+        return tracked.chunks.stop
 
     def _copy(self, tracked: _Tracked, rows: Any, pages: list[int], home: Home | None) -> Copy:
         self._number += 1
@@ -305,7 +362,7 @@ class SchedulerSide:
     def _whole_blocks(self, tracked: _Tracked) -> int:
         """Blocks whose tokens are known and whose KV is computed once the step is over."""
         known = min(tracked.computed, tracked.request.num_tokens, len(tracked.pages) * self._block)
-        return known // self._block if self._mode.writes else 0
+        return min(known // self._block, tracked.exact) if self._mode.writes else 0
 
     def _store(self, tracked: _Tracked) -> None:
         """Orders the store of the blocks that have become whole, unless one is under way: then later, all at once."""
@@ -351,11 +408,13 @@ class SchedulerSide:
         size = max(0, tracked.stage.loaded_tokens - tracked.stage.span.start) * self.engine.geometry.token_bytes
         if failed:
             tracked.loads = False
+            if tracked.chunks:
+                tracked.chunks.failed()
             if tracked.layered:
                 self._forget_computed(tracked.pages[tracked.stage.span.start // self._block :])
             tracked.stage.failed(Reason.IO_ERROR)
             self.engine.metrics.failures.add(1, tier="dram", reason=Reason.IO_ERROR)
-        else:
+        elif not tracked.chunks:
             self.engine.metrics.transferred("dram", "load", size, seconds)
             self.engine.cost.observe_load("dram", size, seconds)
         self._drop_stage(tracked)
@@ -390,9 +449,23 @@ class SchedulerSide:
         if tracked.stage:
             return  # still loading
         self._store(tracked)
+        if tracked.writing is None and not self._busy:
+            self._learn(tracked)
         if tracked.writing is None:
             self._orders.released.add(tracked.request.request_id)
             del self._tracked[tracked.request.request_id]
+
+    def _learn(self, tracked: _Tracked) -> None:
+        """Orders the next chunk that the request lacked to be computed alone: nobody waits for this step. So what is
+        stored of a chunk depends on its own tokens only.
+        """
+        while tracked.missing and tracked.writing is None:
+            chunk = tracked.missing.pop(0)
+            tracked.writing = self.engine.reserve(chunk.chain)
+            if tracked.writing:
+                self._number += 1
+                self._storing[self._number] = tracked.request.request_id
+                self._orders.learns.append(chunk.learn(self._number, tracked.request.request_id, tracked.writing))
 
     def _work(self, scheduled: dict[str, int]) -> Work | None:
         """What the step computes, if that is worth measuring: some prefill, and all of it known."""

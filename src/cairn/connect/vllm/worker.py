@@ -3,12 +3,16 @@
 import logging
 import re
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from cairn.config import Config
-from cairn.connect.vllm.messages import Copy, Done, Orders
+from cairn.connect.vllm.blend_model import model_of
+from cairn.connect.vllm.blender import Blender
+from cairn.connect.vllm.blending import Settings, no_blending
+from cairn.connect.vllm.messages import Blend, Copy, Done, Learn, Orders
 from cairn.connect.vllm.model import Served, own_arena
 from cairn.connect.vllm.movers import Copying, Layers, Mover, Rows, Timer, mover_for
 from cairn.connect.vllm.places import Places, Refused, refused
@@ -20,16 +24,31 @@ from cairn.tier.arena import Arena
 
 logger = logging.getLogger(__name__)
 
+_Order = Copy | Blend | Learn
+_Begun = tuple[_Order, Copying]
+
 
 class WorkerSide:
     """Lives in one rank's worker. Called by the model runner's thread alone; the copies run on threads of its own.
 
     A copy that fails is reported, never raised: a load's blocks as invalid, so that vLLM computes them, a store's as
     not stored. While a failed load of a running step has not been heard of, nothing is stored: it may be computed from
-    what the load left behind. overlapping: see `mode.steps_overlap`.
+    what the load left behind. overlapping: see `mode.steps_overlap`. blending: how to blend, if that is to be done.
+    attentions: vLLM's attention modules by the names of their layers, which lead to the model that is to blend.
     """
 
-    def __init__(self, served: Served, rank: int, config: Config, overlapping: bool = False) -> None:
+    def __init__(
+        self,
+        served: Served,
+        rank: int,
+        config: Config,
+        overlapping: bool = False,
+        blending: Settings | None = None,
+        attentions: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._blending = blending
+        self._attentions = attentions or {}
+        self._blender: Blender | None = None
         self._node = config.node
         self._own = None if config.node.address else own_arena(served, config)
         self._whole = served.namespace.geometry
@@ -47,9 +66,9 @@ class WorkerSide:
         self._orders = Orders()
         self._timed: tuple[Work, Timer] | None = None
         self._layered: list[tuple[Copy, Layers, float]] = []
-        self._ended: list[tuple[Copy, Copying]] = []
-        self._loads: list[tuple[Copy, Copying]] = []
-        self._stores: list[tuple[Copy, Copying]] = []
+        self._ended: list[_Begun] = []
+        self._loads: list[_Begun] = []
+        self._stores: list[_Begun] = []
         self._unheard: set[int] = set()
         self._invalid: set[int] = set()
         self._done = Done()
@@ -80,6 +99,15 @@ class WorkerSide:
         self._places = Places(mover, self._own)
         if self._node.address:
             self._places.find(self._node.address, self._whole, self._layout, self._node.timeout_s)
+        if self._blending:
+            try:
+                model = model_of([self._attentions.get(name) for name in names])
+                self._blender = Blender(
+                    model, self._blending.recipe, self._geometry, self._layout, tensors, self._places, self._timeout
+                )
+                self._done.blends = True
+            except GeometryError as error:
+                no_blending(error)
 
     # --- a step --------------------------------------------------------------------------------------------------
 
@@ -101,7 +129,10 @@ class WorkerSide:
             now = time.monotonic()
             self._layered += [(copy, self._load_layers(copy), now) for copy in self._orders.layered]
             self._loads += [(copy, self._copy(copy, store=False)) for copy in self._orders.loads]
-        self._orders.layered, self._orders.loads = [], []
+        if self._blender:  # orders come once it has been said to be there
+            self._loads += [(blend, self._blender.run(blend)) for blend in self._orders.blends]
+            self._stores += [(learn, self._blender.learn(learn)) for learn in self._orders.learns]
+        self._orders.layered, self._orders.loads, self._orders.blends, self._orders.learns = [], [], [], []
 
     def wait_for_layer(self, name: str) -> None:
         """Before a layer's attention: waits until the layer is loaded, or never will be."""
@@ -154,7 +185,7 @@ class WorkerSide:
             self._done.work, self._done.work_seconds = self._timed[0], seconds * self._stages
             self._timed = None
         done, self._done = self._done, Done()
-        return done if done.copies or done.work else None
+        return done if done.copies or done.work or done.blends else None
 
     def close(self) -> None:
         if self._places:
@@ -182,7 +213,7 @@ class WorkerSide:
         first = np.asarray(copy.pages, np.int64) * self._block
         return (first[:, None] + np.arange(self._block)).reshape(-1), np.asarray(copy.rows, np.int32)
 
-    def _collect(self, copies: list[tuple[Copy, Copying]], *, loads: bool) -> list[tuple[Copy, Copying]]:
+    def _collect(self, copies: list[_Begun], *, loads: bool) -> list[_Begun]:
         """Reports the copies that are over; returns the others."""
         for copy, copying in copies:
             if not copying.done():
@@ -190,12 +221,12 @@ class WorkerSide:
             error = copying.exception()
             if error:
                 log_once(logger, f"copy {type(error).__name__}", f"a copy failed: {error!r}")
-                if loads:
+                if not isinstance(copy, Learn) and loads:
                     self._invalid.update(copy.pages)
             self._report(copy, 0.0 if error else copying.result(), failed=error is not None)
         return [(copy, copying) for copy, copying in copies if copy.number not in self._done.copies]
 
-    def _report(self, copy: Copy, seconds: float, *, failed: bool) -> None:
+    def _report(self, copy: _Order, seconds: float, *, failed: bool) -> None:
         self._done.copies[copy.number] = 1
         self._done.seconds[copy.number] = seconds
         if failed:

@@ -1,0 +1,256 @@
+"""The worker's side of blending: puts a prompt's KV together in the paged cache, in the model runner's thread."""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+
+from cairn.blend import BlendError, BlendModel, Canvas, Piece, Planes, Recipe, Turn, blend
+from cairn.connect.vllm.messages import Blend, Learn, Part
+from cairn.connect.vllm.movers import Copying, Layers, failed
+from cairn.connect.vllm.places import Place, Places, refused
+from cairn.copy import TokenSlots
+from cairn.errors import CairnError, GeometryError
+from cairn.kv import KVGeometry, Layout
+
+#: No slots, no rows: of a copy that is made by hand.
+_NOTHING: Final = (np.empty(0, np.int64), np.empty(0, np.int32))
+
+
+class Pages(NamedTuple):
+    """K and V of one layer of a paged cache: [pages, page_tokens, heads, dim], any strides."""
+
+    keys: Any
+    values: Any
+
+    @classmethod
+    def of(cls, cache: Any, geometry: KVGeometry, layout: Layout) -> "Pages":
+        """Views of vLLM's tensor of one layer. Raises GeometryError where the order of its values is not known."""
+        tokens, heads, dim = geometry.block_tokens, geometry.kv_heads, geometry.head_dim
+        if cache.dim() == 5:
+            return cls(*cache.unbind(0 if cache.shape[0] == 2 else 1))
+        if cache.dim() != 4 or layout.page != "vllm_cpu":
+            raise GeometryError("the order of values in this attention backend's pages is not known")
+        planes = cache.view(len(cache), heads, 2, tokens * dim)
+        keys = planes[:, :, 0].view(-1, heads, dim, tokens).permute(0, 3, 1, 2)
+        return cls(keys, planes[:, :, 1].view(-1, heads, tokens, dim).permute(0, 2, 1, 3))
+
+    @classmethod
+    def of_rows(cls, memory: Any, layer: int, dtype: Any, geometry: KVGeometry, layout: Layout) -> "Pages":
+        """Views of a layer in the arena's rows: uint8 [rows, bytes], in host memory."""
+        size, tokens, heads = geometry.layer_bytes, geometry.block_tokens, geometry.kv_heads
+        rows = torch.from_numpy(memory[:, layer * size : (layer + 1) * size]).view(dtype)
+        if layout.page == "vllm_cpu":
+            return cls.of(rows.view(len(rows), heads, tokens, -1), geometry, layout)
+        return cls(*rows.view(len(rows), 2, tokens, heads, -1).unbind(1))
+
+
+class Blender:
+    """Blends prompts with one loaded model. For the model runner's thread alone.
+
+    caches: vLLM's tensors, one a layer. layout: of the arena's rows. timeout_s: how long a load is waited for.
+    Raises GeometryError as `Pages.of`.
+    """
+
+    def __init__(
+        self,
+        model: BlendModel,
+        recipe: Recipe,
+        geometry: KVGeometry,
+        layout: Layout,
+        caches: Sequence[Any],
+        places: Places,
+        timeout_s: float,
+    ) -> None:
+        self._model = model
+        self._recipe = recipe
+        self._geometry = geometry
+        self._layout = layout
+        self._layers = [Pages.of(cache, geometry, layout) for cache in caches]
+        self._places = places
+        self._timeout = timeout_s
+
+    def run(self, order: Blend) -> Copying:
+        """Makes the KV of an order's tokens complete: all of it is computed, or enqueued, on return.
+
+        What goes wrong is the result's exception; what stands in the order's pages is nobody's KV then.
+        """
+        started = time.monotonic()
+        loads: list[Layers] = []
+        errors: list[BaseException | None] = []
+        try:
+            loads.extend(self._load(part, order) for part in order.parts)
+            self._blend(order, loads, started + self._timeout)
+        except (CairnError, RuntimeError) as error:
+            errors.append(error)
+        for load in loads:
+            try:
+                errors.append(load.end().exception())
+            except CairnError as error:
+                errors.append(error)
+        if found := [error for error in errors if error]:
+            return failed(found[0])
+        done: Future[float] = Future()
+        done.set_result(time.monotonic() - started)
+        return done
+
+    def learn(self, order: Learn) -> Copying:
+        """Computes a chunk as if nothing stood before it, and writes its blocks to the arena, on the spot."""
+        place = self._places.at(order.home)
+        if place is None:
+            return refused()
+        over: Future[float] = Future()
+        inside = place.copy(lambda *_: over, *_NOTHING)
+        if inside is not over:
+            return inside
+        canvas = _RowsCanvas(order, place.mover.memory, self._layers[0].keys, self._geometry, self._layout)
+        try:
+            blend(self._model, self._tokens(order.tokens), canvas, 0, [], Recipe((), ()))
+            over.set_result(canvas.seconds)
+        except (CairnError, RuntimeError) as error:
+            over.set_exception(error)
+        return over
+
+    def _tokens(self, tokens: bytes) -> Any:
+        found = torch.from_numpy(np.frombuffer(tokens, np.uint32).astype(np.int64))
+        return found.to(self._layers[0].keys.device)
+
+    def _blend(self, order: Blend, loads: list[Layers], deadline: float) -> None:
+        device, tokens = self._layers[0].keys.device, self._tokens(order.tokens)
+        moved = [part for part in order.parts if part.origin]
+        rows = torch.cat([torch.arange(part.start, part.stop, device=device) for part in moved])
+        origins = torch.cat(
+            [torch.arange(part.stop - part.start, device=device) + part.start - part.origin for part in moved]
+        )
+        turn = Turn.between(self._model.rope, origins, self._model.rope, rows)
+        canvas = _PagedCanvas(self._layers, order, len(tokens), loads, deadline, turn, rows)
+        blend(self._model, tokens, canvas, order.start, [Piece(part.start, part.stop) for part in moved], self._recipe)
+
+    def _load(self, part: Part, order: Blend) -> Layers:
+        """Starts to load a part: into the paged cache, whose pages take tokens at any slot, or else into the planes."""
+        place = self._places.at(part.home)
+        if place is None:
+            raise BlendError("a chunk's rows cannot be reached: the node's arena is not mapped yet")
+        block = self._geometry.block_tokens
+        if len(part.rows) * block < (part.start - part.origin) % block + part.stop - part.start:
+            raise BlendError("some of a chunk's rows are not there any more")
+        if place.mover.kv.opaque:
+            return _Read(place, part, self._geometry, self._layout, self._layers[0].keys.dtype)
+        return place.load_layers(self._slots(part, order), np.asarray(part.rows, np.int32))
+
+    def _slots(self, part: Part, order: Blend) -> TokenSlots:
+        """Where the tokens of a part's rows belong in the paged cache; none for those that it leaves out."""
+        block = self._geometry.block_tokens
+        first = part.start - (part.start - part.origin) % block
+        positions = np.arange(first, first + len(part.rows) * block)
+        pages = np.asarray(order.context + order.pages, np.int64)
+        positions[(positions < part.start) | (positions >= part.stop)] = -1
+        return np.where(positions < 0, -1, pages[positions // block] * block + positions % block)
+
+
+class _Read(Layers):
+    """A part that is read from the arena, in host memory, right into a layer's planes."""
+
+    def __init__(self, place: Place, part: Part, geometry: KVGeometry, layout: Layout, dtype: Any) -> None:
+        self._over: Future[float] = Future()
+        self._part = part
+        self._geometry = geometry
+        self._layout = layout
+        self._memory = place.mover.memory
+        self._dtype = dtype
+        self._rows = torch.tensor(part.rows)
+        inside = place.copy(lambda *_: self._over, *_NOTHING)
+        if inside is not self._over:
+            raise BlendError(f"a chunk's rows cannot be read: {inside.exception()}")
+
+    def wait(self, layer: int, timeout: float) -> None:
+        """It is there."""
+
+    def fill(self, layer: int, planes: Planes) -> None:
+        """Copies the part's tokens into the layer's planes."""
+        part, block = self._part, self._geometry.block_tokens
+        pages = Pages.of_rows(self._memory, layer, self._dtype, self._geometry, self._layout)
+        first = (part.start - part.origin) % block
+        for plane, held in zip(planes, pages, strict=True):
+            tokens = held[self._rows].flatten(0, 1)
+            plane[part.start : part.stop] = tokens[first : first + part.stop - part.start]
+
+    def end(self) -> Copying:
+        self._over.set_result(0.0)
+        return self._over
+
+
+class _PagedCanvas(Canvas):
+    """A prompt in the paged cache: a layer's pages are taken out, put together, and put back.
+
+    turn: of the tokens `rows`. deadline: as time.monotonic().
+    """
+
+    def __init__(
+        self,
+        layers: list[Pages],
+        order: Blend,
+        tokens: int,
+        loads: list[Layers],
+        deadline: float,
+        turn: Turn,
+        rows: Any,
+    ) -> None:
+        self._layers = layers
+        self._loads = loads
+        self._deadline = deadline
+        self._turn = turn
+        self._rows = rows
+        self._tokens = tokens
+        device = layers[0].keys.device
+        self._pages = torch.tensor(order.context + order.pages, device=device)
+        self._written = slice(len(order.context), None)
+        self._planes: Planes = (None, None)
+
+    def load(self, layer: int) -> Planes:
+        for load in self._loads:
+            load.wait(layer, max(0.0, self._deadline - time.monotonic()))
+        self._planes = tuple(plane[self._pages].flatten(0, 1) for plane in self._layers[layer])
+        for load in self._loads:
+            if isinstance(load, _Read):
+                load.fill(layer, self._planes)
+        self._turn.apply(self._planes[0], self._rows)
+        keys, values = self._planes
+        return keys[: self._tokens], values[: self._tokens]
+
+    def finish(self, layer: int) -> None:
+        for plane, pages in zip(self._planes, self._layers[layer], strict=True):
+            whole = plane.view(-1, *pages.shape[1:])
+            pages[self._pages[self._written]] = whole[self._written]
+
+
+class _RowsCanvas(Canvas):
+    """A chunk that is computed alone: each layer's planes go to the arena's rows as soon as they are complete.
+
+    like: a tensor of the planes' device and dtype. seconds: how long the writing took.
+    """
+
+    def __init__(self, order: Learn, memory: Any, like: Any, geometry: KVGeometry, layout: Layout) -> None:
+        self._memory = memory
+        self._geometry = geometry
+        self._layout = layout
+        self._first = order.first
+        self._rows = torch.tensor(order.rows)
+        blocks = order.first + len(order.rows)
+        shape = (blocks * geometry.block_tokens, geometry.kv_heads, geometry.head_dim)
+        self._planes = (like.new_zeros(shape), like.new_zeros(shape))
+        self.seconds = 0.0
+
+    def load(self, layer: int) -> Planes:  # noqa: ARG002 - the contract
+        return self._planes
+
+    def finish(self, layer: int) -> None:
+        started = time.monotonic()
+        dtype = self._planes[0].dtype
+        pages = Pages.of_rows(self._memory, layer, dtype, self._geometry, self._layout)
+        for plane, rows in zip(self._planes, pages, strict=True):
+            rows[self._rows] = plane.view(-1, *rows.shape[1:])[self._first :].cpu()
+        self.seconds += time.monotonic() - started

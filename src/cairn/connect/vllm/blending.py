@@ -1,0 +1,225 @@
+"""The scheduler's side of blending: which chunks of a prompt are held, and what a blended request must not share.
+
+A chunk is kept as the prompt that it would be by itself: under a prefix's keys, which name its tokens, its model, its
+adapter and its tenant. So the first chunk of every prompt, and every document that was once sent alone, is there
+without being stored twice.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cairn.blend import Piece, Recipe, pays, refuse_blending, split
+from cairn.config import Config
+from cairn.connect.vllm.messages import Blend, Learn, Part
+from cairn.connect.vllm.model import Served
+from cairn.engine.core import EngineCore
+from cairn.engine.stage import Stage
+from cairn.engine.writing import Writing
+from cairn.errors import GeometryError
+from cairn.kv import KeyChain
+from cairn.kv.keys import Tokens
+from cairn.observe.log import log_once
+from cairn.observe.reasons import Reason
+
+logger = logging.getLogger(__name__)
+
+
+class Settings(NamedTuple):
+    """How to blend. separator: the tokens that stand between chunks; none: chunks are cut by their content."""
+
+    recipe: Recipe
+    separator: Tokens
+
+
+def settings_of(vllm_config: Any, served: Served, config: Config) -> Settings | None:
+    """None if blending is not wanted, or not possible here, which is said once, with the reason."""
+    wanted = config.blending
+    if not wanted.enabled:
+        return None
+    try:
+        _refuse(vllm_config, served, max(wanted.check_layers))
+        separator = _separator(vllm_config, wanted.special_str)
+    except GeometryError as error:
+        no_blending(error)
+        return None
+    return Settings(Recipe(wanted.check_layers, wanted.recompute_ratios, wanted.head_tokens), separator)
+
+
+def no_blending(reason: GeometryError) -> None:
+    """Says that there will be none."""
+    log_once(logger, "no blending", f"no blending; prefixes are reused all the same: {reason}")
+
+
+def _separator(vllm_config: Any, text: str | None) -> Tokens:
+    if text is None:
+        return np.zeros(0, np.uint32)
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
+    if tokenizer is None:
+        raise GeometryError("skip_tokenizer_init leaves blending.special_str without tokens; set it to null")
+    return np.array(tokenizer.encode(text, add_special_tokens=False), np.uint32)
+
+
+def _refuse(vllm_config: Any, served: Served, last_check: int) -> None:
+    geometry, config = served.namespace.geometry, vllm_config.model_config.hf_text_config
+    refuse_blending(config)
+    reasons = {
+        f"the model has layers 0..{geometry.layers - 1}, blending.check_layers={last_check}": (
+            last_check >= geometry.layers
+        ),
+        "its ranks have to agree layer by layer (tensor or pipeline parallelism), which is not built": served.ranks > 1,
+        "layers with LoRA are given a step's rows only": vllm_config.lora_config is not None,
+        "a draft model needs the prompt's hidden states": getattr(vllm_config, "speculative_config", None) is not None,
+        f"KV of dtype {geometry.dtype} has scales that are the engine's own": geometry.element_bytes == 1,
+        "its queries are scaled by position (llama_4_scaling)": getattr(config, "llama_4_scaling", None),
+        "its attention has chunks of its own (dual_chunk_attention_config)": (
+            getattr(config, "dual_chunk_attention_config", None)
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise GeometryError(reason)
+
+
+class _Held(NamedTuple):
+    """piece: the tokens of a prompt that a stage has of the chunk which begins at `origin`."""
+
+    piece: Piece
+    origin: int
+    stage: Stage
+
+
+class Missing(NamedTuple):
+    """A chunk that is not held whole, and its keys."""
+
+    tokens: Tokens
+    chain: KeyChain
+
+    def learn(self, number: int, request: str, writing: Writing) -> Learn:
+        """What the worker shall do to fill `writing` with it."""
+        blocks = writing.first + len(writing.rows)
+        tokens = self.tokens[: blocks * self.chain.block_tokens].tobytes()
+        return Learn(number, request, tokens, writing.first, [int(row) for row in writing.rows], writing.home)
+
+
+class Chunks:
+    """A prompt's chunks behind `start` tokens that are at hand, looked for and held until `release`.
+
+    pieces: where they stand among `tokens`. chain: of the request. Once they are `settled`, held: those that are there,
+    each as far as it is; missing: those that are not there whole; stop: up to which token the prompt is blended, as
+    vLLM computes what is behind. taken: it is decided that it is. Owned by one request.
+    """
+
+    def __init__(
+        self, engine: EngineCore, chain: KeyChain, tokens: Tokens, pieces: Sequence[Piece], start: int
+    ) -> None:
+        self.start = self.stop = start
+        self.pieces = pieces
+        self.held: list[_Held] = []
+        self.missing: list[Missing] = []
+        self.settled = self.taken = False
+        self._engine = engine
+        self._tokens = tokens
+        self._chains = [KeyChain(chain.namespace, chain.block_tokens, tokens[a:b]) for a, b in pieces]
+        self._asked = [answer for chain in self._chains if (answer := engine.ask(chain)) is not None]
+        self._until = engine.deadline(None)
+        self._stages: list[Stage] = []
+
+    def settle(self) -> bool:
+        """Goes on as far as it can without waiting; returns whether they are settled."""
+        if not self._stages:
+            if not all(answer.done() for answer in self._asked) and time.monotonic() < self._until:
+                return False
+            self._stages = [
+                self._engine.stage(chain, first_token=max(0, self.start - piece.start))
+                for piece, chain in zip(self.pieces, self._chains, strict=True)
+            ]
+        if not self.settled and all(stage.settled for stage in self._stages):
+            self.settled = True
+            for piece, chain, stage in zip(self.pieces, self._chains, self._stages, strict=True):
+                there = Piece(max(piece.start, self.start), piece.start + stage.wait())
+                if there.stop > there.start:
+                    self.held.append(_Held(there, piece.start, stage))
+                    self.stop = there.stop
+                if there.stop - piece.start < len(chain) * chain.block_tokens:
+                    self.missing.append(Missing(self._tokens[piece.start : piece.stop], chain))
+        return self.settled
+
+    def order(self, number: int, request: str, pages: list[int], prefix: Stage, computed: int) -> Blend:
+        """What the worker shall do; counts them as loaded. number, request: see `Blend`.
+        pages: of the request. prefix: what is to be loaded before the chunks. computed: tokens that are there.
+        """
+        parts = [_part(stage, piece, origin) for piece, origin, stage in self.held]
+        if self.start > computed:
+            parts.insert(0, _part(prefix, Piece(computed, self.start), 0))
+        block = self._engine.geometry.block_tokens
+        first, last = computed // block, -(-self.stop // block)
+        tokens = self._tokens[: self.stop].tobytes()
+        return Blend(number, request, tokens, self.start, parts, pages[:first], pages[first:last])
+
+    def failed(self) -> None:
+        """What was ordered could not be loaded."""
+        for stage in self._stages:
+            stage.failed(Reason.IO_ERROR)
+
+    def release(self) -> None:
+        for stage in self._stages:
+            stage.release()
+
+
+def _part(stage: Stage, piece: Piece, origin: int) -> Part:
+    """Tokens of a stage whose first one is a prompt's token `origin`; counts them as loaded."""
+    rows = [int(row) for row in stage.rows(piece.stop - origin)]
+    return Part(piece.start, piece.stop, origin, rows, stage.home)
+
+
+class Blending:
+    """Decides which requests are blended. For vLLM's scheduler loop alone.
+
+    ready: set once the worker has the model at hand.
+    """
+
+    def __init__(self, engine: EngineCore, settings: Settings) -> None:
+        self.ready = False
+        self._engine = engine
+        self._recipe, self._separator = settings
+
+    def find(self, request: Any, chain: KeyChain, start: int) -> Chunks | None:
+        """Looks for chunks of a request's tokens behind the first `start`, which are at hand; None if there are none
+        to look for. chain: of the request.
+        """
+        if request.mm_features or request.lora_request or request.pooling_params:
+            return None
+        # The last token is left to vLLM, whose logits are needed.
+        tokens = np.fromiter(request.all_token_ids, np.uint32, request.num_tokens)[:-1]
+        pieces = split(tokens, self._separator)
+        if len(self._separator):
+            pieces = pieces[:-1]  # the question
+        wanted = [piece for piece in pieces if piece.start and piece.stop > start]
+        return Chunks(self._engine, chain, tokens, wanted, start) if wanted else None
+
+    def take(self, chunks: Chunks) -> bool:
+        """Decides, once for settled chunks, whether to blend their prompt; counts them."""
+        if not chunks.taken:
+            pieces = [held.piece for held in chunks.held]
+            hits, lookups = self._engine.metrics.blend_hits, self._engine.metrics.blend_lookups
+            for counter, some in ((lookups, chunks.pieces), (hits, pieces)):
+                counter.add(len(some), unit="chunks")
+                counter.add(sum(piece.stop - max(piece.start, chunks.start) for piece in some), unit="tokens")
+            chunks.taken = pays(self._recipe, self._engine.geometry.layers, chunks.stop - chunks.start, pieces)
+        return chunks.taken
+
+
+def make_private(request: Any, first_hash: int) -> None:
+    """Nobody will find a request's blocks from one on in vLLM's own prefix cache: they are no function of its tokens.
+
+    Later blocks hash from these, so that they are its own, too. It finds them itself after a preemption, and may.
+    """
+    hashes = request.block_hashes
+    hashes[first_hash:] = [os.urandom(len(found)) for found in hashes[first_hash:]]
