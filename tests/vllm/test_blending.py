@@ -14,7 +14,7 @@ from tests.vllm.engine import answers, connector, no_leak, serving, settle, stat
 
 TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
 CHUNKS, WORDS = 8, 110
-SETTINGS = {"blending.enabled": True, "storage.cpu.size": "512MiB"}
+SETTINGS = {"blending.enabled": True, "blending.check_layers": [1], "storage.cpu.size": "512MiB"}
 
 
 class Texts:
