@@ -143,6 +143,8 @@ class FakeCuda:
         return 0
 
     def cuMemHostRegister_v2(self, address: Any, size: Any, flags: int) -> int:  # noqa: N802
+        if address.value in self.pinned:
+            return 712  # cudaErrorHostMemoryAlreadyRegistered
         self.pinned.add(address.value)
         return 0
 

@@ -1,5 +1,6 @@
 """The worker's side of blending on paged caches of every order, against plain prefill."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from cairn.blend import BlendError, Piece, Recipe
 from cairn.connect.hf_blend import HfBlendModel
-from cairn.connect.vllm.blender import Blender, Pages
+from cairn.connect.vllm.blender import Blender, Pages, prove_order
 from cairn.connect.vllm.messages import Blend, Learn, Part
 from cairn.connect.vllm.movers import mover_for
 from cairn.connect.vllm.places import Places
@@ -33,9 +34,12 @@ class Rig:
             "nhd": (2, PAGES, BLOCK, 2, 8),
             "nhd_paged": (PAGES, 2, BLOCK, 2, 8),
             "vllm_cpu": (PAGES, 2, BLOCK, 16),
+            "packed": (PAGES, BLOCK, 2, 16),
         }
         self.layout = Layout("vllm_cpu" if kind == "vllm_cpu" else "canonical")
         self.caches = [torch.randn(shapes[kind]) for _ in range(LAYERS)]
+        if kind == "packed":  # as FlashAttention's: heads are told before tokens, and stand behind them
+            self.caches = [cache.transpose(1, 2) for cache in self.caches]
         self.arena = Arena(32, -(-G.block_bytes // 4096) * 4096)
         self.model = model_of()
 
@@ -83,7 +87,7 @@ class Rig:
         self.places.close()
 
 
-KINDS = ["nhd", "nhd_paged", "vllm_cpu"]
+KINDS = ["nhd", "nhd_paged", "vllm_cpu", "packed"]
 
 
 @pytest.mark.parametrize(("start", "computed"), [(0, 0), (24, 0), (24, 16), (24, 24), (40, 40)])
@@ -131,4 +135,33 @@ def test_what_is_not_there_fails(kind: str) -> None:
 
 def test_pages_of_unknown_order_are_refused() -> None:
     with pytest.raises(GeometryError, match="not known"):
-        Pages.of(torch.zeros(PAGES, 2, BLOCK, 16), G, Layout())
+        Pages.of(torch.zeros(PAGES, 2, BLOCK, 8), G, Layout())
+
+
+PACKED = KVGeometry(layers=1, kv_heads=2, head_dim=4, dtype="float16", block_tokens=4)
+
+
+class Writer:
+    """An attention that writes its pages as told."""
+
+    def __init__(self, swapped: bool) -> None:
+        self.impl = self
+        self._swapped = swapped
+
+    def do_kv_cache_update(self, layer: Any, keys: Any, values: Any, cache: Any, slots: Any) -> None:
+        assert layer is self
+        first, second = (values, keys) if self._swapped else (keys, values)
+        both = torch.cat([first, second], dim=-1)
+        for i, slot in enumerate(slots.tolist()):
+            cache[slot // PACKED.block_tokens, :, slot % PACKED.block_tokens] = both[i]
+
+
+def test_the_order_in_a_page_is_proved_or_refused() -> None:
+    cache = torch.rand(3, PACKED.kv_heads, PACKED.block_tokens, 2 * PACKED.head_dim).half()
+    before = cache.clone()
+    prove_order(cache, PACKED, Writer(swapped=False))
+    with pytest.raises(GeometryError, match="order of values"):
+        prove_order(cache, PACKED, Writer(swapped=True))
+    with pytest.raises(GeometryError, match="order of values"):
+        prove_order(cache, PACKED, SimpleNamespace(impl=None))
+    assert torch.equal(cache, before)

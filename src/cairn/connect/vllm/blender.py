@@ -10,13 +10,16 @@ import torch
 
 from cairn.blend import BlendError, BlendModel, Canvas, Piece, Planes, Recipe, Turn, blend
 from cairn.connect.vllm.messages import Blend, Learn, Part
-from cairn.connect.vllm.movers import Copying, Layers, failed
+from cairn.connect.vllm.movers import Copying, Layers, Mover, failed
 from cairn.connect.vllm.places import Place, Places, refused
 from cairn.copy import TokenSlots
 from cairn.errors import CairnError, GeometryError
 from cairn.kv import KVGeometry, Layout
 from cairn.node.base import Home
 
+UNKNOWN: Final = "the order of values in this attention backend's pages is not known"
+#: Numbers up to 256 are exact in every dtype; their remainders by these two tell up to 60,491 values apart.
+_MODULI: Final = (251, 241)
 #: No slots, no rows: of a copy that is made by hand.
 _NOTHING: Final = (np.empty(0, np.int64), np.empty(0, np.int32))
 
@@ -33,20 +36,47 @@ class Pages(NamedTuple):
         tokens, heads, dim = geometry.block_tokens, geometry.kv_heads, geometry.head_dim
         if cache.dim() == 5:
             return cls(*cache.unbind(0 if cache.shape[0] == 2 else 1))
+        if cache.dim() == 4 and layout.page != "vllm_cpu" and cache.shape[1:] == (heads, tokens, 2 * dim):
+            return cls(*cache.transpose(1, 2).split(dim, dim=-1))
         if cache.dim() != 4 or layout.page != "vllm_cpu":
-            raise GeometryError("the order of values in this attention backend's pages is not known")
+            raise GeometryError(UNKNOWN)
         planes = cache.view(len(cache), heads, 2, tokens * dim)
         keys = planes[:, :, 0].view(-1, heads, dim, tokens).permute(0, 3, 1, 2)
         return cls(keys, planes[:, :, 1].view(-1, heads, tokens, dim).permute(0, 2, 1, 3))
 
     @classmethod
-    def of_rows(cls, memory: Any, layer: int, dtype: Any, geometry: KVGeometry, layout: Layout) -> "Pages":
-        """Views of a layer in the arena's rows: uint8 [rows, bytes], in host memory."""
+    def of_rows(
+        cls, memory: Any, layer: int, dtype: Any, geometry: KVGeometry, layout: Layout, *, opaque: bool
+    ) -> "Pages":
+        """Views of a layer in the arena's rows: uint8 [rows, bytes], in host memory. opaque: as `PagedKV` has it."""
         size, tokens, heads = geometry.layer_bytes, geometry.block_tokens, geometry.kv_heads
         rows = torch.from_numpy(memory[:, layer * size : (layer + 1) * size]).view(dtype)
         if layout.page == "vllm_cpu":
             return cls.of(rows.view(len(rows), heads, tokens, -1), geometry, layout)
+        if opaque:
+            return cls(*rows.view(len(rows), tokens, heads, -1).split(geometry.head_dim, dim=-1))
         return cls(*rows.view(len(rows), 2, tokens, heads, -1).unbind(1))
+
+
+def prove_order(cache: Any, geometry: KVGeometry, attention: Any) -> None:
+    """Lets a layer's own attention write numbered values into page 0, and looks whether `Pages` finds them in order.
+
+    cache: the layer's tensor, which nobody uses yet; it is put back. Raises GeometryError where they are not.
+    """
+    pages = Pages.of(cache, geometry, Layout())
+    numbers = torch.arange(2 * pages.keys[0].numel(), device=cache.device).view(2, *pages.keys.shape[1:])
+    before = cache.select(0 if len(pages.keys) == len(cache) else 1, 0).clone()
+    try:
+        for modulus in _MODULI:
+            keys, values = (numbers % modulus).to(cache.dtype)
+            slots = torch.arange(len(keys), device=cache.device)
+            attention.impl.do_kv_cache_update(attention, keys, values, cache, slots)
+            if not (torch.equal(pages.keys[0], keys) and torch.equal(pages.values[0], values)):
+                raise GeometryError(UNKNOWN)
+    except (AttributeError, TypeError, RuntimeError) as error:
+        raise GeometryError(f"{UNKNOWN}: {error}") from None
+    finally:
+        cache.select(0 if len(pages.keys) == len(cache) else 1, 0).copy_(before)
 
 
 class Blender:
@@ -110,7 +140,7 @@ class Blender:
         inside = place.copy(lambda *_: over, *_NOTHING)
         if inside is not over:
             return inside
-        canvas = _RowsCanvas(order, place.mover.memory, self._layers[0].keys, self._geometry, self._layout)
+        canvas = _RowsCanvas(order, place.mover, self._layers[0].keys, self._geometry, self._layout)
         try:
             blend(self._model, self._tokens(order.tokens), canvas, 0, [], Recipe((), ()))
             over.set_result(canvas.seconds)
@@ -141,7 +171,9 @@ class Blender:
         block = self._geometry.block_tokens
         if any(len(part.rows) * block < part.skipped(block) + part.stop - part.start for part in parts):
             raise BlendError("some of a chunk's rows are not there any more")
-        if place.mover.kv.opaque:
+        if place.mover.by_token:
+            place = place.by_token()
+        elif place.mover.kv.opaque:
             return _Read(place, parts, self._geometry, self._layout, self._layers[0].keys.dtype)
         slots = np.concatenate([self._slots(part, order) for part in parts])
         return place.load_layers(slots, np.concatenate([part.rows for part in parts], dtype=np.int32))
@@ -175,7 +207,7 @@ class _Read(Layers):
 
     def fill(self, layer: int, planes: Planes) -> None:
         """Copies the parts' tokens into the layer's planes."""
-        pages = Pages.of_rows(self._memory, layer, self._dtype, self._geometry, self._layout)
+        pages = Pages.of_rows(self._memory, layer, self._dtype, self._geometry, self._layout, opaque=True)
         for part in self._parts:
             rows, first = torch.tensor(part.rows), part.skipped(self._geometry.block_tokens)
             for plane, held in zip(planes, pages, strict=True):
@@ -237,8 +269,8 @@ class _RowsCanvas(Canvas):
     like: a tensor of the planes' device and dtype. seconds: how long the writing took.
     """
 
-    def __init__(self, order: Learn, memory: Any, like: Any, geometry: KVGeometry, layout: Layout) -> None:
-        self._memory = memory
+    def __init__(self, order: Learn, mover: Mover, like: Any, geometry: KVGeometry, layout: Layout) -> None:
+        self._memory, self._opaque = mover.memory, mover.kv.opaque
         self._geometry = geometry
         self._layout = layout
         self._first = order.first
@@ -254,7 +286,7 @@ class _RowsCanvas(Canvas):
     def finish(self, layer: int) -> None:
         started = time.monotonic()
         dtype = self._planes[0].dtype
-        pages = Pages.of_rows(self._memory, layer, dtype, self._geometry, self._layout)
+        pages = Pages.of_rows(self._memory, layer, dtype, self._geometry, self._layout, opaque=self._opaque)
         for plane, rows in zip(self._planes, pages, strict=True):
             rows[self._rows] = plane.view(-1, *rows.shape[1:])[self._first :].cpu()
         self.seconds += time.monotonic() - started

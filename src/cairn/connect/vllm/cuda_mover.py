@@ -169,6 +169,8 @@ class CudaMover(Mover):
         return _CudaTimer(self)
 
     def close(self) -> None:
+        if self.by_token:
+            self.by_token.close()
         self.copier.close()
         if self._waiter:
             self._waiter.shutdown(wait=True)

@@ -79,6 +79,8 @@ class Mover(ABC):
 
     def __init__(self, kv: PagedKV, memory: npt.NDArray[np.uint8]) -> None:
         self.kv, self.memory = kv, memory
+        #: Moves the same bytes, but tokens to any slot, where `kv` has opaque pages whose inside is known all the same.
+        self.by_token: Mover | None = None
 
     @abstractmethod
     def load(self, slots: TokenSlots, rows: Rows) -> Copying:
@@ -205,3 +207,41 @@ def mover_for(
     from cairn.connect.vllm.cuda_mover import CudaMover
 
     return CudaMover(geometry, kv, memory, arena, overlapping=overlapping)
+
+
+def token_geometry(geometry: KVGeometry) -> KVGeometry:
+    """Of the same bytes, as if all that a layer has of a token were one vector."""
+    g = geometry
+    return KVGeometry(
+        layers=g.layers,
+        kv_heads=1,
+        head_dim=g.kv_heads * 2 * g.head_dim,
+        dtype=g.dtype,
+        block_tokens=g.block_tokens,
+        planes=1,
+    )
+
+
+def by_token(
+    kv_caches: list[Any], geometry: KVGeometry, memory: npt.NDArray[np.uint8], arena: npt.NDArray[np.uint8]
+) -> Mover | None:
+    """A mover of single tokens for pages [heads, page_tokens, 2 * dim] on a GPU in which a token is one run of bytes:
+    what is in it need not be known. None for others.
+    """
+    first, vector = kv_caches[0], geometry.kv_heads * 2 * geometry.head_dim
+    if (
+        first.device.type == "cpu"
+        or first.dim() != 4
+        or tuple(first.stride()[1:])
+        != (
+            2 * geometry.head_dim,
+            vector,
+            1,
+        )
+    ):
+        return None
+    from cairn.connect.vllm.cuda_mover import CudaMover
+
+    token = token_geometry(geometry)
+    kv = PagedKV.from_tensors([cache.transpose(1, 2).flatten(2) for cache in kv_caches], "mla", token)
+    return CudaMover(token, kv, memory, arena, overlapping=False)

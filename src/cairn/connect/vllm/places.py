@@ -50,6 +50,11 @@ class Place:
         copying.add_done_callback(lambda _: entrance.leave())
         return copying
 
+    def by_token(self) -> "Place":
+        """The same place, by its mover of single tokens, which it must have."""
+        assert self.mover.by_token
+        return Place(self.mover.by_token, self._entrance)
+
     def load_layers(self, slots: TokenSlots, rows: Rows) -> Layers:
         """As the mover's, inside of the gate."""
         if self._entrance is None:

@@ -10,11 +10,11 @@ import numpy as np
 
 from cairn.config import Config
 from cairn.connect.vllm.blend_model import model_of
-from cairn.connect.vllm.blender import Blender
+from cairn.connect.vllm.blender import Blender, prove_order
 from cairn.connect.vllm.blending import Settings, no_blending
 from cairn.connect.vllm.messages import Blend, Copy, Done, Learn, Orders
 from cairn.connect.vllm.model import Served, own_arena
-from cairn.connect.vllm.movers import Copying, Layers, Mover, Rows, Timer, mover_for
+from cairn.connect.vllm.movers import Copying, Layers, Mover, Rows, Timer, by_token, mover_for
 from cairn.connect.vllm.places import Places, Refused, refused
 from cairn.copy import TokenSlots
 from cairn.errors import GeometryError
@@ -86,7 +86,7 @@ class WorkerSide:
 
         def mover(arena: Arena) -> Mover:
             rows = arena.memory[:, self._part]
-            return mover_for(
+            made = mover_for(
                 tensors,
                 self._geometry,
                 rows,
@@ -95,13 +95,19 @@ class WorkerSide:
                 overlapping=self._overlapping,
                 compressed=self._compressed,
             )
+            if self._blending and made.kv.opaque:
+                made.by_token = by_token(tensors, self._geometry, rows, arena.memory)
+            return made
 
         self._places = Places(mover, self._own)
         if self._node.address:
             self._places.find(self._node.address, self._whole, self._layout, self._node.timeout_s)
         if self._blending:
             try:
-                model = model_of([self._attentions.get(name) for name in names])
+                attentions = [self._attentions.get(name) for name in names]
+                model = model_of(attentions)
+                if self._layout.page != "vllm_cpu":
+                    prove_order(tensors[0], self._geometry, attentions[0])
                 self._blender = Blender(
                     model, self._blending.recipe, self._geometry, self._layout, tensors, self._places, self._timeout
                 )
