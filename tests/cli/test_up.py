@@ -69,12 +69,13 @@ def test_a_cluster_serves_mends_itself_and_ends(up: Any, registry: str) -> None:
     if registry == "etcd" and shutil.which("etcd") is None:
         pytest.skip("no `etcd` here: apt-get install etcd-server")
     text = "engines: [{kind: mock, name: m, count: 2}]\nconfig: {serve: {http_server_port: 0}}\n"
-    cluster = up(text + f"etcd: {'true' if registry == 'etcd' else 'false'}\n")
+    cluster = up(text + f"etcd: {'true' if registry == 'etcd' else 'false'}\ntraffic: {{rate: 20}}\n")
     url = cluster.wait_ready()
     body = {"model": "mock", "prompt": "x", "max_tokens": 2}
     assert httpx.post(f"{url}/v1/completions", json=body, timeout=DEADLINE_S).status_code == 200
     pids = cluster.pids()
-    expected = {"m-0", "m-1", "service"}
+    until(lambda: httpx.get(f"{url}/api/v1/state").json()["prompts"] > 3, "the traffic")
+    expected = {"m-0", "m-1", "service", "traffic"}
     if registry == "etcd":
         expected |= {"etcd", "m-0.register", "m-1.register"}
         assert {name: one["state"] for name, one in cluster.status().items()} == dict.fromkeys(expected, "ready")

@@ -1,13 +1,15 @@
 """What reaches the log, and how often."""
 
 import io
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 
 import pytest
 
-from cairn.observe.log import log_once, setup_logging
+from cairn.observe.log import log_once, serving, setup_logging
 
 
 @contextmanager
@@ -56,3 +58,27 @@ def test_setup_leaves_a_programs_own_handlers_alone() -> None:
         setup_logging("INFO")
         assert logger.handlers == []
         assert logger.level == logging.INFO
+
+
+def test_a_json_line_carries_the_request_it_is_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = io.StringIO()
+    monkeypatch.setattr("sys.stderr", stderr)
+    with bare_logging():
+        setup_logging("INFO", "json")
+        logger = logging.getLogger("cairn.test")
+        logger.info("outside")
+        with serving("r-1"):
+            logger.info('a "quoted"\nline', extra={"fields": {"status": 200}})
+            with serving("r-2"):
+                try:
+                    raise ValueError("no")
+                except ValueError:
+                    logger.exception("inside")
+            log_once(logger, "json", "once")
+    outside, quoted, inside, once = map(json.loads, stderr.getvalue().splitlines())
+    assert outside.keys() == {"time", "level", "logger", "message"}
+    assert quoted["message"] == 'a "quoted"\nline'
+    assert (quoted["level"], quoted["logger"], quoted["status"]) == ("INFO", "cairn.test", 200)
+    assert [line["request_id"] for line in (quoted, inside, once)] == ["r-1", "r-2", "r-1"]
+    assert inside["exception"].endswith("ValueError: no")
+    assert datetime.fromisoformat(quoted["time"]).tzinfo is not None

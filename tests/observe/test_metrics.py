@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cairn.observe.metrics import Counter, Metrics
+from cairn.observe.metrics import Counter, Histogram, Metrics, Ratio, Ticks
 from cairn.observe.prometheus import MetricsCollector, exposition
 from cairn.observe.reasons import Reason
 
@@ -140,3 +140,57 @@ def test_engines_share_nothing() -> None:
 def test_counting_needs_no_prometheus_client() -> None:
     code = "import sys, cairn.observe.metrics, cairn.observe.log; assert 'prometheus_client' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_ticks_of_threads_all_count() -> None:
+    ticks = Ticks("t", "help")
+    barrier = threading.Barrier(4)
+
+    def count() -> None:
+        barrier.wait(10)
+        for _ in range(20_000):
+            ticks.tick()
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    assert ticks.value() <= 80_000
+    for thread in threads:
+        thread.join(60)
+    ticks.add(5)
+    assert ticks.value() == ticks.value() == ticks.figures() == 80_005
+    assert ticks.samples() == [((), 80_005)]
+
+
+def test_a_histogram_counts_in_buckets() -> None:
+    histogram = Histogram("h", "help", "tier", buckets=(0.5, 1.0))
+    for amount in (0.25, 0.5, 0.75, 2.0):
+        histogram.observe(amount, tier="disk")
+    histogram.observe(0.75, 3, tier="remote")
+    assert dict(histogram.samples()) == {("disk",): [2, 1, 1, 3.5], ("remote",): [0, 3, 0, 2.25]}
+    assert histogram.sums(tier="disk") == (4, 3.5)
+    assert histogram.sums() == (7, 5.75)
+    assert histogram.figures() == {"disk": {"count": 4, "sum": 3.5}, "remote": {"count": 3, "sum": 2.25}}
+
+
+def test_prometheus_reads_ratios_and_histograms() -> None:
+    metrics = Metrics()
+    metrics.compression.add(300, 100, tier="remote")
+    metrics.compression.add(100, 100, tier="remote")
+    metrics.decompression.observe(0.002, tier="remote")
+    metrics.decompression.observe(100.0, tier="remote")
+    samples = scraped(metrics)
+    assert samples["cairn_compression_ratio", (("tier", "remote"),)] == 2
+    name, tier = "cairn_decompression_duration_seconds", ("tier", "remote")
+    assert samples[f"{name}_bucket", (("le", "0.001"), tier)] == 0
+    assert samples[f"{name}_bucket", (("le", "0.0025"), tier)] == 1
+    assert samples[f"{name}_bucket", (("le", "10.0"), tier)] == 1
+    assert samples[f"{name}_bucket", (("le", "+Inf"), tier)] == samples[f"{name}_count", (tier,)] == 2
+    assert samples[f"{name}_sum", (tier,)] == 100.002
+
+
+def test_a_ratio_without_a_denominator_is_none() -> None:
+    ratio = Ratio("r", "help", "tier")
+    ratio.add(5, 0, tier="remote")
+    assert ratio.samples() == []
+    assert ratio.value() == 0.0

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cairn.serve.base import Bounds, RequestError
+from cairn.serve.base import Bounds, RequestError, Tokens
 from cairn.serve.recent import Recent
 from cairn.serve.tokenizer import Chat, Tokenizer
 from cairn.serve.tokenizers import Tokenizers
@@ -50,6 +50,32 @@ def test_a_real_model(tmp_path: Path) -> None:
     assert pool.text("begun", "x")[0] == start
     assert pool.text("begun", "x", special=False).tolist() == pool.text("own", "x").tolist()
     assert pool.text("own", "x").dtype == np.uint32
+
+
+def test_turns_that_were_said_before_are_not_tokenized_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    from tests.serve.test_cuts import CHAT, byte_level
+
+    made = PreTrainedTokenizerFast(tokenizer_object=byte_level(*CHAT))
+    made.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    made.save_pretrained(tmp_path)
+    pool, whole = Tokenizers({"a": str(tmp_path)}), Tokenizer.load(str(tmp_path))
+    asked: list[str] = []
+    tokenize = Tokenizer.text
+
+    def text(self: Tokenizer, text: str, *, special: bool = True) -> Tokens:
+        asked.append(text)
+        return tokenize(self, text, special=special)
+
+    monkeypatch.setattr(Tokenizer, "text", text)
+    first = [{"role": "system", "content": "You count."}, {"role": "user", "content": "hello"}]
+    pool.chat("a", Chat(first))
+    asked.clear()
+    chat = Chat([*first, {"role": "user", "content": "hello world"}], add_generation_prompt=False)
+    found = pool.chat("a", chat)
+    assert asked == ["<|im_start|>user\nhello world"]
+    assert found.tolist() == tokenize(whole, whole.render(chat), special=False).tolist()
 
 
 def test_loaded_once_and_no_more_than_may_be(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

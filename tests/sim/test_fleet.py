@@ -12,8 +12,9 @@ from tests.sim.test_policies import SLICE
 from cairn.errors import InputError
 from cairn.plan.cost import RecomputeCost, Work
 from cairn.plan.schedule import SCHEDULERS, Ask, Choice, InstanceView, RoundRobin, Shed, Wait
-from cairn.sim.fleet import FleetSettings, FleetSim, Outcome
-from cairn.sim.machine import H200_8B, Machine
+from cairn.sim.fleet import FleetSettings, FleetSim
+from cairn.sim.machine import H200_8B, Link, Machine
+from cairn.sim.outcome import Outcome
 from cairn.sim.trace import Trace, read_trace
 
 #: A thousandth of a second a token, at least ten a step; twenty tokens a step; loads take a hundredth of computing.
@@ -27,10 +28,9 @@ TINY = Machine(
     block_tokens=10,
     chunk=20,
     running=4,
-    load_latency_s=0.0,
-    load_bytes_s=1e5,
+    links={"dram": Link(0.0, 1e6), "disk": Link(0.0, 1e5), "remote": Link(0.0, 1e5)},
 )
-ALONE = FleetSettings(instances=1, machine=TINY, shared_blocks=0, eviction="lru")
+ALONE = FleetSettings(instances=1, machine=TINY, blocks={}, eviction="lru")
 
 
 def run(
@@ -84,18 +84,18 @@ def test_attention_and_reads_cost() -> None:
 
 
 def test_another_instance_loads_from_the_shared_tier() -> None:
-    settings = replace(ALONE, instances=2, shared_blocks=64)
+    settings = replace(ALONE, instances=2, blocks={"remote": 64})
     outcome = run([(0.0, [0, 1, 2, 3], 40, 1), (1.0, [0, 1, 2, 3], 40, 1)], settings)
     assert outcome.ttft_s[0] == pytest.approx(0.040)
     assert outcome.ttft_s[1] == pytest.approx(39e-5 + 0.010)
     assert outcome.loaded_tokens == 39
-    apart = run([(0.0, [0, 1, 2, 3], 40, 1), (1.0, [0, 1, 2, 3], 40, 1)], replace(settings, shared_blocks=0))
+    apart = run([(0.0, [0, 1, 2, 3], 40, 1), (1.0, [0, 1, 2, 3], 40, 1)], replace(settings, blocks={}))
     assert apart.ttft_s[1] == pytest.approx(0.040)
 
 
 def test_what_costs_more_to_load_is_computed() -> None:
-    machine = replace(TINY, load_bytes_s=500.0)
-    settings = replace(ALONE, instances=2, shared_blocks=64, machine=machine)
+    machine = replace(TINY, links={"remote": Link(0.0, 500.0)})
+    settings = replace(ALONE, instances=2, blocks={"remote": 64}, machine=machine)
     outcome = run([(0.0, [0, 1, 2, 3], 40, 1), (1.0, [0, 1, 2, 3], 40, 1)], settings)
     assert outcome.ttft_s[1] == pytest.approx(0.040)
     assert outcome.loaded_tokens == 0
@@ -103,8 +103,8 @@ def test_what_costs_more_to_load_is_computed() -> None:
 
 def test_nobody_waits_for_anothers_load() -> None:
     """The second request loads for 0.039 s; the third comes meanwhile and is computed at once."""
-    machine = replace(TINY, load_bytes_s=1e3, token_s=2e-3)
-    settings = replace(ALONE, instances=2, shared_blocks=64, machine=machine)
+    machine = replace(TINY, links={"remote": Link(0.0, 1e3)}, token_s=2e-3)
+    settings = replace(ALONE, instances=2, blocks={"remote": 64}, machine=machine)
     requests = [(0.0, [0, 1, 2, 3], 40, 1), (1.0, [0, 1, 2, 3], 40, 1), (1.001, [8], 1, 1), (1.002, [9], 10, 1)]
     outcome = run(requests, settings)
     assert outcome.ttft_s[1] == pytest.approx(0.039 + 0.010)
@@ -146,7 +146,7 @@ def test_traces_that_cannot_be_run(blocks: int, tokens: int, says: str) -> None:
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_request_ends(name: str) -> None:
     trace = read_trace(SLICE, limit=300)
-    settings = FleetSettings(instances=4, shared_blocks=500, machine=replace(H200_8B, blocks=300))
+    settings = FleetSettings(instances=4, blocks={"remote": 500}, machine=replace(H200_8B, blocks=300))
     outcome = FleetSim(trace, SCHEDULERS[name](), 8.0, settings).run()
     served = ~np.isnan(outcome.first)
     assert (outcome.last[served] >= outcome.first[served]).all()
@@ -158,7 +158,7 @@ def test_every_request_ends(name: str) -> None:
 def test_slo_awareness_pays() -> None:
     """The bar of the whole trace and 64 instances (docs/benchmarks.md), on a slice and 16."""
     trace = read_trace(SLICE, limit=800)
-    settings = FleetSettings(instances=16, shared_blocks=4_000)
+    settings = FleetSettings(instances=16, blocks={"remote": 4_000})
     good = {name: FleetSim(trace, one(), 30.0, settings).run().good(2.0, 0.1) for name, one in SCHEDULERS.items()}
     assert good["slo_aware"] >= 1.3 * good["round_robin"], good
     assert good["slo_aware"] > max(good["least_loaded"], good["prefix_aware"]), good
@@ -175,3 +175,28 @@ def test_the_machine_is_the_one_that_was_measured() -> None:
     assert H200_8B.token_s == pytest.approx(token_s, rel=0.01)
     assert H200_8B.attention_s == pytest.approx(attention_s, rel=0.01)
     assert H200_8B.floor_s == pytest.approx(measured[0]["gpu_hit_s"], rel=0.05)
+
+
+def test_tiers_are_loaded_from_the_nearest_first() -> None:
+    """Two blocks fit DRAM, where the prompt's head stays; the next is on disk, the last remote."""
+    machine = replace(TINY, prefix_cache=False)
+    settings = replace(ALONE, machine=machine, blocks={"dram": 2, "disk": 3, "remote": 9})
+    outcome = run([(0.0, [0, 1, 2, 3], 40, 1), (1.0, [0, 1, 2, 3], 40, 1)], settings)
+    assert outcome.held_tokens == {"dram": 20, "disk": 10, "remote": 9}
+    assert outcome.ttft_s[1] == pytest.approx(20e-6 + 10e-5 + 9e-5 + 0.010)
+
+
+@pytest.mark.parametrize(("per_host", "loaded"), [(1, 0), (2, 39)])
+def test_instances_of_a_host_share_its_dram(per_host: int, loaded: int) -> None:
+    settings = replace(ALONE, instances=2, per_host=per_host, blocks={"dram": 64})
+    outcome = run([(0.0, [0, 1, 2, 3], 40, 1), (1.0, [0, 1, 2, 3], 40, 1)], settings)
+    assert outcome.loaded_tokens == loaded
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_a_known_answer_is_found_by_the_next_turn(prefix_cache: bool) -> None:
+    """Prompt of two blocks, answer of one; the next turn says all of it again, and a block more."""
+    trace = Trace.of([0.0, 1.0, 9.0], [[0, 1, 2], [0, 1, 2, 3], [9]], [(20, 10), (40, 1), (5, 1)], [2, 4, 1], 10)
+    machine = replace(TINY, prefix_cache=prefix_cache)
+    outcome = FleetSim(trace, RoundRobin(), 3 / 9, replace(ALONE, machine=machine, blocks={"dram": 64})).run()
+    assert outcome.held_tokens == {"vram" if prefix_cache else "dram": 30}

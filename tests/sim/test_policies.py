@@ -53,7 +53,9 @@ def test_the_clock_does_not_matter(trace: Trace) -> None:
     """An engine's clock may stand still or run evenly; Tenure counts requests for blocks."""
     expected = replay(trace, 1_000, Tenure).hit_blocks
     for times in (np.zeros(len(trace)), np.arange(len(trace), dtype=float)):
-        same = Trace(times, trace.starts, trace.blocks, trace.keys, trace.input_tokens, trace.output_tokens)
+        same = Trace(
+            times, trace.starts, trace.blocks, trace.keys, trace.input_tokens, trace.output_tokens, trace.asked
+        )
         assert replay(same, 1_000, Tenure).hit_blocks == expected
 
 
@@ -79,7 +81,7 @@ def test_touching_a_request_twice_changes_little(trace: Trace) -> None:
 
     def hits(again: int) -> int:
         index, total = PrefixIndex(3_000, Tenure), 0
-        for now, keys in trace.chains():
+        for now, keys in zip(trace.times, map(trace.chain, range(len(trace))), strict=True):
             first = index.touch(keys, now)
             total += first
             for _ in range(again):

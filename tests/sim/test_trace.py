@@ -25,7 +25,7 @@ def test_equal_ids_have_equal_keys_and_dense_ids_count_from_first_use() -> None:
     trace = Trace.of([2.0, 1.0], [[7, 9], [7, 8]])
     assert trace.times.tolist() == [1.0, 2.0]
     assert trace.blocks.tolist() == [0, 1, 0, 2]
-    (_, first), (_, second) = trace.chains()
+    first, second = trace.chain(0), trace.chain(1)
     assert (first[0] == second[0]).all()
     assert (first[1] != second[1]).any()
 

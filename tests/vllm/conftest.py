@@ -52,6 +52,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_texts(tiny: Path, model: Path) -> Path:
+    """It, with SmolLM2's tokenizer, for servers, which answer in text."""
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(model).save_pretrained(tiny)
+    return tiny
+
+
+@pytest.fixture(scope="session")
 def all_tiny(tiny: Path) -> list[list[int]]:
     """What vLLM alone answers with the tiny model, to 16 PROMPTS, then to 8 LONGER, then to OTHER."""
     from tests.vllm.engine import LONGER, OTHER, PROMPTS, answers, serving

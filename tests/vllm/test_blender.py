@@ -118,7 +118,7 @@ def test_reused_tokens_are_those_of_the_chunk_alone(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_not_there_fails(kind: str) -> None:
-    rig = Rig(kind, Recipe())
+    rig = Rig(kind, Recipe((1,), (0.15,)))
     order = rig.order(24, 0)
     order.parts[-1].rows.pop()
     assert isinstance(rig.blender.run(order).exception(), BlendError)

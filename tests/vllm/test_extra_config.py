@@ -73,10 +73,10 @@ def test_a_flag_that_stands_twice_is_an_error(extra: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("key", ["enable_disagg_pd", "engine.enable_disagg_pd"])
-def test_disaggregation_is_refused_in_one_line(key: str) -> None:
-    message = complaint({key: True})
-    assert message.startswith("engine.enable_disagg_pd=True: must be false, because ")
-    assert "take it out" in message
+def test_disaggregation_needs_what_instances_share(key: str) -> None:
+    assert "set node.address or storage.remote.url" in complaint({key: True})
+    assert config_of({key: True, "node.address": "ipc:///run/node.sock"}).engine.enable_disagg_pd
+    assert config_of({key: True, "storage.remote.url": "file:///mnt/kv"}).engine.enable_disagg_pd
     assert not config_of({key: False}).engine.enable_disagg_pd
 
 

@@ -47,7 +47,10 @@ def test_the_page_is_that_of_cairn_itself() -> None:
         if i % 2:
             metrics.miss_tokens.add(16, reason=Reason.ABSENT)
             metrics.transferred("disk", "load", 4096, 0.25)
+            metrics.compression.add(3000 * i, 1000, tier="remote")
+            metrics.decompression.observe(0.003 * i, tier="remote")
             figures["evicted_blocks_total"] += 5
+        metrics.layerwise.observe(0.001 * i, 4)
         figures["resident_blocks"] += i
         stats = source.take()
         assert stats is not None

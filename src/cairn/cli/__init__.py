@@ -20,8 +20,10 @@ from cairn.cli.doctor import doctor
 from cairn.cli.events import app as events
 from cairn.cli.index import index
 from cairn.cli.inspect import inspect
+from cairn.cli.metrics import app as metrics
 from cairn.cli.node import node
 from cairn.cli.output import help_if_alone
+from cairn.cli.plan import plan
 from cairn.cli.register import register
 from cairn.cli.serve import serve
 from cairn.cli.up import status, up
@@ -30,7 +32,7 @@ from cairn.errors import CairnError, ConfigError, GeometryError, InputError
 
 # typer carries its own copy of click and exports only some of its exceptions; this is the root of those for bad usage.
 _UsageError = cast(type[typer.BadParameter], typer.BadParameter.__bases__[0])
-_EXTRA = dict.fromkeys(("accelerate", "gguf", "matplotlib", "torch", "transformers"), "demo")
+_EXTRA = dict.fromkeys(("accelerate", "gguf", "torch", "transformers"), "demo") | {"matplotlib": "plot"}
 _EXTRA |= {"zmq": "fleet"} | dict.fromkeys(("fastapi", "grpc", "google", "httptools", "uvicorn", "jinja2"), "index")
 _BAD_INPUT = (ConfigError, GeometryError, InputError)
 
@@ -38,6 +40,7 @@ app = typer.Typer(name="cairn", rich_markup_mode=None, pretty_exceptions_enable=
 app.command()(demo)
 app.command()(node)
 app.add_typer(bench, name="bench")
+app.command()(plan)
 app.command()(inspect)
 app.add_typer(events, name="events")
 app.command()(index)
@@ -50,6 +53,7 @@ app.command()(register)
 app.add_typer(codec, name="codec")
 app.add_typer(blend, name="blend")
 app.add_typer(config, name="config")
+app.add_typer(metrics, name="metrics")
 app.command()(version)
 
 

@@ -31,6 +31,19 @@ def engine(as_json: AsJson = False) -> None:
 
 
 @app.command()
+def observe(as_json: AsJson = False) -> None:
+    """What counters and spans cost the engine's paths, with and without in turns.
+
+    
+    Example:
+      cairn bench observe --json
+    """
+    from cairn.cli.bench_observe import run_observe
+
+    _report("observe", run_observe(), as_json)
+
+
+@app.command()
 def disk(
     directory: Annotated[
         Path | None,
@@ -139,6 +152,26 @@ def fleet_sim(
     settings = FleetSettings(instances=instances)
     result = run_fleet_sim(trace, rate or RATES, settings, lambda line: typer.echo(line, err=True))
     _report("fleet-sim", result, as_json)
+
+
+@app.command(name="machine")
+def machine_(
+    model: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="In Hugging Face format; SmolLM2-135M-Instruct by default."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=2, help="Of twelve visits.")] = 4,
+    as_json: AsJson = False,
+) -> None:
+    """Measure Transformers with Cairn on this CPU: what `cairn plan --machine` simulates.
+
+    \b
+    Example:
+      cairn bench machine --json > machine.json
+    """
+    from cairn.cli.bench_machine import run_machine
+
+    _report("machine", run_machine(model, rounds), as_json)
 
 
 @app.command()

@@ -5,10 +5,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cairn.plan.schedule import SCHEDULERS, SloAware
-from cairn.sim.fleet import FleetSettings, FleetSim, Outcome
+from cairn.sim.fleet import FleetSettings, FleetSim
 from cairn.sim.trace import Trace, read_trace
 
 RATES = (90.0, 120.0, 150.0, 180.0)
@@ -30,7 +28,7 @@ def run_fleet_sim(
     """
     requests = read_trace(trace)
     settings = settings or FleetSettings()
-    fleets = {"shared_tier": settings, "no_shared_tier": replace(settings, shared_blocks=0)}
+    fleets = {"shared_tier": settings, "no_shared_tier": replace(settings, blocks={})}
     result: dict[str, Any] = {"trace": trace.name, "requests": len(requests), "settings": asdict(settings)}
     for name, fleet in fleets.items():
         by_rate = {}
@@ -44,27 +42,9 @@ def _run(
     trace: Trace, scheduler: str, rate: float, settings: FleetSettings, tick: Callable[[str], None]
 ) -> dict[str, float]:
     outcome = FleetSim(trace, SCHEDULERS[scheduler](), rate, settings).run()
-    figures = figures_of(outcome, len(trace) / rate, settings)
+    figures = outcome.figures(len(trace) / rate, settings.ttft_slo_s, settings.tbt_slo_s)
     tick(f"{rate:g} requests/s, {scheduler}: {figures['goodput']} within the SLO")
     return figures
-
-
-def figures_of(outcome: Outcome, seconds: float, settings: FleetSettings) -> dict[str, float]:
-    """Of one run. shed, ttft_late, tbt_late: percent of all requests; computed, loaded: percent of prompt tokens."""
-    ttft, tbt = outcome.ttft_s, outcome.tbt_s
-    served = ttft[~np.isnan(ttft)]
-    percent = 100 / len(ttft)
-    tokens = 100 / max(1, outcome.prompt_tokens)
-    return {
-        "goodput": round(outcome.good(settings.ttft_slo_s, settings.tbt_slo_s) / seconds, 1),
-        "shed_percent": round(percent * (len(ttft) - len(served)), 1),
-        "ttft_late_percent": round(percent * np.count_nonzero(ttft > settings.ttft_slo_s), 1),
-        "tbt_late_percent": round(percent * np.count_nonzero(tbt > settings.tbt_slo_s), 1),
-        "ttft_p50_s": round(float(np.median(served)), 3) if len(served) else float("nan"),
-        "ttft_p99_s": round(float(np.percentile(served, 99)), 3) if len(served) else float("nan"),
-        "computed_percent": round(tokens * outcome.computed_tokens, 1),
-        "loaded_percent": round(tokens * outcome.loaded_tokens, 1),
-    }
 
 
 def _peaks(by_rate: dict[str, dict[str, dict[str, float]]]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def index(
     if etcd_addr is not None:
         overrides["cluster.etcd_addr"] = etcd_addr
     config = load_config(file, overrides=overrides)
-    run(config.index, config.cluster, _say)
+    run(config, _say)
 
 
 def _say(addresses: "Addresses") -> None:

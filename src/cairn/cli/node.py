@@ -1,6 +1,7 @@
 """`cairn node`: the host's node, in this terminal or in the background."""
 
 import sys
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,8 @@ from cairn.cli.config import Settings, load
 
 if TYPE_CHECKING:
     from cairn.config import Config
+    from cairn.node.server import Node
+    from cairn.observe.http import FiguresServer
 
 _SWITCH_S = 0.0005
 #: How long a node may take until it listens, seconds.
@@ -69,12 +72,17 @@ def _serve(config: "Config", address: str) -> None:
 
     # The loop waits for no disk thread's Python longer than this, instead of 5 ms.
     sys.setswitchinterval(_SWITCH_S)
-    setup_logging("DEBUG" if config.engine.log_level == "DEBUG" else "INFO")
+    setup_logging("DEBUG" if config.engine.log_level == "DEBUG" else "INFO", config.observe.log_format)
     log = logging.getLogger("cairn.node")
     prepare(config)
     node = Node(config, address, open_pool)
+    shown = ExitStack()
     previous = {number: signal.signal(number, lambda *_: node.stop()) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
+        if config.node.http_port is not None:
+            log.info("dashboard at %s", shown.enter_context(_dashboard(config, node, address)))
+        if config.observe.metrics_port is not None:
+            shown.enter_context(_figures(config, node))
         log.info("listening at %s; up to %d bytes of DRAM", address, config.storage.cpu.size)
         tell_ready()
         gc.freeze()  # what is there now stays: a collection that looked at it would hold up calls for milliseconds
@@ -82,6 +90,23 @@ def _serve(config: "Config", address: str) -> None:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+        shown.close()
         log.info("stopping; flushing for up to %g s", config.node.stop_timeout_s)
         node.close(config.node.stop_timeout_s)
         log.info("stopped")
+
+
+def _dashboard(config: "Config", node: "Node", address: str) -> AbstractContextManager[str]:
+    from cairn.serve.dashboard.node import NodeShown
+    from cairn.serve.dashboard.service import dashboard
+
+    told = config.node
+    token = told.http_token.get_secret_value() if told.http_token else None
+    return dashboard(NodeShown(address, node), told.http_host, told.http_port or 0, token, "CAIRN_NODE__HTTP_TOKEN")
+
+
+def _figures(config: "Config", node: "Node") -> "FiguresServer":
+    from cairn.observe.http import FiguresServer
+    from cairn.observe.prometheus import CONTENT_TYPE, PoolsCollector, exposition
+
+    return FiguresServer(config.observe, {"/metrics": lambda: (CONTENT_TYPE, exposition(PoolsCollector(node.counted)))})

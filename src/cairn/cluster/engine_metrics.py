@@ -6,6 +6,7 @@ from typing import Final, NamedTuple
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from cairn.cluster.cache_metrics import WANTED, Figures, figures_of
 from cairn.cluster.values import Load
 
 #: Seconds over which TTFT and TPOT are means.
@@ -23,12 +24,13 @@ _CACHE: Final = "vllm:cache_config_info"
 class Scrape(NamedTuple):
     """sums: samples by name, added up over their labels (data-parallel ranks). peaks: their maxima.
 
-    block_tokens: 0: not told.
+    block_tokens: 0: not told. cache: of its tiers, see `cache_metrics`.
     """
 
     sums: Mapping[str, float]
     peaks: Mapping[str, float]
     block_tokens: int
+    cache: Figures
 
 
 def parse(text: str) -> Scrape:
@@ -36,13 +38,14 @@ def parse(text: str) -> Scrape:
     sums: dict[str, float] = {}
     peaks: dict[str, float] = {}
     block_tokens = 0
-    for family in text_string_to_metric_families("\n".join(filter(_wanted, text.splitlines())) + "\n"):
-        for sample in family.samples:
-            if sample.name == _CACHE and sample.labels.get("block_size", "").isdigit():
-                block_tokens = int(sample.labels["block_size"])
-            sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
-            peaks[sample.name] = max(peaks.get(sample.name, sample.value), sample.value)
-    return Scrape(sums, peaks, block_tokens)
+    wanted = "\n".join(filter(_wanted, text.splitlines())) + "\n"
+    samples = [sample for family in text_string_to_metric_families(wanted) for sample in family.samples]
+    for sample in samples:
+        if sample.name == _CACHE and sample.labels.get("block_size", "").isdigit():
+            block_tokens = int(sample.labels["block_size"])
+        sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
+        peaks[sample.name] = max(peaks.get(sample.name, sample.value), sample.value)
+    return Scrape(sums, peaks, block_tokens, figures_of(samples))
 
 
 class LoadMeter:
@@ -91,4 +94,4 @@ def _count(value: float) -> int:
 
 def _wanted(line: str) -> bool:
     """Histograms' buckets are most of a scrape, and not needed."""
-    return line.startswith("vllm:") and "_bucket{" not in line
+    return line.startswith(("vllm:", *WANTED)) and "_bucket{" not in line

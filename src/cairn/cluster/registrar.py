@@ -1,4 +1,4 @@
-"""Stands beside an engine that knows nothing of the cluster: registers it while it answers, reports its load."""
+"""Stands beside an engine that knows nothing of the cluster: registers it while it answers, reports load and cache."""
 
 import asyncio
 import json
@@ -11,6 +11,7 @@ from typing import Any, Final
 import msgspec
 
 from cairn.cluster.base import Registry
+from cairn.cluster.cache_metrics import cache_of
 from cairn.cluster.engine_metrics import LoadMeter, Scrape, parse
 from cairn.cluster.http import HttpError, get, parse_url
 from cairn.cluster.keys import Keys
@@ -98,6 +99,9 @@ class Registrar:
             scrape, self._registration.value.incarnation, asyncio.get_running_loop().time(), time.time()
         )
         await self._registration.report(self._keys.instance(self._instance.name, "load"), report)
+        cache = cache_of(scrape.cache, report.incarnation, report.time)
+        if cache:
+            await self._registration.report(self._keys.instance(self._instance.name, "cache"), cache)
 
     async def _join(self, scrape: Scrape) -> None:
         instance = msgspec.structs.replace(

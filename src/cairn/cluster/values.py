@@ -70,21 +70,31 @@ class Load(Versioned, frozen=True, kw_only=True):
 
 
 class TierState(msgspec.Struct, frozen=True, kw_only=True):
-    """A tier that publishes no KV events, in figures. Counts of tokens: since the process began."""
+    """A tier in figures. Tokens and bytes moved: since the process began.
+
+    capacity_bytes: 0: not known. shared: it is the host's node's, so other instances of the host report the same one,
+    and what they have stored below DRAM together.
+    """
 
     tier: Text
     capacity_bytes: Count = 0
     used_bytes: Count = 0
     blocks: Count = 0
     hit_tokens: Count = 0
-    asked_tokens: Count = 0
+    load_bytes: Count = 0
+    store_bytes: Count = 0
+    shared: bool = False
 
 
 class CacheState(Versioned, frozen=True, kw_only=True):
-    """What an instance's tiers hold. time: of the report, seconds since the epoch."""
+    """What an instance's tiers hold and serve. time: of the report, seconds since the epoch.
+
+    missed_tokens: by reason, since the process began.
+    """
 
     time: Seconds
     tiers: Annotated[tuple[TierState, ...], Meta(max_length=16)] = ()
+    missed_tokens: Annotated[dict[Text, Count], Meta(max_length=64)] = {}
 
 
 class Replica(Versioned, frozen=True, kw_only=True):

@@ -17,7 +17,6 @@ from pydantic import (
     SecretStr,
     SerializationInfo,
     WithJsonSchema,
-    field_validator,
     model_validator,
 )
 from pydantic.fields import FieldInfo
@@ -275,7 +274,8 @@ class Engine(Section):
     )
     enable_disagg_pd: bool = Field(
         default=False,
-        description="vLLM: hand KV from prefill to decode instances; refused, as it is not built yet.",
+        description="vLLM: hand KV from prefill to decode instances, through a node or a remote store; also for a node "
+        "with a remote store between them: what is computed goes there at once.",
     )
     copy_threads: Threads = Field(default=2, description="Threads that copy between the paged KV cache and the arena.")
     write_behind: float = Field(
@@ -285,17 +285,6 @@ class Engine(Section):
         description="Largest share of the arena that is pinned at a time while it is written to disk.",
     )
     log_level: Level = Field(default="WARNING", description="Least severe level that is logged.")
-
-    @field_validator("enable_disagg_pd")
-    @classmethod
-    def _is_not_built_yet(cls, wanted: bool) -> bool:
-        if wanted:
-            raise ValueError(
-                "must be false, because handing KV from prefill to decode instances is not built yet; take it out "
-                "(instances that share a node or a remote tier reuse each other's prompts without it), or use a "
-                "connector of vLLM's"
-            )
-        return wanted
 
     @model_validator(mode="after")
     def _lease_outlives_operation(self) -> Self:
@@ -392,7 +381,11 @@ class Serve(Section):
     backend_token: Secret | None = Field(default=None, description="API key of the engines; null: none.")
     api_keys: tuple[Secret, ...] = Field(default=(), description="Keys of clients, any of which will do; empty: none.")
     admin_key: Secret | None = Field(
-        default=None, description="Key of /admin and /metrics; null: clients' keys do for /metrics, none for /admin."
+        default=None,
+        description="Key of /admin, /metrics and the dashboard; null: clients' keys do, but there is no /admin.",
+    )
+    show_prompts: bool = Field(
+        default=False, description="Show the beginnings of hot prompts as text on the dashboard, instead of digests."
     )
     policy: Scheduling = Field(default="slo_aware", description="Which engine takes a request: see scheduling.md.")
     slo: Slo = Slo()
@@ -458,6 +451,13 @@ class Node(Section):
         default=None,
         description="Where the node listens, ipc:// and a socket's path; null: engines keep their blocks themselves.",
     )
+    http_host: str = Field(
+        default="127.0.0.1", description="Address of the node's dashboard; any but loopback needs `http_token`."
+    )
+    http_port: Port | None = Field(
+        default=None, description="Port of the dashboard, which needs `cairn-kv[index]`; 0: a free one; null: none."
+    )
+    http_token: Secret | None = Field(default=None, description="Bearer token for the dashboard; null: none.")
     pools: int = Field(
         default=1, ge=1, le=64, description="Geometries (models) that share DRAM and disk, in equal parts."
     )
@@ -468,6 +468,29 @@ class Node(Section):
         default=10.0, ge=0.2, description="Seconds until what a silent client holds is taken back."
     )
     stop_timeout_s: Seconds = Field(default=30.0, description="Seconds that the node may flush when it is stopped.")
+
+
+class Observe(Section):
+    """What is shown of a process: figures, traces, logs. See observability.md."""
+
+    metrics_host: str = Field(
+        default="127.0.0.1", description="Where an engine or a node shows figures; any but loopback needs a token."
+    )
+    metrics_port: Port | None = Field(
+        default=None,
+        description="Port of `/metrics` and `/api/v1/layerwise/stats` at an engine or a node, for each process its "
+        "own; 0: a free one, which the log tells; null: none.",
+    )
+    metrics_token: Secret | None = Field(default=None, description="Bearer token that scrapers must carry; null: none.")
+    otlp_endpoint: str | None = Field(
+        default=None,
+        pattern="^https?://.+",
+        description="Where spans go by OTLP over HTTP, as http://localhost:4318/v1/traces; null: there are none.",
+    )
+    trace_share: float = Field(default=1.0, ge=0, le=1, description="Share of requests traced where nobody else says.")
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="Log lines for people, or JSON objects with the request's id."
+    )
 
 
 class Config(Section):
@@ -481,6 +504,7 @@ class Config(Section):
     serve: Serve = Serve()
     cluster: Cluster = Cluster()
     node: Node = Node()
+    observe: Observe = Observe()
 
     def to_yaml(self) -> str:
         """The file that would make this configuration."""

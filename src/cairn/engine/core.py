@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
@@ -17,21 +17,27 @@ from cairn.config import Config
 from cairn.copy import Copier, CpuCopier, PagedKV, TokenSlots
 from cairn.engine.arguments import like, mask_start, slot_array
 from cairn.engine.base import BlockStore
+from cairn.engine.figures import show_figures
 from cairn.engine.layers import LayerStore
 from cairn.engine.local import open_local
 from cairn.engine.probe import Probes
 from cairn.engine.rehearsal import rehearse
 from cairn.engine.stage import COPY_BYTES, VRAM_COPY_BYTES, Span, Stage
 from cairn.engine.writing import Writing
-from cairn.errors import ClosedError, ConfigError, GeometryError, InputError, StorageError
+from cairn.errors import CairnError, ClosedError, ConfigError, GeometryError, InputError, StorageError
 from cairn.index import POLICIES
 from cairn.index.journal import JournalReader
 from cairn.kv import CANONICAL, KeyChain, KVGeometry, Layout, Namespace
+from cairn.observe.layers import LayerTimes
 from cairn.observe.log import log_once, setup_logging
 from cairn.observe.metrics import Figures, Metrics
 from cairn.observe.reasons import Reason
+from cairn.observe.trace import begin, setup_tracing
 from cairn.plan import CostModel, Segment, Work, plan_load
 from cairn.tier.arena import Arena
+
+if TYPE_CHECKING:
+    from cairn.observe.http import FiguresServer
 
 logger = logging.getLogger(__name__)
 
@@ -126,10 +132,12 @@ class EngineCore:
         self._canonical = said if canonical is None else canonical
         self.geometry = namespace.geometry
         self.config = config or Config()
-        setup_logging(self.config.engine.log_level)
+        setup_logging(self.config.engine.log_level, self.config.observe.log_format)
+        setup_tracing(self.config.observe, "cairn-engine")
         for policy in {self.config.storage.cpu.policy, self.config.storage.disk.policy}:
             rehearse(POLICIES[policy])
         self.metrics = Metrics()
+        self.layer_times = LayerTimes(self.geometry.layers, self.metrics.layerwise)
         self.cost = CostModel()
         address = node or self.config.node.address
         self._store: BlockStore
@@ -154,6 +162,13 @@ class EngineCore:
         self._kv: PagedKV | None = None
         self._layout = "nhd"
         self._closed = threading.Event()
+        self._figures: FiguresServer | None = None
+        if self.config.observe.metrics_port is not None:
+            try:
+                self._figures = show_figures(self.config.observe, self.metrics, self.layer_times)
+            except CairnError:
+                EngineCore.close(self)  # not what a subclass has not made yet
+                raise
 
     # --- what a request asks -------------------------------------------------------------------------------------
 
@@ -174,7 +189,7 @@ class EngineCore:
         """How many leading tokens (whole blocks) any tier holds. Moves nothing and promises nothing; a remote store is
         asked first, for as long as a lookup may take."""
         chain = self._chain(tokens, namespace)
-        self.metrics.lookups.add()
+        self.metrics.lookups.tick()
         self.seek(chain)
         return self._store.match(chain.keys).total * self.geometry.block_tokens
 
@@ -206,7 +221,10 @@ class EngineCore:
         kv = self._paged(kvcaches)
         slots = slot_array(slot_mapping, chain.tokens, offset)
         start = max(mask_start(mask, chain.tokens), offset)
-        return self._store_from(chain, start, kv, slots[start - offset :], self.deadline(timeout)).new
+        with begin("cairn.store", prompt_tokens=chain.tokens) as storing:
+            stored = self._store_from(chain, start, kv, slots[start - offset :], self.deadline(timeout))
+            storing.note(stored_tokens=stored.new)
+        return stored.new
 
     def retrieve(
         self,
@@ -246,10 +264,25 @@ class EngineCore:
         self._check_open()
         if not self._store.asks:
             return None
-        rest = (len(chain) - self._store.match(chain.keys).total) * self.geometry.block_tokens
+        worth_s = self.recompute_s(chain)
+        asking = begin("cairn.lookup", blocks=len(chain), worth_s=worth_s)
+        answer = self._store.ask(chain.keys, deadline=self.deadline(timeout), worth_s=worth_s)
+        if answer is None or not asking.on:
+            asking.end()
+        else:
+            answer.add_done_callback(lambda _: asking.end())
+        return answer
+
+    def held(self, chain: KeyChain) -> int:
+        """How many leading blocks any tier is known to hold. Moves nothing and asks no remote store."""
+        self._check_open()
+        return self._store.match(chain.keys).total
+
+    def recompute_s(self, chain: KeyChain) -> float:
+        """Seconds that computing the blocks which no tier is known to hold takes; inf: not known, or not minded."""
+        rest = (len(chain) - self.held(chain)) * self.geometry.block_tokens
         known = self.cost.recompute.knows(rest, chain.tokens - rest) and self.config.engine.planner
-        worth_s = self.cost.recompute.seconds(rest, chain.tokens - rest) if known else math.inf
-        return self._store.ask(chain.keys, deadline=self.deadline(timeout), worth_s=worth_s)
+        return self.cost.recompute.seconds(rest, chain.tokens - rest) if known else math.inf
 
     def seek(self, chain: KeyChain, *, timeout: float | None = None) -> None:
         """As `ask`, and waits until it is known, within the time that a lookup may take."""
@@ -274,23 +307,35 @@ class EngineCore:
         """
         self._check_open()
         keys = chain.keys[:stop_block]
-        block, begin = self.geometry.block_tokens, min(first_token, len(keys) * self.geometry.block_tokens)
+        loading = begin("cairn.load", prompt_tokens=chain.tokens, first_token=first_token)
+        block, start = self.geometry.block_tokens, min(first_token, len(keys) * self.geometry.block_tokens)
         held = self._store.match(keys)
-        total, done = max(begin, held.total * block), begin
+        total, done = max(start, held.total * block), start
         segments = []
         for tier, blocks in (("vram", held.vram), ("dram", held.dram), *held.below):
             upto = max(done, blocks * block)
             segments.append(Segment(tier, upto - done))
             done = upto
-        wanted = total - begin
+        wanted = total - start
         if self.config.engine.planner:
-            wanted = plan_load(segments, chain.tokens, self.geometry.token_bytes, self.cost, start=begin).tokens
+            wanted = plan_load(segments, chain.tokens, self.geometry.token_bytes, self.cost, start=start).tokens
         deadline = self.deadline(timeout)
-        if begin + wanted <= held.dram * block:
+        if start + wanted <= held.dram * block:
             self._probes.look(keys, held, deadline)
-        hold = self._store.hold(keys[: (begin + wanted) // block], deadline=deadline)
-        span = Span(begin, len(keys) * block, chain.tokens, total - begin - wanted)
-        return Stage(hold, self._copier, self._layers, self.metrics, self.cost, span, deadline)
+        hold = self._store.hold(keys[: (start + wanted) // block], deadline=deadline)
+        span = Span(start, len(keys) * block, chain.tokens, total - start - wanted)
+        loading.note(held_tokens=total, planned_tokens=start + wanted)
+        return Stage(
+            hold,
+            self._copier,
+            self._layers,
+            self.metrics,
+            self.cost,
+            span,
+            deadline,
+            times=self.layer_times,
+            traced=loading,
+        )
 
     def reserve(self, chain: KeyChain, first_block: int = 0, stop_block: int | None = None) -> Writing | None:
         """Rows for the blocks of a chain that DRAM lacks, to be filled, committed and ended by the caller.
@@ -346,6 +391,8 @@ class EngineCore:
             return
         self._closed.set()
         deadline = self.deadline(timeout)
+        if self._figures:
+            self._figures.close()
         self._layers.shutdown(wait=True)
         self._store.close(max(0.0, deadline - time.monotonic()))
         self._copier.close()
@@ -387,13 +434,13 @@ class EngineCore:
         try:
             while done < len(rows) and not (done and time.monotonic() > deadline) and not (cancel and cancel.is_set()):
                 piece = rows[done : done + step]
-                begin = (first + done) * block - start
+                place = (first + done) * block - start
                 started = time.monotonic()
                 with writing.access() as memory:
                     if memory is None:
                         reason = Reason.NODE_AWAY
                         break
-                    self._copier.gather(kv, slots[begin : begin + len(piece) * block], memory, piece)
+                    self._copier.gather(kv, slots[place : place + len(piece) * block], memory, piece)
                 size = len(piece) * self.geometry.block_bytes
                 self.metrics.transferred(writing.tier, "store", size, time.monotonic() - started)
                 new += writing.commit(len(piece))

@@ -8,6 +8,8 @@ from concurrent.futures import Executor
 from cairn.copy import Copier, PagedKV, TokenSlots
 from cairn.engine.writing import Writing
 from cairn.errors import InputError
+from cairn.observe.layers import LayerTimes
+from cairn.observe.trace import NO_SPAN, Span
 
 #: Copies these layers of all blocks; False: they cannot be had any more.
 CopyLayers = Callable[[range], bool]
@@ -21,11 +23,21 @@ class LayerLoad:
     """Copies held blocks into the paged cache in the background, layer after layer.
 
     `wait(layer)` before the layer's attention reads the cache. The rows stay held by whoever started the load, who must
-    `close` it before releasing them. finished: told how long it took. Thread-safe.
+    `close` it before releasing them. finished: told how long it took. times, trace: told of each layer. Thread-safe.
     """
 
-    def __init__(self, executor: Executor, layers: int, copy: CopyLayers, finished: Callable[[float], None]) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        layers: int,
+        copy: CopyLayers,
+        finished: Callable[[float], None],
+        *,
+        times: LayerTimes | None = None,
+        trace: Span = NO_SPAN,
+    ) -> None:
         self.layers = layers
+        self._times, self._trace = times, trace
         self._copy = copy
         self._finished = finished
         self._stop = False
@@ -35,9 +47,15 @@ class LayerLoad:
 
     def wait(self, layer: int, timeout: float | None = None) -> bool:
         """Waits until the layer is in the paged cache; False if the timeout came first or the load was closed."""
+        started = time.monotonic()
         with self._changed:
             self._changed.wait_for(lambda: self._done > layer or self._stop, timeout)
-            return self._done > layer
+            there = self._done > layer
+        if self._times:
+            waited = time.monotonic() - started
+            self._times.waited(layer, waited)
+            self._trace.event("layer", layer=layer, waited_s=waited, there=there)
+        return there
 
     def close(self) -> BaseException | None:
         """Stops after the layers under way; when it returns nothing touches the paged cache or the rows. Idempotent.
@@ -57,8 +75,11 @@ class LayerLoad:
                 if self._stop:
                     return
                 group = range(self._done, min(self.layers, self._done + size))
+                begun = time.monotonic()
                 if not self._copy(group):
                     return
+                if self._times:
+                    self._times.copied(group, time.monotonic() - begun)
                 with self._changed:
                     self._done = group.stop
                     self._changed.notify_all()

@@ -2,8 +2,9 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import NamedTuple
 
 from cairn.codec.ladder import ladder_for
@@ -23,10 +24,12 @@ from cairn.tier.arena import Arena
 from cairn.tier.base import Rows, Tier
 from cairn.tier.disk import DiskTier
 from cairn.tier.dram import DramTier
-from cairn.tier.remote import open_remote
+from cairn.tier.remote import ABSENT_S, open_remote
 
 #: Bytes that one read brings up: large enough for the disk's full speed, small enough that copying starts early.
 PROMOTION_BYTES = 16 << 20
+#: As `ABSENT_S`, where blocks are handed from one engine to another.
+HANDOVER_ABSENT_S = 0.02
 
 
 class Writes(NamedTuple):
@@ -62,9 +65,9 @@ class LocalStore(BlockStore):
         self._cost = cost
         self._closed = threading.Event()
         metrics.watch(dram.name, dram.stats)
-        for tier in self._lower:
-            metrics.watch(tier.name, tier.stats)
         self._writers = [self._writer(tier, writes) for tier, writes in lower]
+        for tier, writer in zip(self._lower, self._writers, strict=True):
+            metrics.watch(tier.name, partial(_figures, tier, writer))
         self._syncer = threading.Thread(target=self._sync_always, args=(sync_interval_s,), daemon=True)
         if lower:
             self._syncer.start()
@@ -200,6 +203,10 @@ class LocalStore(BlockStore):
                 writer.pump()
 
 
+def _figures(tier: Tier, writer: WriteBehind) -> Mapping[str, float]:
+    return {**tier.stats(), "write_queue_blocks": writer.waiting_blocks}
+
+
 def open_local(
     config: Config,
     geometry: KVGeometry,
@@ -232,9 +239,12 @@ def open_local(
             )
             lower.append((disk, Writes(share, choosy=config.engine.planner)))
         if storage.remote.url is not None:
-            remote = open_remote(storage.remote, geometry, layout, ladder, metrics)
+            at_once = config.engine.enable_disagg_pd  # somebody waits for what is stored now
+            absent_s = HANDOVER_ABSENT_S if at_once else ABSENT_S
+            remote = open_remote(storage.remote, geometry, layout, ladder, metrics, absent_s=absent_s)
             may_write = share if storage.remote.write != "off" else 0.0
-            writes = Writes(may_write, linger_s=storage.remote.linger_s, lazy=storage.remote.write == "back")
+            linger_s = 0.0 if at_once else storage.remote.linger_s
+            writes = Writes(may_write, linger_s, lazy=storage.remote.write == "back" and not at_once)
             lower.append((remote, writes))
         dram = DramTier(geometry.block_bytes, storage.cpu.size, POLICIES[storage.cpu.policy], arena)
     except CairnError:

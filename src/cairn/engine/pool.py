@@ -21,4 +21,4 @@ def open_pool(config: Config, geometry: KVGeometry, layout: Layout, arena: Arena
     """The tiers that the configuration asks for, DRAM in `arena`. Raises StorageError or ConfigError."""
     prepare(config)
     metrics = Metrics()
-    return Opened(open_local(config, geometry, layout, metrics, CostModel(), arena), metrics.tiers)
+    return Opened(open_local(config, geometry, layout, metrics, CostModel(), arena), metrics)

@@ -15,6 +15,8 @@ from cairn.copy import Copier, PagedKV, TokenSlots
 from cairn.engine.hold import Hold
 from cairn.engine.layers import LayerLoad
 from cairn.node.base import Home
+from cairn.observe import trace
+from cairn.observe.layers import LayerTimes
 from cairn.observe.metrics import Metrics
 from cairn.observe.reasons import Reason
 from cairn.plan import CostModel
@@ -55,8 +57,13 @@ class Stage:
         cost: CostModel,
         span: Span,
         deadline: float,
+        *,
+        times: LayerTimes,
+        traced: trace.Span = trace.NO_SPAN,
     ) -> None:
+        """times: of layers. traced: the load's, which this ends."""
         self.span = span
+        self._times, self._trace = times, traced
         self.deadline = deadline
         self._hold = hold
         self._copier = copier
@@ -160,7 +167,8 @@ class Stage:
             for tier, blocks in runs:
                 self._copied(tier, len(blocks), seconds * len(blocks) / (stop - first))
 
-        self._layer_load = LayerLoad(self._executor, self._copier.geometry.layers, copy, finished)
+        layers = self._copier.geometry.layers
+        self._layer_load = LayerLoad(self._executor, layers, copy, finished, times=self._times, trace=self._trace)
         return self._layer_load
 
     @property
@@ -195,6 +203,7 @@ class Stage:
         error = self._layer_load.close() if self._layer_load else None
         self._hold.release()
         self._count()
+        self._trace.end()
         if error:
             raise error
 
@@ -236,6 +245,8 @@ class Stage:
         for tier, tokens in self.tokens_by_tier(span.start, self._loaded).items():
             if tokens:
                 self._metrics.hit_tokens.add(tokens, tier=tier)
+                if self._trace.on:
+                    self._trace.note(**{f"hit_tokens.{tier}": tokens})
         self._missed(Reason.CHEAPER_TO_RECOMPUTE, declined)
         self._missed(reason, missed - declined)
         self._missed(Reason.PARTIAL_BLOCK, span.prompt - max(span.start, span.blocks_end))
@@ -243,3 +254,5 @@ class Stage:
     def _missed(self, reason: Reason, tokens: int) -> None:
         if tokens:
             self._metrics.miss_tokens.add(tokens, reason=reason)
+            if self._trace.on:
+                self._trace.note(**{f"miss_tokens.{reason}": tokens})

@@ -78,6 +78,11 @@ class WriteBehind:
         self._cancel = threading.Event()
         self._changed = threading.Condition()
 
+    @property
+    def waiting_blocks(self) -> int:
+        """Blocks that wait to be written."""
+        return self._waiting_blocks
+
     def offer(self, keys: Keys, namespace: bytes) -> None:
         """Writes the blocks of a chain that DRAM holds and the lower tier does not. Returns at once."""
         missing = len(keys) - self._lower.write_start(keys)

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 
-from cairn.observe.metrics import Counted, Counter
+from cairn.observe.metrics import Counted, Counter, Histogram
 
 
 class Skip(StrEnum):
@@ -65,5 +65,10 @@ class FleetMetrics(Counted):
         self.fleet_snapshots = Counter("fleet_snapshots", "Snapshots written, by how that ended.", "outcome")
         self.fleet_shared_rounds = Counter(
             "fleet_shared_rounds", "Turns to write copies to the shared store, by how they ended.", "outcome"
+        )
+        self.fleet_event_lag = Histogram(
+            "fleet_event_lag_seconds",
+            "From a batch's publishing, by the publisher's clock, to its taking in.",
+            "instance",
         )
         super().__init__()

@@ -15,6 +15,9 @@ from cairn.fleet.positions import Position, ShowingSink, Stand, payload_digest
 from cairn.fleet.recording import Message
 from cairn.fleet.replay import Framed
 
+#: As much as a lag may count, seconds.
+_LONGEST_LAG_S: Final = 3600.0
+
 
 class Track:
     """For one event loop.
@@ -103,5 +106,8 @@ class Track:
         self.source = source
         self.metrics.fleet_batches.add(len(told_by), instance=source.instance)
         self.metrics.fleet_events.add(batch.understood, instance=source.instance)
+        # Clocks differ, and a publisher may say anything: of what is no number, 0.0 is what `max` leaves.
+        lag = min(max(0.0, time.time() - batch.time), _LONGEST_LAG_S)
+        self.metrics.fleet_event_lag.observe(lag, len(told_by), instance=source.instance)
         if batch.events:
             self._sink.apply(source, batch.events)

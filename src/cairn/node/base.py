@@ -1,6 +1,6 @@
 """What the node needs of whoever keeps the blocks, and what a client learns of where they are."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import NamedTuple, Protocol
 
@@ -10,6 +10,7 @@ import numpy.typing as npt
 from cairn.config import Config
 from cairn.index.journal import Journal
 from cairn.kv import Keys, KVGeometry, Layout
+from cairn.observe.metrics import Metrics
 from cairn.observe.reasons import Reason
 from cairn.tier.arena import Arena
 
@@ -91,10 +92,10 @@ class PoolStore(Protocol):
 
 
 class Opened(NamedTuple):
-    """A store, and what its tiers say of themselves, by tier."""
+    """A store, and what it counts, its tiers' own figures included."""
 
     store: PoolStore
-    figures: Callable[[], dict[str, Mapping[str, float]]]
+    metrics: Metrics
 
 
 #: Opens the store of one pool: (configuration of the pool, geometry, layout of the rows, its arena). Raises CairnError.

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Final
 
 from cairn.config import Config
 from cairn.errors import StorageError
@@ -23,12 +24,15 @@ from cairn.tier.dram import arena_shape
 
 log = logging.getLogger(__name__)
 
+#: The tier that the node keeps no blocks of, but a directory.
+VRAM: Final = "vram"
+
 
 class Pool:
     """The blocks of one geometry and layout (`kind`).
 
     sessions: those that use it, ended ones that are still waited for included. idle_since: when the last one ended,
-    monotonic. vram: what is in its clients' VRAM; retired: see `VramDirectory`.
+    monotonic. metrics: what is counted of it. vram: what is in its clients' VRAM; retired: see `VramDirectory`.
     """
 
     def __init__(
@@ -51,7 +55,8 @@ class Pool:
         arena = Arena.shared(name, self.slots, self.stride)
         try:
             self.store: PoolStore
-            self.store, self.figures = open_store(own, geometry, layout, arena)
+            self.store, self.metrics = open_store(own, geometry, layout, arena)
+            self.metrics.watch(VRAM, self.vram.figures)
         except BaseException:
             Arena.unlink(name)
             raise
@@ -85,7 +90,7 @@ class Pools:
         self._opener = ThreadPoolExecutor(1, "cairn-node-open")
 
     def __iter__(self) -> Iterator[Pool]:
-        return iter(self._pools.values())
+        return iter(list(self._pools.values()))
 
     def get(self, geometry: KVGeometry, layout: Layout) -> Pool | None:
         """The pool of such rows; None: it is being opened, ask again. Raises CairnError where there can be none."""

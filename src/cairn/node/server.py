@@ -4,10 +4,10 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import zmq
 
@@ -19,11 +19,12 @@ from cairn.node.address import Address
 from cairn.node.base import OpenStore
 from cairn.node.bell import Bell
 from cairn.node.gate import Entrance, Gate
-from cairn.node.pools import Pools
+from cairn.node.pools import VRAM, Pools, directory_of
 from cairn.node.segments import HOME, Segments, sweep
 from cairn.node.session import Held, Session, Written
 from cairn.node.wire import keys_of, raw_of, rows_of
 from cairn.observe.log import log_once
+from cairn.observe.metrics import Counted
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,13 @@ _TICK_S: Final = 0.05
 #: Frames that are taken in before a look at the leases that is due.
 _BATCH: Final = 64
 _FLUSHERS: Final = 2
+
+
+class PoolFigures(NamedTuple):
+    """clients: sessions that use it. tiers: what each says of itself."""
+
+    clients: int
+    tiers: Mapping[str, Mapping[str, float]]
 
 
 class Node:
@@ -78,6 +86,8 @@ class Node:
         self._news: deque[Callable[[], None]] = deque()
         self._stopping = False
         self._counts = {"calls_total": 0, "malformed_total": 0, "expired_sessions_total": 0, "failed_calls_total": 0}
+        self._own = Counted()
+        self._own.watch("node", self.figures)
         self._handlers: dict[type, Callable[[bytes, Any], None]] = {
             wire.Hello: self._hello,
             wire.Match: self._match,
@@ -130,6 +140,10 @@ class Node:
         self._pools.close(timeout)
         self._give_back()
 
+    def pools(self) -> dict[str, PoolFigures]:
+        """How each pool stands, by the name that its directory has. From any thread."""
+        return {directory_of(*pool.kind): PoolFigures(pool.sessions, pool.metrics.tiers()) for pool in self._pools}
+
     def figures(self) -> dict[str, float]:
         """What the node says of itself."""
         sessions = [*self._sessions.values(), *self._lingering]
@@ -141,6 +155,12 @@ class Node:
             "writings": sum(len(session.writings) for session in sessions),
             "pools": len(list(self._pools)),
         }
+
+    def counted(self) -> dict[str, Counted]:
+        """What is counted in each pool, by the name that its directory has, and of the node itself under "". From any
+        thread.
+        """
+        return {"": self._own, **{directory_of(*pool.kind): pool.metrics for pool in self._pools}}
 
     # --- what comes in -------------------------------------------------------------------------------------------
 
@@ -196,7 +216,7 @@ class Node:
             return
         self._numbers += 1
         session = self._sessions[self._numbers] = Session(self._numbers, pool, gate)
-        tiers = list(pool.figures())
+        tiers = [tier for tier in pool.metrics.tiers() if tier != VRAM]  # who shares VRAM asks for it himself
         self._send(
             sender,
             wire.Welcome(
@@ -269,8 +289,7 @@ class Node:
     def _stats(self, sender: bytes, request: wire.Stats) -> None:
         session = self._session(sender, request)
         if session:
-            tiers = {tier: dict(figures) for tier, figures in session.pool.figures().items()}
-            tiers["vram"] = session.pool.vram.figures()
+            tiers = {tier: dict(figures) for tier, figures in session.pool.metrics.tiers().items()}
             self._send(sender, wire.Figures(request.call, {**tiers, "node": self.figures()}))
 
     def _flush(self, sender: bytes, request: wire.Flush) -> None:

@@ -110,8 +110,9 @@ class VramDirectory:
 
     def figures(self) -> dict[str, float]:
         """What it says of itself, all segments together."""
-        indexes = [donation.index for donation in self._donations.values()]
-        given = [donation.given for donation in self._donations.values()]
+        donations = list(self._donations.values())  # others than the loop ask, too
+        indexes = [donation.index for donation in donations]
+        given = [donation.given for donation in donations]
         return {
             "segments": len(indexes),
             "capacity_bytes": sum(one.slots * one.stride for one in given),

@@ -5,14 +5,19 @@ not for each block. What a tier counts itself (residents, evictions, queue depth
 somebody looks (`watch`), so it costs nothing until then. `cairn.observe.prometheus` shows all of it to Prometheus.
 """
 
+import bisect
+import itertools
 import threading
-from collections.abc import Callable, Mapping
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, Literal
 
 #: A figure, or figures by label value, a level a label: {"hit_tokens": {"dram": 512}, "lookups": 3}.
 Figures = dict[str, "float | Figures"]
 
 Direction = Literal["load", "store"]
+
+#: Upper bounds of buckets, from what copying a layer takes to what no request waits for.
+SECONDS: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
 class Counter:
@@ -61,52 +66,89 @@ class Counter:
         return root
 
 
-class Pair:
-    """Two sums that belong together, a pair for each combination of labels' values. Thread-safe."""
+class Ticks(Counter):
+    """A counter without labels for paths of a few microseconds: `tick` adds one in 50 ns, without a lock."""
 
-    __slots__ = ("_first", "_second", "help", "labels", "name")
+    __slots__ = ("_ticks", "tick")
+
+    def __init__(self, name: str, help: str) -> None:
+        super().__init__(name, help)
+        self._ticks = itertools.count()  # the one sum in Python that threads may add to and that needs no lock
+        self.tick = self._ticks.__next__
+
+    def samples(self) -> list[tuple[tuple[str, ...], float]]:
+        ticks = int(repr(self._ticks).removeprefix("count(").removesuffix(")"))  # reading takes none away
+        return [((), ticks + sum(amount for _, amount in super().samples()))]
+
+
+class Ratio:
+    """One sum over another, for each combination of labels' values. Thread-safe."""
+
+    __slots__ = ("_above", "_below", "help", "labels", "name")
 
     def __init__(self, name: str, help: str, *labels: str) -> None:
         self.name = name
         self.help = help
         self.labels = labels
-        self._first = Counter(name, help, *labels)
-        self._second = Counter(name, help, *labels)
+        self._above = Counter(name, help, *labels)
+        self._below = Counter(name, help, *labels)
 
-    def add(self, first: float, second: float, **labels: str) -> None:
-        self._first.add(first, **labels)
-        self._second.add(second, **labels)
+    def add(self, above: float, below: float, **labels: str) -> None:
+        self._above.add(above, **labels)
+        self._below.add(below, **labels)
 
-    def samples(self) -> list[tuple[tuple[str, ...], float, float]]:
-        """(values of the labels, first sum, second sum) of every combination so far."""
-        second = dict(self._second.samples())
-        return [(values, amount, second.get(values, 0.0)) for values, amount in self._first.samples()]
-
-    def sums(self, **labels: str) -> tuple[float, float]:
-        """Both over every combination that has these labels' values."""
-        return self._first.value(**labels), self._second.value(**labels)
-
-
-class Ratio(Pair):
-    """The first sum over the second one."""
+    def samples(self) -> list[tuple[tuple[str, ...], float]]:
+        """(values of the labels, ratio) of every combination that has one."""
+        below = dict(self._below.samples())
+        return [(values, above / below[values]) for values, above in self._above.samples() if below.get(values)]
 
     def value(self, **labels: str) -> float:
         """Over every combination that has these labels' values; 0 before there is any."""
-        above, below = self.sums(**labels)
-        return above / below if below else 0.0
+        below = self._below.value(**labels)
+        return self._above.value(**labels) / below if below else 0.0
 
     def figures(self) -> Figures:
-        return {".".join(values): first / second for values, first, second in self.samples() if second}
+        return {".".join(values): ratio for values, ratio in self.samples()}
 
 
-class Summary(Pair):
-    """How often something happened, and the sum of what was measured each time."""
+class Histogram:
+    """How often something took how long, in buckets, for each combination of labels' values.
 
-    def observe(self, amount: float, **labels: str) -> None:
-        self.add(1, amount, **labels)
+    buckets: their upper bounds, ascending; beyond the last there is one without. Thread-safe.
+    """
+
+    __slots__ = ("_cells", "_lock", "buckets", "help", "labels", "name")
+
+    def __init__(self, name: str, help: str, *labels: str, buckets: Sequence[float] = SECONDS) -> None:
+        self.name = name
+        self.help = help
+        self.labels = labels
+        self.buckets = tuple(buckets)
+        self._lock = threading.Lock()
+        self._cells: dict[tuple[str, ...], list[float]] = {}
+
+    def observe(self, amount: float, count: int = 1, **labels: str) -> None:
+        """Counts `count` cases of `amount` each."""
+        values = tuple([labels[name] for name in self.labels])
+        bucket = bisect.bisect_left(self.buckets, amount)
+        with self._lock:
+            cell = self._cells.setdefault(values, [0.0] * (len(self.buckets) + 2))
+            cell[bucket] += count
+            cell[-1] += amount * count
+
+    def samples(self) -> list[tuple[tuple[str, ...], list[float]]]:
+        """(values of the labels, cases in each bucket and at last the sum) of every combination so far."""
+        with self._lock:
+            return [(values, list(cell)) for values, cell in self._cells.items()]
+
+    def sums(self, **labels: str) -> tuple[float, float]:
+        """(cases, sum) over every combination that has these labels' values."""
+        wanted = [(i, labels[name]) for i, name in enumerate(self.labels) if name in labels]
+        cells = [cell for values, cell in self.samples() if all(values[i] == value for i, value in wanted)]
+        return sum(sum(cell[:-1]) for cell in cells), sum(cell[-1] for cell in cells)
 
     def figures(self) -> Figures:
-        return {".".join(values): {"count": first, "sum": second} for values, first, second in self.samples()}
+        return {".".join(values): {"count": sum(cell[:-1]), "sum": cell[-1]} for values, cell in self.samples()}
 
 
 class Counted:
@@ -117,7 +159,8 @@ class Counted:
 
     def __init__(self) -> None:
         self.counters = tuple(value for value in vars(self).values() if isinstance(value, Counter))
-        self.pairs = tuple(value for value in vars(self).values() if isinstance(value, Ratio | Summary))
+        self.ratios = tuple(value for value in vars(self).values() if isinstance(value, Ratio))
+        self.histograms = tuple(value for value in vars(self).values() if isinstance(value, Histogram))
         self._watched: dict[str, Callable[[], Mapping[str, float]]] = {}
 
     def watch(self, tier: str, stats: Callable[[], Mapping[str, float]]) -> None:
@@ -133,7 +176,8 @@ class Counted:
 
     def snapshot(self) -> Figures:
         """All figures now: every counter under its name, and under "tiers" what the tiers say of themselves."""
-        figures: Figures = {one.name: one.figures() for one in (*self.counters, *self.pairs)}
+        every: tuple[Counter | Ratio | Histogram, ...] = (*self.counters, *self.ratios, *self.histograms)
+        figures: Figures = {one.name: one.figures() for one in every}
         figures["tiers"] = {tier: dict(stats) for tier, stats in self.tiers().items()}
         return figures
 
@@ -142,7 +186,7 @@ class Metrics(Counted):
     """Everything one engine counts. Thread-safe."""
 
     def __init__(self) -> None:
-        self.lookups = Counter("lookups", "Requests looked up.")
+        self.lookups = Ticks("lookups", "Requests looked up.")
         self.hit_tokens = Counter("hit_tokens", "Tokens served from a tier.", "tier")
         self.miss_tokens = Counter("miss_tokens", "Tokens asked for and not served, by reason.", "reason")
         self.stored_tokens = Counter("stored_tokens", "Tokens that became resident in a tier.", "tier")
@@ -154,9 +198,10 @@ class Metrics(Counted):
         )
         self.failures = Counter("failures", "Operations of a tier that failed.", "tier", "reason")
         self.compression = Ratio("compression_ratio", "Bytes of blocks over bytes they were stored in.", "tier")
-        self.decompression = Summary("decompression_duration_seconds", "Time that decoding an object took.", "tier")
+        self.decompression = Histogram("decompression_duration_seconds", "Time that decoding an object took.", "tier")
         self.blend_lookups = Counter("blend_lookups", "Chunks, and their tokens, looked up to be blended.", "unit")
         self.blend_hits = Counter("blend_hits", "Chunks, and their tokens, of those that were found.", "unit")
+        self.layerwise = Histogram("layerwise_load_latency_seconds", "Time that one layer of a layerwise load took.")
         super().__init__()
 
     def transferred(self, tier: str, direction: Direction, amount: int, seconds: float) -> None:

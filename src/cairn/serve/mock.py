@@ -1,7 +1,8 @@
 """A stand-in for an engine: OpenAI's API over text that follows from the prompt, for tests, benchmarks and trials.
 
 `python -m cairn.serve.mock --port 8000`. Each word follows from all the text before it, so whoever goes on from the
-middle of an answer says what would have been said. It holds no KV and knows no tokens but its words.
+middle of an answer says what would have been said. It knows no tokens but its words, and holds no KV unless
+`--compute-s` is given: then it has a real cache (`mock_cache`), by CAIRN_CONFIG, and only the model is made up.
 """
 
 import argparse
@@ -11,27 +12,34 @@ import hashlib
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import httptools
 import msgspec
 
 from cairn.serve.process import loop_factory
 
+if TYPE_CHECKING:
+    from cairn.serve.mock_cache import MockCache
+
 _TOKENS: Final = 16
+#: The version that it tells: whoever shows an engine says that its model is made up.
+SIMULATED: Final = "simulated"
 _HEAD: Final = b"HTTP/1.1 %d OK\r\ncontent-type: %s\r\n"
 _JSON: Final = b"application/json"
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """token_s, prefill_s: time of a word, and of a prompt. stall_after, error_after: words after which streams stand
-    still, or end with an error; 0: none do. word_bytes: of each, blanks in front. fail: the status of every answer; 0:
-    none fails.
+    """token_s, prefill_s: time of a word, and of a prompt. compute_s: of a prompt's token that the cache lacks, on a
+    device that computes one prompt after the other; 0: there is no cache. stall_after, error_after: words after which
+    streams stand still, or end with an error; 0: none do. word_bytes: of each, blanks in front. fail: the status of
+    every answer; 0: none fails.
     """
 
     model: str = "mock"
     token_s: float = 0.0
     prefill_s: float = 0.0
+    compute_s: float = 0.0
     stall_after: int = 0
     error_after: int = 0
     word_bytes: int = 5
@@ -43,8 +51,17 @@ class State:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.device = asyncio.Lock()
+        self.cache = _cache(settings.model) if settings.compute_s else None
         self.running = self.aborted = self.sent_bytes = 0
         self.requests: list[dict[str, Any]] = []
+
+
+def _cache(model: str) -> "MockCache":
+    from cairn.config import load_config  # slow to import, and most mocks have none
+    from cairn.serve.mock_cache import MockCache
+
+    return MockCache(model, load_config())
 
 
 def text_of(path: str, body: dict[str, Any]) -> str:
@@ -120,7 +137,10 @@ class Connection(asyncio.Protocol):
             self._whole(seen | {"requests": state.requests})
         elif self._path == "/metrics":
             running = f'vllm:num_requests_running{{model_name="{state.settings.model}"}} {state.running}\n'
-            self._write(_HEAD % (200, b"text/plain"), running.encode())
+            figures = state.cache.exposition() if state.cache else b""
+            self._write(_HEAD % (200, b"text/plain"), running.encode() + figures)
+        elif self._path == "/version":
+            self._whole({"version": SIMULATED})
         else:
             self._whole({}, 200 if self._path == "/health" else 404)
 
@@ -135,6 +155,10 @@ class Connection(asyncio.Protocol):
         try:
             if settings.prefill_s:
                 await asyncio.sleep(settings.prefill_s)
+            if state.cache:
+                async with state.device:
+                    lacking = await asyncio.to_thread(state.cache.prefill, text_of(self._path, body))
+                    await asyncio.sleep(settings.compute_s * lacking)
             await (self._stream(body) if body.get("stream") else self._answer(body))
         finally:
             state.running -= 1

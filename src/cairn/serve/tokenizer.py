@@ -11,6 +11,7 @@ import numpy as np
 from cairn.errors import InputError
 from cairn.serve.base import RequestError, Tokens
 from cairn.serve.chat import conversation, tool_schemas
+from cairn.serve.cuts import Cuts
 from cairn.serve.templates import content_format, variables
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Tokenizer:
         if self._fast is not None:
             self._fast.no_truncation()
             self._fast.no_padding()
+        self._cuts = None if self._fast is None else Cuts(self._fast)
 
     @classmethod
     def load(cls, name: str) -> Self:
@@ -65,6 +67,10 @@ class Tokenizer:
                 ids = self._tokenizer(text, add_special_tokens=special)["input_ids"]
         tokens: Tokens = np.frombuffer(array.array("I", ids), np.uint32)
         return tokens
+
+    def pieces(self, text: str) -> list[str]:
+        """The text in pieces whose ids without special tokens are together its own; see `Cuts`."""
+        return [text] if self._cuts is None else self._cuts.pieces(text)
 
     def render(self, chat: Chat) -> str:
         """The text of a chat, to be tokenized without special tokens: the template has written them.

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
+import numpy as np
+
 from cairn.errors import InputError
 from cairn.serve.base import Bounds, RequestError, T, Tokens, within
 from cairn.serve.recent import Recent
@@ -121,9 +123,15 @@ class Tokenizers:
             raise RequestError("add_generation_prompt and continue_final_message: must not both be true")
 
     def _tokens(self, name: str, text: str, special: bool) -> Tokens:
+        tokenizer = self._tokenizer(name)
+        pieces = [text] if special else tokenizer.pieces(text)
+        found = [self._piece(name, tokenizer, piece, special) for piece in pieces]
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def _piece(self, name: str, tokenizer: Tokenizer, text: str, special: bool) -> Tokens:
         found = self._recent.get(name, special, text)
         if found is None:
-            found = self._tokenizer(name).text(text, special=special)
+            found = tokenizer.text(text, special=special)
             self._recent.put(name, special, text, found)
         return found
 

@@ -5,70 +5,63 @@ of caches, and first and last tokens as they come.
 """
 
 import heapq
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 import numpy as np
-import numpy.typing as npt
 
 from cairn.errors import InputError
-from cairn.index import DEFAULT_POLICY, POLICIES, PrefixIndex
+from cairn.index import DEFAULT_POLICY, POLICIES
 from cairn.plan.schedule import Ask, InstanceView, Scheduler, Send, Wait, WaitingRoom
-from cairn.sim.instance import SHARED, Job, SimInstance
+from cairn.plan.schedule.base import TIERS
+from cairn.sim.instance import Job, SimInstance
 from cairn.sim.machine import H200_8B, Machine
+from cairn.sim.outcome import Outcome
+from cairn.sim.tiers import Tier
 from cairn.sim.trace import Keys, Trace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetSettings:
-    """shared_blocks: of the tier that all share; 0: there is none. eviction: of all caches."""
+    """blocks: of the tiers beyond the KV cache, by name; those that are left out, or have 0, are not there. The remote
+    tier is shared by all, the others by the `per_host` instances of a host. eviction: of all caches.
+    """
 
     instances: int = 64
+    per_host: int = 1
     machine: Machine = H200_8B
-    shared_blocks: int = 32_768
+    blocks: Mapping[str, int] = field(default_factory=lambda: {"remote": 32_768})
     eviction: str = DEFAULT_POLICY
     report_s: float = 1.0
     ttft_slo_s: float = 2.0
     tbt_slo_s: float = 0.1
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Outcome:
-    """What became of each request [requests]; NaN where it was shed."""
-
-    arrived: npt.NDArray[np.float64]
-    first: npt.NDArray[np.float64]
-    last: npt.NDArray[np.float64]
-    answer: npt.NDArray[np.int64]
-    prompt_tokens: int  # of all that were served
-    computed_tokens: int
-    loaded_tokens: int
-
-    @property
-    def ttft_s(self) -> npt.NDArray[np.float64]:
-        return self.first - self.arrived
-
-    @property
-    def tbt_s(self) -> npt.NDArray[np.float64]:
-        """Mean time between the tokens of an answer; 0 where there is only one."""
-        return (self.last - self.first) / np.maximum(1, self.answer - 1)
-
-    def good(self, ttft_slo_s: float, tbt_slo_s: float) -> int:
-        """Requests within both bounds."""
-        return int(np.count_nonzero((self.ttft_s <= ttft_slo_s) & (self.tbt_s <= tbt_slo_s)))
-
-
 class _Held(Mapping[str, Mapping[str, int]]):
     """What the global index would say of a prompt; looked up when a scheduler asks for it."""
 
-    def __init__(self, keys: Keys, instances: Sequence[SimInstance], shared: PrefixIndex | None, block: int) -> None:
+    def __init__(self, keys: Keys, instances: Sequence[SimInstance], block: int) -> None:
         self._keys, self._instances, self._block = keys, instances, block
-        self._in_shared = shared.match(keys) if shared else 0
+        self._known: dict[Tier, int] = {}  # instances share tiers
+        self._told: dict[str, Mapping[str, int]] = {}
 
     def __getitem__(self, name: str) -> Mapping[str, int]:
-        own = self._instances[int(name)].index.match(self._keys)
-        return {"vram": own * self._block, SHARED: max(0, self._in_shared - own) * self._block}
+        if name not in self._told:
+            self._told[name] = self._look(name)
+        return self._told[name]
+
+    def _look(self, name: str) -> Mapping[str, int]:
+        one = self._instances[int(name)]
+        reach = one.index.match(self._keys)
+        held = {"vram": reach * self._block}
+        for tier in one.tiers:
+            if tier not in self._known:
+                self._known[tier] = tier.index.match(self._keys)
+            held[tier.name] = max(0, self._known[tier] - reach) * self._block
+            reach = max(reach, self._known[tier])
+        return held
 
     def __iter__(self) -> Iterator[str]:
         return map(str, range(len(self._instances)))
@@ -97,9 +90,7 @@ class FleetSim:
         self._trace, self._scheduler, self._settings = trace, scheduler, settings
         span = max(float(trace.times[-1] - trace.times[0]), 1e-9)
         self._arrived = (trace.times - trace.times[0]) * (len(trace) / rate / span)
-        policy = POLICIES[settings.eviction]
-        self._shared = PrefixIndex(settings.shared_blocks, policy) if settings.shared_blocks else None
-        self._instances = [SimInstance(settings.machine, policy, self._shared) for _ in range(settings.instances)]
+        self._instances = _instances(settings, len(trace.keys))
         self._view = [
             InstanceView(
                 id=str(i), cost=one.cost, token_bytes=settings.machine.token_bytes, kv_tokens=self._kv_tokens()
@@ -107,14 +98,13 @@ class FleetSim:
             for i, one in enumerate(self._instances)
         ]
         self._events: list[tuple[float, _Kind, int]] = []
-        self._chains: list[Keys] = [keys for _, keys in trace.chains()]
         self._asks: dict[int, Ask] = {}
         self._room = WaitingRoom()
         self._open = 0
         self._until = [0.0] * settings.instances
         self._first = np.full(len(trace), np.nan)
         self._last = np.full(len(trace), np.nan)
-        self._loaded = 0
+        self._held: Counter[str] = Counter()
         self._prompts = 0
 
     def run(self) -> Outcome:
@@ -139,7 +129,7 @@ class FleetSim:
             answer=self._trace.output_tokens,
             prompt_tokens=self._prompts,
             computed_tokens=sum(one.computed_tokens for one in self._instances),
-            loaded_tokens=self._loaded,
+            held_tokens=dict(self._held),
         )
 
     def _ask(self, number: int, now: float) -> None:
@@ -171,12 +161,13 @@ class FleetSim:
             self._push(after, _Kind.RETRY, 0)
 
     def _request(self, number: int) -> Ask:
-        keys, trace, settings = self._chains[number], self._trace, self._settings
+        trace, settings = self._trace, self._settings
+        prompt = trace.chain(number)[: trace.asked[number]]
         return Ask(
             id=str(number),
             prompt_tokens=int(trace.input_tokens[number]),
             arrived=float(self._arrived[number]),
-            held=_Held(keys, self._instances, self._shared, settings.machine.block_tokens),
+            held=_Held(prompt, self._instances, settings.machine.block_tokens),
             ttft_slo_s=settings.ttft_slo_s,
             tbt_slo_s=settings.tbt_slo_s,
             max_tokens=int(trace.output_tokens[number]),
@@ -184,30 +175,32 @@ class FleetSim:
 
     def _submit(self, number: int, to: int, now: float) -> None:
         trace, one = self._trace, self._instances[to]
-        one.submit(Job(number, self._chains[number], int(trace.input_tokens[number]), int(trace.output_tokens[number])))
+        prompt, answer = int(trace.input_tokens[number]), int(trace.output_tokens[number])
+        until = one.submit(Job(number, trace.chain(number), int(trace.asked[number]), prompt, answer), now)
         if not one.computing:
-            self._begin(to, now)
+            until = one.begin(now)
+        self._end_at(to, until)
 
-    def _begin(self, which: int, now: float) -> None:
-        until = self._instances[which].begin(now)
+    def _end_at(self, which: int, until: float | None) -> None:
+        """The instance's run of steps, or its wait for a load, is over then; what was said before is void."""
         if until is not None:
             self._until[which] = until
             self._push(until, _Kind.STEP, which)
 
     def _step(self, which: int, now: float) -> None:
-        if now != self._until[which]:  # it waited for a load, and something else came first
+        if now != self._until[which]:  # something else came first
             return
         first, last = self._instances[which].end(now)
         for job in first:
             self._first[job.number] = now
-            self._loaded += job.loaded_tokens
+            self._held.update(job.held)
             self._prompts += job.prompt
             self._scheduler.first_token(self._asks[job.number], now)
         for job in last:
             self._last[job.number] = now
             self._open -= 1
             self._scheduler.finished(self._asks.pop(job.number), now, job.answer)
-        self._begin(which, now)
+        self._end_at(which, self._instances[which].begin(now))
 
     def _report(self, _: int, now: float) -> None:
         for view, one in zip(self._view, self._instances, strict=True):
@@ -221,9 +214,22 @@ class FleetSim:
         return self._settings.machine.blocks * self._settings.machine.block_tokens
 
 
+def _instances(settings: FleetSettings, distinct: int) -> list[SimInstance]:
+    """With their tiers. Room for more than the trace's `distinct` blocks would stay empty, and is not made."""
+    policy = POLICIES[settings.eviction]
+    sizes = [(name, min(settings.blocks.get(name, 0), distinct)) for name in TIERS[1:]]
+    remote = [Tier(name, size, policy) for name, size in sizes if name == "remote" and size]
+    made = []
+    for i in range(settings.instances):
+        if i % settings.per_host == 0:
+            host = [Tier(name, size, policy) for name, size in sizes if name != "remote" and size]
+        made.append(SimInstance(settings.machine, policy, [*host, *remote]))
+    return made
+
+
 def _check(trace: Trace, machine: Machine) -> None:
     if not trace.input_tokens.all() or not trace.output_tokens.all():
         raise InputError("a request of the trace has no tokens: each line needs input_length and output_length above 0")
-    blocks = np.diff(trace.starts) - (-trace.output_tokens // machine.block_tokens)
+    blocks = trace.asked - (-trace.output_tokens // machine.block_tokens)
     if blocks.max() > machine.blocks:
         raise InputError(f"a request of {blocks.max()} blocks: an instance has {machine.blocks}; raise machine.blocks")

@@ -1,11 +1,12 @@
-"""Replays a trace against the real prefix index and an eviction policy."""
+"""Replays a trace against one tier, without a clock: nobody waits, and what is stored is there at once."""
 
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from cairn.index import EvictionPolicy, PrefixIndex
+from cairn.index import EvictionPolicy
+from cairn.sim.tiers import Tier
 from cairn.sim.trace import Trace
 
 
@@ -21,20 +22,7 @@ class Replay(NamedTuple):
 
 
 def replay(trace: Trace, capacity: int, policy: type[EvictionPolicy], chunk: int = 16) -> Replay:
-    """Each request uses its leading resident blocks, then stores the others, in the order of the trace.
-
-    Missing blocks are stored `chunk` at a time, as an engine does that prefills in chunks; all at once with `chunk`
-    0, and then nothing of the request can be evicted in its favour. Where a policy evicts the end of the very chain
-    that is being stored, because that is worth less than all else, the rest of the chain is not stored.
-    """
-    index = PrefixIndex(capacity, policy)
-    hits = np.zeros(len(trace), np.int64)
-    for i, (now, keys) in enumerate(trace.chains()):
-        at = hits[i] = index.touch(keys, now)
-        while at < len(keys):
-            ids = index.reserve(min(chunk or len(keys), len(keys) - at), now)
-            stored = int(np.count_nonzero(index.commit(keys, at, ids, now)))
-            at += stored
-            if stored == 0 or stored < len(ids):
-                break
-    return Replay(hits, index.evicted)
+    """Each request uses its leading resident blocks, then stores the others (`Tier.use`), in the order of the trace."""
+    tier = Tier("dram", capacity, policy)
+    hits = [tier.use(trace.chain(i), float(now), chunk) for i, now in enumerate(trace.times)]
+    return Replay(np.array(hits, np.int64), tier.index.evicted)

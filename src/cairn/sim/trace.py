@@ -1,8 +1,9 @@
 """Request traces: what was asked when, as chains of block ids.
 
-The format is Mooncake's (Qin et al., FAST'25; github.com/kvcache-ai/Mooncake): a JSON object a line with `timestamp` in
-milliseconds, `input_length` and `output_length` in tokens, and `hash_ids`, one id for each block of 512 prompt
-tokens. An id stands for its block and all before it, so equal ids mean equal prefixes; `read_trace` checks that.
+The first format is Mooncake's (Qin et al., FAST'25; github.com/kvcache-ai/Mooncake): a JSON object a line with
+`timestamp` in milliseconds, `input_length` and `output_length` in tokens, and `hash_ids`, one id for each block of 512
+prompt tokens. An id stands for its block and all before it, so equal ids mean equal prefixes; `read_trace` checks that.
+`cairn.sim.logs` and `cairn.sim.recorded` read others.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,6 +36,8 @@ class Trace:
     keys: Keys  # [distinct, 2] of the dense ids
     input_tokens: npt.NDArray[np.int64]  # [requests]; zeros where unknown
     output_tokens: npt.NDArray[np.int64]
+    asked: npt.NDArray[np.int64]  # [requests] leading blocks that are the prompt's; the others are the answer's
+    block_tokens: int = 512
 
     def __len__(self) -> int:
         return len(self.times)
@@ -43,11 +46,40 @@ class Trace:
     def block_uses(self) -> int:
         return len(self.blocks)
 
-    def chains(self) -> Iterator[tuple[float, Keys]]:
-        """Each request's time in seconds and keys [blocks, 2]."""
-        keys = self.keys[self.blocks]
-        for i in range(len(self)):
-            yield float(self.times[i]), keys[self.starts[i] : self.starts[i + 1]]
+    def chain(self, request: int) -> Keys:
+        """A request's keys [blocks, 2]."""
+        return self.keys[self.blocks[self.starts[request] : self.starts[request + 1]]]
+
+    def reused(self) -> npt.NDArray[np.int64]:
+        """Leading blocks of each prompt that came before [requests]: what the largest cache could hit."""
+        new = np.zeros(self.block_uses, np.int64)
+        new[np.unique(self.blocks, return_index=True)[1]] = 1
+        upto = np.concatenate([[0], np.cumsum(new)])
+        reused: npt.NDArray[np.int64] = self.asked - (upto[self.starts[:-1] + self.asked] - upto[self.starts[:-1]])
+        return reused
+
+    def repeated(self, requests: int) -> "Trace":
+        """As many requests, by copies of the trace behind one another. Copies share no block, as if each had users of
+        its own: nothing more can be hit by that, and the rate stays.
+        """
+        copies = -(-requests // len(self))
+        last = int(self.starts[-1])
+        gap = float(self.times[-1] - self.times[0]) * len(self) / max(1, len(self) - 1)
+        number = np.repeat(np.arange(copies), len(self))[:requests]
+        starts = np.append((np.arange(copies)[:, None] * last + self.starts[:-1]).ravel(), copies * last)[
+            : requests + 1
+        ]
+        blocks = (np.arange(copies)[:, None] * len(self.keys) + self.blocks).ravel()[: starts[-1]]
+        return Trace(
+            times=np.tile(self.times, copies)[:requests] + number * gap,
+            starts=starts,
+            blocks=blocks,
+            keys=_keys(int(blocks.max()) + 1),
+            input_tokens=np.tile(self.input_tokens, copies)[:requests],
+            output_tokens=np.tile(self.output_tokens, copies)[:requests],
+            asked=np.tile(self.asked, copies)[:requests],
+            block_tokens=self.block_tokens,
+        )
 
     @classmethod
     def of(
@@ -55,8 +87,13 @@ class Trace:
         times: Sequence[float],
         chains: Sequence[Sequence[int]],
         lengths: Sequence[tuple[int, int]] | None = None,
+        asked: Sequence[int] | None = None,
+        block_tokens: int = 512,
     ) -> "Trace":
-        """From times in seconds and chains of block ids, sorted by time here; equal times keep their order."""
+        """From times in seconds and chains of block ids, sorted by time here; equal times keep their order.
+
+        lengths: tokens of each prompt and answer. asked: how many leading blocks are the prompt's; None: all.
+        """
         order = np.argsort(np.asarray(times, np.float64), kind="stable")
         starts = np.zeros(len(chains) + 1, np.int64)
         np.cumsum([len(chains[i]) for i in order], out=starts[1:])
@@ -72,6 +109,8 @@ class Trace:
             keys=_keys(len(first)),
             input_tokens=tokens[order, 0],
             output_tokens=tokens[order, 1],
+            asked=np.asarray(asked, np.int64)[order] if asked is not None else np.diff(starts),
+            block_tokens=block_tokens,
         )
 
 
@@ -82,7 +121,7 @@ def read_trace(path: Path, limit: int | None = None) -> Trace:
     lengths: list[tuple[int, int]] = []
     parents: dict[int, int] = {}
     decode = msgspec.json.Decoder(_Row).decode
-    for number, line in _lines(path, limit):
+    for number, line in lines(path, limit):
         try:
             row = decode(line)
         except msgspec.DecodeError as error:
@@ -96,7 +135,8 @@ def read_trace(path: Path, limit: int | None = None) -> Trace:
     return Trace.of(times, chains, lengths)
 
 
-def _lines(path: Path, limit: int | None) -> Iterator[tuple[int, bytes]]:
+def lines(path: Path, limit: int | None = None) -> Iterator[tuple[int, bytes]]:
+    """The first lines of a file with something on them, and their numbers. Raises InputError."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):

@@ -1,6 +1,7 @@
 """The disk tier: blocks in the fixed slots of one preallocated file, found again after kill -9."""
 
 import logging
+import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -102,6 +103,7 @@ class DiskTier(Tier):
         self._closed = False
         self._closing = Lock()
         self._sync_failed = False
+        self._space = os.fstatvfs(self._slots.fd)
         self._workers = Workers(threads, "cairn-disk")
         self._summer = Workers(1, "cairn-disk-checksums")
         self._flights = Flights(self._at_deadline, "cairn-disk-deadlines")
@@ -179,6 +181,8 @@ class DiskTier(Tier):
             "breaker_open": 0 if self._breaker.closed else 1,
             "breaker_opened_total": self._breaker.opened,
             "direct_io": int(self._slots.direct),
+            "filesystem_bytes": self._space.f_blocks * self._space.f_frsize,
+            "filesystem_free_bytes": self._space.f_bavail * self._space.f_frsize,
             "load_seconds_per_call": cost.seconds_per_call,
             "load_seconds_per_byte": cost.seconds_per_byte,
         }
@@ -247,6 +251,7 @@ class DiskTier(Tier):
             try:
                 self._slots.sync()
                 self._machine.ledger.sync()
+                self._space = os.fstatvfs(self._slots.fd)  # here, as it may wait for the device
             except OSError as error:
                 log.error("%s: sync failed: %s", self._directory.path, error)
                 self._sync_failed = True

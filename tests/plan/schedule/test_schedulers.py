@@ -81,6 +81,15 @@ def test_nobody_there_is_shed_with_a_reason(make: Callable[[], Scheduler]) -> No
 
 
 @every_scheduler
+@pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE])
+def test_where_a_side_has_nobody_the_other_does_everything(make: Callable[[], Scheduler], role: Role) -> None:
+    other = Role.PREFILL if role is Role.DECODE else Role.DECODE
+    scheduler, view = make(), [instance("a", role), instance("b", other, available=False)]
+    choice = send(scheduler, ask("r"), view, 0.0)
+    assert (choice.instance_id, choice.prefill_on) == ("a", None)
+
+
+@every_scheduler
 def test_ties_are_broken_fairly(make: Callable[[], Scheduler]) -> None:
     scheduler, view = make(), [instance(str(i)) for i in range(8)]
     chosen: Counter[str] = Counter()

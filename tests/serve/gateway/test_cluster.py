@@ -2,10 +2,13 @@
 
 import asyncio
 import json
+import os
 import secrets
-from contextlib import ExitStack
+import signal
+from contextlib import AsyncExitStack, ExitStack
 
 import httpx
+import pytest
 
 from cairn.cluster import Directory, Instance, Keys, Registration, Replicas
 from cairn.cluster.etcd import EtcdRegistry, EtcdSettings
@@ -65,6 +68,52 @@ def test_serving_goes_on_without_etcd_and_without_a_replica() -> None:
 
         asyncio.run(scenario())
         assert second.end() == 0
+
+
+@needs_etcd
+@pytest.mark.parametrize("away_s", [3 * LEASE_S, *map(float, os.environ.get("CAIRN_TEST_ETCD_AWAY_S", "").split())])
+def test_a_registry_that_is_away_for_longer_than_its_leases_is_not_missed(away_s: float) -> None:
+    """All members stop, so that leases run out as they return. CAIRN_TEST_ETCD_AWAY_S=60: for so long, too."""
+    with ExitStack() as stack:
+        cluster = stack.enter_context(etcd(3))
+        engines = [stack.enter_context(Engine(model="m")) for _ in range(3)]
+        options = ["--etcd-addr", ",".join(cluster.endpoints), "--set", f"cluster.lease_s={LEASE_S}"]
+        gateway = stack.enter_context(Gateway(*options, "--set", "cluster.timeout_s=1", CAIRN_SERVE__ADMIN_KEY="boss"))
+
+        async def serves(seconds: float) -> None:
+            begun = asyncio.get_running_loop().time()
+            while asyncio.get_running_loop().time() - begun < seconds:
+                assert await asyncio.to_thread(served, gateway)
+
+        async def scenario() -> None:
+            async with AsyncExitStack() as stack:
+                await stack.enter_async_context(asyncio.timeout(away_s + 120))
+                settings = EtcdSettings(endpoints=cluster.endpoints, timeout_s=1)
+                registry = await stack.enter_async_context(EtcdRegistry(settings))
+
+                async def register(name: str, engine: Engine) -> None:
+                    await stack.enter_async_context(
+                        Registration(registry, Keys().instance(name), instance(name, engine), LEASE_S)
+                    )
+
+                await register("a", engines[0])
+                await register("b", engines[1])
+                await asyncio.to_thread(gateway.wait_for, "a", "b")
+                for member in cluster.members:
+                    member.freeze()
+                engines[0].kill()
+                await serves(away_s)
+                for member in cluster.members:
+                    member.signal(signal.SIGCONT)
+                await serves(1.5 * LEASE_S)
+                await register("c", engines[2])
+                await asyncio.to_thread(gateway.wait_for, "b", "c")
+                directory = await stack.enter_async_context(Directory(registry, Keys()))
+                await asyncio.to_thread(until, lambda: {"b", "c"} <= {*directory.members}, "all that live")
+                await serves(0.5)
+
+        asyncio.run(scenario())
+        assert gateway.end() == 0
 
 
 def instance(name: str, engine: Engine) -> Instance:

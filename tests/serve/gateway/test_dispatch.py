@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from cairn.cluster import Instance
+from cairn.cluster.directory import Member as Reported
 from cairn.config.schema import Serve
 from cairn.plan.schedule import RoundRobin
 from cairn.plan.schedule.base import Ask, Choice, InstanceView, Send, Shed, Wait
@@ -36,7 +37,7 @@ def members_of(config: Serve, *names: str) -> Members:
     members = Members(config)
     for name in names:
         instance = Instance(name=name, incarnation="1", http="http://127.0.0.1:1", model="m")
-        members._members[name] = Member(instance, None, config)
+        members._members[name] = Member(Reported(instance), config)
     return members
 
 

@@ -9,6 +9,7 @@ from cairn.config import load_config
 from cairn.config.schema import Config, Serve
 from cairn.errors import ConfigError, InputError
 from cairn.plan.schedule import RoundRobin
+from cairn.serve.dashboard import PAGE, STATE, Board
 from cairn.serve.gateway.app import Gateway
 from cairn.serve.gateway.backends import parse_backend
 from cairn.serve.gateway.dispatch import Dispatch
@@ -17,6 +18,7 @@ from cairn.serve.gateway.metrics import GatewayMetrics
 from cairn.serve.gateway.prompts import FleetPrompts
 from cairn.serve.gateway.relay import Relay
 from cairn.serve.gateway.service import run
+from cairn.serve.gateway.shown import ClusterShown
 from cairn.serve.indexer.parts import Parts
 
 
@@ -26,16 +28,16 @@ def test_each_key_opens_its_door() -> None:
     metrics = GatewayMetrics(members)
     dispatch = Dispatch(members, RoundRobin(), config.serve, metrics.shed.inc)
     parts = Parts(config.index)
-    gateway = Gateway(
-        Relay(members, dispatch, FleetPrompts(parts), config.serve, metrics), members, config.serve, metrics
-    )
+    relay = Relay(members, dispatch, FleetPrompts(parts), config.serve, metrics)
+    board = Board(ClusterShown("x", members, metrics.traffic, lambda: 0, parts.index.held, with_text=True))
+    gateway = Gateway(relay, members, config.serve, metrics, board)
 
     async def main() -> dict[tuple[str, str], int]:
         found = {}
         async with httpx.AsyncClient(transport=httpx.ASGITransport(gateway), base_url="http://x") as client:
             for key in ("", "one", "two", "boss", "onetwo"):
                 headers = {"authorization": f"Bearer {key}"} if key else {}
-                for path in ("/health", "/v1/models", "/metrics", "/admin/instances"):
+                for path in ("/health", "/v1/models", "/metrics", "/admin/instances", STATE, PAGE, f"{PAGE}style.css"):
                     found[key, path] = (await client.get(path, headers=headers)).status_code
                 answer = await client.post("/v1/completions", headers=headers, content=b"{}")
                 found[key, "/v1/completions"] = answer.status_code
@@ -50,7 +52,9 @@ def test_each_key_opens_its_door() -> None:
     }
     assert {key for (key, path), status in found.items() if path == "/admin/instances" and status == 200} == {"boss"}
     assert {key for (key, path), status in found.items() if path == "/metrics" and status == 200} == {"boss"}
-    assert {status for (_, path), status in found.items() if path == "/health"} == {200}
+    assert {key for (key, path), status in found.items() if path == STATE and status == 200} == {"boss"}
+    anybody = {"/health", PAGE, f"{PAGE}style.css"}
+    assert {status for (_, path), status in found.items() if path in anybody} == {200}
 
 
 @pytest.mark.parametrize(

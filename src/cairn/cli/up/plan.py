@@ -18,6 +18,7 @@ from cairn.errors import InputError
 
 _CAIRN: Final = (sys.executable, "-c", "from cairn.cli import main; main()")
 _START_S: Final = 180.0
+SERVICE: Final = "service"
 _ENGINE_START_S: Final = 600.0
 
 
@@ -75,7 +76,12 @@ def children_of(spec: ClusterSpec, home: Path) -> list[Child]:
     told = cluster or [part for one in engines for part in ("--backend", _backend(one))]
     serve = (*_CAIRN, "serve", "--config", str(file), "--http-server-port", str(http), *told)
     url = f"http://{config.serve.host}:{http}"
-    return [*found, Child("service", serve, f"http://127.0.0.1:{http}/health/ready", url)]
+    found.append(Child(SERVICE, serve, f"http://127.0.0.1:{http}/health/ready", url))
+    if spec.traffic:
+        asks = ("--model", spec.traffic.model, "--rate", str(spec.traffic.rate))
+        clients = (sys.executable, "-m", "cairn.cli.up.traffic", f"http://127.0.0.1:{http}", *asks)
+        found.append(Child("traffic", clients))
+    return found
 
 
 def _engines(spec: ClusterSpec) -> list[_Engine]:

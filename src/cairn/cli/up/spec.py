@@ -34,12 +34,20 @@ class EngineSpec(Section):
         return self
 
 
+class TrafficSpec(Section):
+    """Clients that ask, so that there is something to see."""
+
+    model: str = Field(default="mock", description="What they ask for.")
+    rate: float = Field(default=2.0, gt=0, le=1000, description="Requests a second, in the mean.")
+
+
 class ClusterSpec(Section):
     """The cluster."""
 
     engines: tuple[EngineSpec, ...] = Field(min_length=1)
     etcd: bool = Field(default=False, description="An etcd of its own; else the service is told of the engines.")
     node: bool = Field(default=False, description="A node, which the engines share their KV through.")
+    traffic: TrafficSpec | None = Field(default=None, description="Clients that ask; null: none.")
     config: dict[str, Any] = Field(default={}, description="Cairn's settings, as in a configuration file.")
 
     @model_validator(mode="after")

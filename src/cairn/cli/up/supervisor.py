@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from cairn.cli.up.plan import Child
+from cairn.cli.up.plan import SERVICE, Child
 from cairn.cli.up.state import answers, forget_state, is_running, write_state
 from cairn.errors import InputError, StorageError
 
@@ -75,7 +75,8 @@ class Supervisor:
             for child in self._children:
                 if not self._start(child):
                     return 0
-            self._say(f"ready: {self._children[-1].url}; logs in {self._home}; Ctrl-C ends it")
+            url = next(child.url for child in self._children if child.name == SERVICE)
+            self._say(f"ready: {url}; dashboard: {url}/dashboard/; logs in {self._home}; Ctrl-C ends it")
             while not self._ended.wait(_LOOK_S):
                 for one in self._running:
                     self._look_after(one)

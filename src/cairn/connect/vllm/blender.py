@@ -15,6 +15,7 @@ from cairn.connect.vllm.places import Place, Places, refused
 from cairn.copy import TokenSlots
 from cairn.errors import CairnError, GeometryError
 from cairn.kv import KVGeometry, Layout
+from cairn.node.base import Home
 
 #: No slots, no rows: of a copy that is made by hand.
 _NOTHING: Final = (np.empty(0, np.int64), np.empty(0, np.int32))
@@ -82,7 +83,10 @@ class Blender:
         loads: list[Layers] = []
         errors: list[BaseException | None] = []
         try:
-            loads.extend(self._load(part, order) for part in order.parts)
+            homes: dict[Home | None, list[Part]] = {}
+            for part in order.parts:
+                homes.setdefault(part.home and Home(*part.home), []).append(part)
+            loads.extend(self._load(home, parts, order) for home, parts in homes.items())
             self._blend(order, loads, started + self._timeout)
         except (CairnError, RuntimeError) as error:
             errors.append(error)
@@ -129,39 +133,39 @@ class Blender:
         canvas = _PagedCanvas(self._layers, order, len(tokens), loads, deadline, turn, rows)
         blend(self._model, tokens, canvas, order.start, [Piece(part.start, part.stop) for part in moved], self._recipe)
 
-    def _load(self, part: Part, order: Blend) -> Layers:
-        """Starts to load a part: into the paged cache, whose pages take tokens at any slot, or else into the planes."""
-        place = self._places.at(part.home)
+    def _load(self, home: Home | None, parts: list[Part], order: Blend) -> Layers:
+        """Starts to load parts: into the paged cache, whose pages take tokens at any slot, or else into the planes."""
+        place = self._places.at(home)
         if place is None:
             raise BlendError("a chunk's rows cannot be reached: the node's arena is not mapped yet")
         block = self._geometry.block_tokens
-        if len(part.rows) * block < (part.start - part.origin) % block + part.stop - part.start:
+        if any(len(part.rows) * block < part.skipped(block) + part.stop - part.start for part in parts):
             raise BlendError("some of a chunk's rows are not there any more")
         if place.mover.kv.opaque:
-            return _Read(place, part, self._geometry, self._layout, self._layers[0].keys.dtype)
-        return place.load_layers(self._slots(part, order), np.asarray(part.rows, np.int32))
+            return _Read(place, parts, self._geometry, self._layout, self._layers[0].keys.dtype)
+        slots = np.concatenate([self._slots(part, order) for part in parts])
+        return place.load_layers(slots, np.concatenate([part.rows for part in parts], dtype=np.int32))
 
     def _slots(self, part: Part, order: Blend) -> TokenSlots:
         """Where the tokens of a part's rows belong in the paged cache; none for those that it leaves out."""
         block = self._geometry.block_tokens
-        first = part.start - (part.start - part.origin) % block
-        positions = np.arange(first, first + len(part.rows) * block)
+        positions = np.arange(len(part.rows) * block) + part.start - part.skipped(block)
+        wanted = (positions >= part.start) & (positions < part.stop)
         pages = np.asarray(order.context + order.pages, np.int64)
-        positions[(positions < part.start) | (positions >= part.stop)] = -1
-        return np.where(positions < 0, -1, pages[positions // block] * block + positions % block)
+        at = np.where(wanted, positions, part.start)
+        return np.where(wanted, pages[at // block] * block + at % block, -1)
 
 
 class _Read(Layers):
-    """A part that is read from the arena, in host memory, right into a layer's planes."""
+    """Parts that are read from the arena, in host memory, right into a layer's planes."""
 
-    def __init__(self, place: Place, part: Part, geometry: KVGeometry, layout: Layout, dtype: Any) -> None:
+    def __init__(self, place: Place, parts: list[Part], geometry: KVGeometry, layout: Layout, dtype: Any) -> None:
         self._over: Future[float] = Future()
-        self._part = part
+        self._parts = parts
         self._geometry = geometry
         self._layout = layout
         self._memory = place.mover.memory
         self._dtype = dtype
-        self._rows = torch.tensor(part.rows)
         inside = place.copy(lambda *_: self._over, *_NOTHING)
         if inside is not self._over:
             raise BlendError(f"a chunk's rows cannot be read: {inside.exception()}")
@@ -170,13 +174,13 @@ class _Read(Layers):
         """It is there."""
 
     def fill(self, layer: int, planes: Planes) -> None:
-        """Copies the part's tokens into the layer's planes."""
-        part, block = self._part, self._geometry.block_tokens
+        """Copies the parts' tokens into the layer's planes."""
         pages = Pages.of_rows(self._memory, layer, self._dtype, self._geometry, self._layout)
-        first = (part.start - part.origin) % block
-        for plane, held in zip(planes, pages, strict=True):
-            tokens = held[self._rows].flatten(0, 1)
-            plane[part.start : part.stop] = tokens[first : first + part.stop - part.start]
+        for part in self._parts:
+            rows, first = torch.tensor(part.rows), part.skipped(self._geometry.block_tokens)
+            for plane, held in zip(planes, pages, strict=True):
+                tokens = held[rows].flatten(0, 1)
+                plane[part.start : part.stop] = tokens[first : first + part.stop - part.start]
 
     def end(self) -> Copying:
         self._over.set_result(0.0)

@@ -23,7 +23,6 @@ from cairn.engine.writing import Writing
 from cairn.errors import GeometryError
 from cairn.kv import KeyChain
 from cairn.kv.keys import Tokens
-from cairn.observe.log import log_once
 from cairn.observe.reasons import Reason
 
 logger = logging.getLogger(__name__)
@@ -36,8 +35,8 @@ class Settings(NamedTuple):
     separator: Tokens
 
 
-def settings_of(vllm_config: Any, served: Served, config: Config) -> Settings | None:
-    """None if blending is not wanted, or not possible here, which is said once, with the reason."""
+def settings_of(vllm_config: Any, served: Served, config: Config, *, tell: bool = True) -> Settings | None:
+    """None if blending is not wanted, or not possible here, for which `tell` gives the reason."""
     wanted = config.blending
     if not wanted.enabled:
         return None
@@ -45,14 +44,15 @@ def settings_of(vllm_config: Any, served: Served, config: Config) -> Settings | 
         _refuse(vllm_config, served, max(wanted.check_layers))
         separator = _separator(vllm_config, wanted.special_str)
     except GeometryError as error:
-        no_blending(error)
+        if tell:
+            no_blending(error)
         return None
     return Settings(Recipe(wanted.check_layers, wanted.recompute_ratios, wanted.head_tokens), separator)
 
 
 def no_blending(reason: GeometryError) -> None:
     """Says that there will be none."""
-    log_once(logger, "no blending", f"no blending; prefixes are reused all the same: {reason}")
+    logger.warning("no blending, but prefixes are reused all the same: %s", reason)
 
 
 def _separator(vllm_config: Any, text: str | None) -> Tokens:

@@ -45,7 +45,7 @@ class CairnConnector(KVConnectorBase_V1):  # type: ignore[misc]
         vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"
         config = config_of(vllm_config.kv_transfer_config.kv_connector_extra_config)
         served = served_model(vllm_config, kv_cache_config, config)
-        blending = settings_of(vllm_config, served, config)
+        blending = settings_of(vllm_config, served, config, tell=role == KVConnectorRole.SCHEDULER)
         self._caches = kv_cache_config
         self._unlink_arena = partial(Arena.unlink, served.name)
         self._scheduler: SchedulerSide | None = None
@@ -154,7 +154,8 @@ class CairnConnector(KVConnectorBase_V1):  # type: ignore[misc]
             self._schedulers.reported(connector_output.kv_connector_worker_meta)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        return self._schedulers.finished(request), None
+        told = self._schedulers.handed_over(request)
+        return self._schedulers.finished(request), told
 
     def take_events(self) -> list[Any]:
         events = self._schedulers.events

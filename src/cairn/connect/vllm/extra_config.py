@@ -31,4 +31,9 @@ def config_of(extra: dict[str, Any]) -> Config:
             f"storage.vram.size={config.storage.vram.size}: must be 0 under vLLM, whose workers do not share VRAM yet; "
             "take it out"
         )
+    if config.engine.enable_disagg_pd and not (config.node.address or config.storage.remote.url):
+        raise ConfigError(
+            "engine.enable_disagg_pd: prefill and decode instances hand over what both can reach; set node.address or "
+            "storage.remote.url, the same for all"
+        )
     return config

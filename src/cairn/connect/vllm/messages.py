@@ -36,6 +36,10 @@ class Part:
     rows: list[int]
     home: tuple[str, int, int, str] | None = None
 
+    def skipped(self, block_tokens: int) -> int:
+        """How many tokens stand before `start` in the first row."""
+        return (self.start - self.origin) % block_tokens
+
 
 @dataclass(slots=True)
 class Blend:

@@ -9,13 +9,15 @@ from cairn.config import Config
 @dataclass(frozen=True, slots=True)
 class Mode:
     """reads, writes: whether requests load and store. in_step: whether a step may load what it needs itself, layer by
-    layer. events: whether the tiers' KV events are wanted.
+    layer. events: whether the tiers' KV events are wanted. hands_over: whether prefill instances tell decode instances
+    what they have stored.
     """
 
     reads: bool
     writes: bool
     in_step: bool
     events: bool
+    hands_over: bool
 
 
 def mode_of(vllm_config: Any, config: Config) -> Mode:
@@ -30,6 +32,7 @@ def mode_of(vllm_config: Any, config: Config) -> Mode:
         # it may fail, and then needs to be taken back.
         in_step=(current_platform.is_cuda_alike() and not config.node.address) or not steps_overlap(vllm_config),
         events=config.engine.enable_service_routing or bool(told and told.enable_kv_cache_events),
+        hands_over=config.engine.enable_disagg_pd,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from cairn.config import Config
+from cairn.connect.vllm import handover
 from cairn.connect.vllm.adapters import Adapters
 from cairn.connect.vllm.blending import Blending, Chunks, Missing, Settings, make_private
 from cairn.connect.vllm.events import TierEvents
@@ -22,7 +23,9 @@ from cairn.engine.stage import Stage
 from cairn.engine.writing import Writing
 from cairn.kv import KeyChain
 from cairn.node.base import Home
+from cairn.observe.log import serving
 from cairn.observe.reasons import Reason
+from cairn.observe.trace import joined
 from cairn.plan import Work
 from cairn.tier.arena import Arena
 
@@ -45,7 +48,7 @@ class _Tracked:
     loads: false once a load of it has failed: it is not tried again. chunks: what it will be blended from, or is.
     missing: chunks that it lacked, to be stored when it is over. blends: false once that was found not to pay. exact:
     its blocks from there on are no prefix's. asked, answer, ask_until: whether a remote store was asked about it, how
-    it goes, and until when that is waited for.
+    it goes, and until when that is waited for. promise: what a prefill instance has stored.
     """
 
     request: Any
@@ -66,6 +69,7 @@ class _Tracked:
     asked: bool = False
     answer: "Future[None] | None" = None
     ask_until: float = 0.0
+    promise: handover.Promise | None = None
 
 
 class SchedulerSide:
@@ -118,10 +122,11 @@ class SchedulerSide:
         if tracked.stage and tracked.stage.span.start != computed:
             self._drop_stage(tracked)
         if tracked.stage is None:
-            if not self._answered(tracked):
-                return None, False
-            tracked.stage = self.engine.stage(tracked.chain, first_token=computed)
-            self.engine.metrics.lookups.add()
+            with serving(request.request_id), joined(getattr(request, "trace_headers", None)):
+                if self._awaits(tracked, computed) or not self._answered(tracked):
+                    return None, False
+                tracked.stage = self.engine.stage(tracked.chain, first_token=computed)
+            self.engine.metrics.lookups.tick()
         if not tracked.stage.settled:
             return None, False
         tokens = max(0, tracked.stage.wait() - computed)  # waits no more, but notes a deadline that has passed
@@ -231,6 +236,20 @@ class SchedulerSide:
             del self._tracked[request.request_id]
         return tracked.held
 
+    def handed_over(self, request: Any) -> dict[str, Any] | None:
+        """What the instance that decodes a request is told, asked when the request is over here."""
+        tracked = self._running(request.request_id)
+        if not self._mode.hands_over or tracked is None or tracked.request is not request:
+            return None
+        if not handover.is_wanted(request):
+            return None
+        blocks = min(self._whole_blocks(tracked), request.num_prompt_tokens // self._block)
+        if blocks <= tracked.offered:  # else the rest is stored now, by `_finish`
+            writing = tracked.writing
+            stored = writing.first + len(writing.rows) if writing else self.engine.held(tracked.chain)
+            blocks = min(blocks, stored)
+        return handover.told(tracked.chain, blocks)
+
     def frees_blocks(self) -> bool:
         """Whether blocks of requests that are over become free by themselves, once they are stored."""
         return bool(self._orders.released) or any(tracked.held for tracked in self._tracked.values())
@@ -277,6 +296,8 @@ class SchedulerSide:
             tokens = np.fromiter(request.all_token_ids, np.uint32, request.num_tokens)
             chain = self.engine.chain(tokens, namespace=namespace, extra=extra)
             tracked = self._tracked[request.request_id] = _Tracked(request, chain)
+            if self._mode.hands_over:
+                tracked.promise = handover.promise(request, chain, self.engine)
             if self.events:
                 self.events.name(request, chain, 0, tokens)
         return tracked
@@ -285,6 +306,14 @@ class SchedulerSide:
         """The request that vLLM means by this id in a step: not one that is over."""
         tracked = self._tracked.get(request_id)
         return tracked if tracked and not tracked.finished else None
+
+    def _awaits(self, tracked: _Tracked, computed: int) -> bool:
+        """Whether a prefill instance is still storing what the request will load. computed: tokens that vLLM has."""
+        promise = tracked.promise
+        if promise and promise.blocks * self._block > computed and promise.pending():
+            return True
+        tracked.promise = None
+        return False
 
     def _answered(self, tracked: _Tracked) -> bool:
         """Whether it is known what a remote store holds of the request, as far as it is waited for."""
@@ -305,6 +334,9 @@ class SchedulerSide:
         if tracked.stage:
             tracked.stage.release()
             tracked.stage = None
+        self._drop_chunks(tracked)
+
+    def _drop_chunks(self, tracked: _Tracked) -> None:
         if tracked.chunks:
             tracked.chunks.release()
             tracked.chunks = None
@@ -316,8 +348,7 @@ class SchedulerSide:
         if not (self._blending and self._blending.ready and tracked.blends):
             return 0
         if tracked.chunks and tracked.chunks.start != start:
-            tracked.chunks.release()
-            tracked.chunks = None
+            self._drop_chunks(tracked)
         if tracked.chunks is None:
             tracked.chunks = self._blending.find(tracked.request, tracked.chain, start)
         if tracked.chunks and not tracked.chunks.settle():
@@ -328,9 +359,7 @@ class SchedulerSide:
             ]
         if tracked.chunks is None or not self._blending.take(tracked.chunks):
             tracked.blends = False
-            if tracked.chunks:
-                tracked.chunks.release()
-                tracked.chunks = None
+            self._drop_chunks(tracked)
             return 0
         tracked.exact = min(tracked.exact, start // self._block)
         make_private(tracked.request, start // getattr(self.blocks, "hash_block_size", self._block))
@@ -417,6 +446,8 @@ class SchedulerSide:
         elif not tracked.chunks:
             self.engine.metrics.transferred("dram", "load", size, seconds)
             self.engine.cost.observe_load("dram", size, seconds)
+            if tracked.layered:
+                self.engine.layer_times.copied(range(self.engine.geometry.layers), seconds)
         self._drop_stage(tracked)
         if tracked.finished and not tracked.held and not tracked.writing:
             del self._tracked[tracked.request.request_id]

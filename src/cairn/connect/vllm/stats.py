@@ -4,48 +4,55 @@ Names are those of `cairn.observe.prometheus`, labels vLLM's (`model_name`, `eng
 scheduler's side counts, for all ranks together, so there is nothing to add up between ranks.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from prometheus_client import REGISTRY
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-from cairn.observe.metrics import Metrics
-from cairn.observe.prometheus import PREFIX
+from cairn.observe.metrics import Counter, Histogram, Metrics, Ratio
+from cairn.observe.prometheus import PREFIX, tier_family
 
-#: Amounts by name and values of the labels, as they travel: [name, [value, ...], amount].
-Samples = list[tuple[str, list[str], float]]
+#: By name and values of the labels, as they travel: [name, [value, ...], amount], or a histogram's cell instead of it.
+Samples = list[tuple[str, list[str], Any]]
+_Key = tuple[str, ...]
 
-_COUNTS, _LEVELS = "counts", "levels"
+_COUNTS, _LEVELS, _CELLS = "counts", "levels", "cells"
 _TOTAL: Final = "_total"
 
 
 @dataclass
 class CairnStats(KVConnectorStats):  # type: ignore[misc]
-    """What was counted since the last look ("counts") and figures that have changed since ("levels"), as Samples.
+    """What was counted since the last look ("counts", and "cells" of histograms, see `Histogram.samples`) and figures
+    that have changed since ("levels"), as Samples.
 
     Plain lists, because vLLM sends `data` from process to process.
     """
 
     def __post_init__(self) -> None:
-        self.data.setdefault(_COUNTS, [])
-        self.data.setdefault(_LEVELS, [])
+        for kind in (_COUNTS, _LEVELS, _CELLS):
+            self.data.setdefault(kind, [])
 
     def reset(self) -> None:
-        self.data: dict[str, Any] = {_COUNTS: [], _LEVELS: []}
+        self.data: dict[str, Any] = {_COUNTS: [], _LEVELS: [], _CELLS: []}
 
     def is_empty(self) -> bool:
-        return not self.data[_COUNTS] and not self.data[_LEVELS]
+        return not any(self.data.values())
 
     def aggregate(self, other: KVConnectorStats) -> "CairnStats":
         """Both in one: counts add up, of levels the later holds."""
-        counts: dict[tuple[str, ...], float] = {}
-        levels: dict[tuple[str, ...], float] = {}
+        counts: dict[_Key, float] = {}
+        levels: dict[_Key, float] = {}
+        cells: dict[_Key, list[float]] = {}
         for data in (self.data, other.data):
             for name, labels, amount in data[_COUNTS]:
                 counts[name, *labels] = counts.get((name, *labels), 0) + amount
             levels |= {(name, *labels): level for name, labels, level in data[_LEVELS]}
-        return CairnStats({_COUNTS: _samples(counts), _LEVELS: _samples(levels)})
+            for name, labels, cell in data[_CELLS]:
+                before = cells.get((name, *labels), [0.0] * len(cell))
+                cells[name, *labels] = [a + b for a, b in zip(before, cell, strict=True)]
+        return _stats(counts, levels, cells)
 
     def reduce(self) -> dict[str, int | float]:
         """For vLLM's log line."""
@@ -62,29 +69,48 @@ class StatsSource:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._last: dict[tuple[str, ...], float] = {}
+        self._last: dict[_Key, float] = {}
+        self._last_cells: dict[_Key, list[float]] = {}
         self._first = True
 
     def take(self) -> CairnStats | None:
         """None when nothing was counted: then the tiers have hardly changed, and are not asked."""
-        counts: dict[tuple[str, ...], float] = {}
+        counts: dict[_Key, float] = {}
         for counter in self._metrics.counters:
             for labels, total in counter.samples():
                 self._difference((counter.name, *labels), total, counts)
         if not counts and not self._first:
             return None
         self._first = False
-        levels: dict[tuple[str, ...], float] = {}
+        levels: dict[_Key, float] = {}
+        for ratio in self._metrics.ratios:
+            for labels, figure in ratio.samples():
+                self._level((ratio.name, *labels), figure, levels)
         for tier, figures in self._metrics.tiers().items():
             for name, figure in figures.items():
                 key = (f"tier_{name.removesuffix(_TOTAL)}", tier)
                 if name.endswith(_TOTAL):
                     self._difference(key, figure, counts)
-                elif self._last.get(key) != figure:
-                    self._last[key] = levels[key] = figure
-        return CairnStats({_COUNTS: _samples(counts), _LEVELS: _samples(levels)})
+                else:
+                    self._level(key, figure, levels)
+        return _stats(counts, levels, self._cells())
 
-    def _difference(self, key: tuple[str, ...], total: float, counts: dict[tuple[str, ...], float]) -> None:
+    def _cells(self) -> dict[_Key, list[float]]:
+        found: dict[_Key, list[float]] = {}
+        for histogram in self._metrics.histograms:
+            for labels, cell in histogram.samples():
+                key = histogram.name, *labels
+                before = self._last_cells.get(key, [0.0] * len(cell))
+                if cell != before:
+                    found[key] = [a - b for a, b in zip(cell, before, strict=True)]
+                    self._last_cells[key] = cell
+        return found
+
+    def _level(self, key: _Key, figure: float, levels: dict[_Key, float]) -> None:
+        if self._last.get(key) != figure:
+            self._last[key] = levels[key] = figure
+
+    def _difference(self, key: _Key, total: float, counts: dict[_Key, float]) -> None:
         before = self._last.get(key, 0)
         if total != before:
             counts[key] = total - before
@@ -103,12 +129,14 @@ class CairnPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         _unregister()
-        self._counters: dict[str, Any] = {}
-        self._gauges: dict[str, Any] = {}
-        for counter in Metrics().counters:
-            self._counters[counter.name] = self._counter_cls(
-                name=PREFIX + counter.name, documentation=counter.help, labelnames=[*labelnames, *counter.labels]
-            )
+        metrics = Metrics()
+        self._counters = {one.name: self._shown(self._counter_cls, one) for one in metrics.counters}
+        self._gauges = {
+            one.name: self._shown(self._gauge_cls, one, multiprocess_mode="mostrecent") for one in metrics.ratios
+        }
+        self._histograms = {
+            one.name: self._shown(self._histogram_cls, one, buckets=one.buckets) for one in metrics.histograms
+        }
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         engine = self.per_engine_labelvalues[engine_idx]
@@ -120,13 +148,28 @@ class CairnPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
             if name not in self._gauges:
                 self._gauges[name] = self._of_tier(self._gauge_cls, name, multiprocess_mode="mostrecent")
             self._gauges[name].labels(*engine, *labels).set(level)
+        for name, labels, (*cases, total) in transfer_stats_data[_CELLS]:
+            child = self._histograms[name].labels(*engine, *labels)
+            for bucket, count in zip(child._buckets, cases, strict=True):  # there is no way to hand over many at once
+                bucket.inc(count)
+            child._sum.inc(total)
+
+    def _shown(self, kind: Any, one: Counter | Ratio | Histogram, **options: Any) -> Any:
+        labels = [*self._labelnames, *one.labels]
+        return kind(name=PREFIX + one.name, documentation=one.help, labelnames=labels, **options)
 
     def _of_tier(self, kind: Any, name: str, **options: Any) -> Any:
-        described = f"{name.removeprefix('tier_')} of a tier."
-        return kind(name=PREFIX + name, documentation=described, labelnames=[*self._labelnames, "tier"], **options)
+        growing = kind is self._counter_cls
+        family = tier_family(name.removeprefix("tier_") + (_TOTAL if growing else ""))
+        labels = [*self._labelnames, "tier"]
+        return kind(name=PREFIX + name, documentation=family.documentation, labelnames=labels, **options)
 
 
-def _samples(amounts: dict[tuple[str, ...], float]) -> Samples:
+def _stats(counts: dict[_Key, float], levels: dict[_Key, float], cells: dict[_Key, list[float]]) -> CairnStats:
+    return CairnStats({_COUNTS: _samples(counts), _LEVELS: _samples(levels), _CELLS: _samples(cells)})
+
+
+def _samples(amounts: Mapping[_Key, Any]) -> Samples:
     return [(name, list(map(str, labels)), amount) for (name, *labels), amount in amounts.items()]
 
 

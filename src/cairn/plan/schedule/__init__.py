@@ -1,6 +1,7 @@
 """Which instance of the fleet takes a request, and when: policies behind one interface. Pure: no I/O, no clock."""
 
 from cairn.plan.schedule.base import Ask, Choice, InstanceView, Scheduler, Send, Shed, Wait
+from cairn.plan.schedule.rehearsal import rehearse
 from cairn.plan.schedule.simple import LeastLoaded, PrefixAware, RoundRobin
 from cairn.plan.schedule.slo import SloAware, SloSettings
 from cairn.plan.schedule.waiting import WaitingRoom
@@ -29,4 +30,5 @@ __all__ = [
     "SloSettings",
     "Wait",
     "WaitingRoom",
+    "rehearse",
 ]

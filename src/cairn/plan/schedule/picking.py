@@ -17,19 +17,20 @@ _BOTH = (Role.DEFAULT, Role.MIX)
 
 
 class Able(NamedTuple):
-    """The available instances that may prefill, and those that may decode; the same list if roles do not differ."""
+    """The available instances that may prefill, and those that may decode; the same list if all do everything."""
 
     prefill: list[InstanceView]
     decode: list[InstanceView]
 
 
 def able(view: Sequence[InstanceView]) -> Able:
+    """If a side has nobody, all do everything."""
     here = [one for one in view if one.available]
-    if all(one.role in _BOTH for one in here):
+    prefill = [one for one in here if one.role is not Role.DECODE]
+    decode = [one for one in here if one.role is not Role.PREFILL]
+    if not prefill or not decode or all(one.role in _BOTH for one in here):
         return Able(here, here)
-    return Able(
-        [one for one in here if one.role is not Role.DECODE], [one for one in here if one.role is not Role.PREFILL]
-    )
+    return Able(prefill, decode)
 
 
 def nobody(retry_after_s: float = 1.0) -> Shed:
@@ -87,10 +88,10 @@ class Picking(Booked, ABC):
     def choose(self, request: Ask, view: Sequence[InstanceView], now: float) -> Choice:
         self._turn += 1
         prefilling, decoding = able(view)
-        if not prefilling or not decoding:
+        if not prefilling:
             return nobody()
         first = self._pick(request, prefilling)
-        if first.role in _BOTH:
+        if prefilling is decoding or first.role in _BOTH:
             return Send(first.id)
         return Send(self._pick(request, decoding).id, first.id)
 

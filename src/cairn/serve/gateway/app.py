@@ -1,6 +1,7 @@
 """The gateway over HTTP: plain ASGI, as what stands between a client and its engine must cost next to nothing."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
@@ -10,9 +11,12 @@ from starlette.types import Receive, Scope, Send
 
 from cairn import __version__
 from cairn.config.schema import Serve
+from cairn.observe.log import REQUEST_ID
 from cairn.serve.base import RequestError
+from cairn.serve.dashboard import STATE, Board, page, since_of
 from cairn.serve.gateway.admin import Admin
 from cairn.serve.gateway.asked import CHAT, COMPLETIONS, Asked
+from cairn.serve.gateway.base import Headers
 from cairn.serve.gateway.client import Client
 from cairn.serve.gateway.dispatch import RefusedError
 from cairn.serve.gateway.members import Members
@@ -20,10 +24,12 @@ from cairn.serve.gateway.metrics import GatewayMetrics
 from cairn.serve.gateway.models import Models
 from cairn.serve.gateway.relay import Relay
 
+logger = logging.getLogger(__name__)
+
 _LEFT: Final = 499
-_JSON: Final = b"application/json"
-_TEXT: Final = b"text/plain; version=0.0.4"
-_SHOWN: Final = frozenset({COMPLETIONS, CHAT, "/v1/models", "/health", "/health/ready", "/metrics"})
+_JSON: Final = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
+_TEXT: Final = [(b"content-type", b"text/plain; version=0.0.4")]
+_SHOWN: Final = frozenset({COMPLETIONS, CHAT, "/v1/models", "/health", "/health/ready", "/metrics", STATE})
 
 Route = Callable[[Client], Awaitable[None]]
 
@@ -31,25 +37,28 @@ Route = Callable[[Client], Awaitable[None]]
 class Gateway:
     """The ASGI application. For one event loop."""
 
-    def __init__(self, relay: Relay, members: Members, config: Serve, metrics: GatewayMetrics) -> None:
+    def __init__(self, relay: Relay, members: Members, config: Serve, metrics: GatewayMetrics, board: Board) -> None:
         self._relay, self._members, self._config, self._metrics = relay, members, config, metrics
         self._keys = [key.get_secret_value() for key in config.api_keys]
         self._admin_key = config.admin_key.get_secret_value() if config.admin_key else None
         self._models = Models(members)
         self._admin = Admin(members, relay.dispatch)
+        self._board = board
         self._running = 0
         self._routes: dict[tuple[str, str], Route] = {
             ("GET", "/v1/models"): self._list_models,
             ("GET", "/health"): self._health,
             ("GET", "/health/ready"): self._ready,
             ("GET", "/metrics"): self._show_metrics,
+            ("GET", STATE): self._show_state,
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
         client = Client(scope, receive, send, self._config.client_s)
-        path, status = scope["path"], 500
+        path, status, begun = scope["path"], 500, time.monotonic()
+        before = REQUEST_ID.set(client.id)
         try:
             if scope["method"] == "POST" and path in (COMPLETIONS, CHAT):
                 await self._infer(client, path)
@@ -66,6 +75,10 @@ class Gateway:
         finally:
             client.close()
             self._metrics.ended(path if path in _SHOWN else "other", status)
+            if logger.isEnabledFor(logging.INFO):
+                fields = {"path": path[:200], "status": status, "seconds": round(time.monotonic() - begun, 6)}
+                logger.info("request: %(path)s %(status)d in %(seconds)g s", fields, extra={"fields": fields})
+            REQUEST_ID.reset(before)
 
     async def _infer(self, client: Client, path: str) -> None:
         _check_key(client, self._keys)
@@ -84,6 +97,8 @@ class Gateway:
         route = self._routes.get((method, path))
         if route is not None:
             return await route(client)
+        if method == "GET" and (found := page(path)):
+            return await _whole(client, found.body, found.headers, found.status)
         if path.startswith("/admin/"):
             if self._admin_key is None:
                 raise RequestError("there is no admin API without serve.admin_key", 403)
@@ -107,8 +122,15 @@ class Gateway:
         await _json(client, state, 200 if state["ready"] else 503)
 
     async def _show_metrics(self, client: Client) -> None:
-        _check_key(client, [self._admin_key] if self._admin_key else self._keys)
+        self._check_looker(client)
         await _whole(client, await asyncio.to_thread(self._metrics.exposition), _TEXT)
+
+    async def _show_state(self, client: Client) -> None:
+        self._check_looker(client)
+        await _whole(client, self._board.state(since_of(client.query)), _JSON)
+
+    def _check_looker(self, client: Client) -> None:
+        _check_key(client, [self._admin_key] if self._admin_key else self._keys)
 
     def _state(self) -> dict[str, Any]:
         now = time.monotonic()
@@ -133,6 +155,6 @@ async def _json(client: Client, value: object, status: int = 200) -> None:
     await _whole(client, msgspec.json.encode(value), _JSON, status)
 
 
-async def _whole(client: Client, body: bytes, kind: bytes, status: int = 200) -> None:
-    await client.start(status, [(b"content-type", kind), (b"content-length", str(len(body)).encode())])
+async def _whole(client: Client, body: bytes, headers: Headers, status: int = 200) -> None:
+    await client.start(status, [*headers, (b"content-length", str(len(body)).encode())])
     await client.send(body, more=False)

@@ -66,6 +66,11 @@ class Asked:
         """The prompt or the messages, in JSON; a later turn of a chat begins as the one before, but for the end."""
         return bytes(self._fields.messages if self.chat else self._fields.prompt)
 
+    def beginning(self, most: int) -> tuple[bytes, int]:
+        """Of the prompt, at most so many bytes; and how many all of it has."""
+        raw = memoryview(self._fields.messages if self.chat else self._fields.prompt)
+        return bytes(raw[:most]), len(raw)
+
     @property
     def tokens(self) -> int:
         """About how many tokens the prompt has."""

@@ -7,7 +7,8 @@ from typing import Final
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from cairn.serve.auth import may_pass
+from cairn.observe.access import may_pass
+from cairn.observe.log import REQUEST_HEADER, request_id_of
 from cairn.serve.base import RequestError
 from cairn.serve.gateway.base import Headers
 
@@ -17,8 +18,10 @@ _HOP: Final = frozenset(
     b"upgrade".split()
 )
 #: Of requests, beside: the gateway's own affair with its client, or with the engine.
-_OURS: Final = _HOP | {b"host", b"content-length", b"authorization", b"accept-encoding", b"expect", b"cookie"}
-_FROM_ENGINES: Final = _HOP | {b"server", b"date", b"set-cookie"}
+_OURS: Final = _HOP | frozenset(
+    [REQUEST_HEADER, *b"host content-length authorization accept-encoding expect cookie".split()]
+)
+_FROM_ENGINES: Final = _HOP | {b"server", b"date", b"set-cookie", REQUEST_HEADER}
 
 
 class Client:
@@ -26,31 +29,34 @@ class Client:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, patience_s: float) -> None:
         """patience_s: how long a client may read nothing at all."""
-        self._headers = scope["headers"]
+        #: The headers as they came, what the address asks for, and what logs call the request.
+        self.given: Headers = scope["headers"]
+        self.query: bytes = scope["query_string"]
         self._receive, self._send, self._patience_s = receive, send, patience_s
         self._task = asyncio.current_task()
         self._watcher: asyncio.Task[None] | None = None
         self.left = self.started = self.ended = False
         self.status = 0
+        self.id = request_id_of(self.given)
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """What the engine is told."""
-        given = self._headers
+        given, own = self.given, (REQUEST_HEADER, self.id.encode())
         named = [value for name, value in given if name == b"connection"]
         if named and (hops := {one.strip().lower() for value in named for one in value.split(b",")}) - {b"keep-alive"}:
-            return [one for one in given if one[0] not in _OURS and one[0] not in hops]
-        return [one for one in given if one[0] not in _OURS]
+            return [*(one for one in given if one[0] not in _OURS and one[0] not in hops), own]
+        return [*[one for one in given if one[0] not in _OURS], own]
 
     def may_pass(self, keys: Sequence[str]) -> bool:
         """Whether it has one of these keys, if there are any."""
         if not keys:
             return True
-        given = next((value for name, value in self._headers if name == b"authorization"), None)
+        given = next((value for name, value in self.given if name == b"authorization"), None)
         return any(may_pass(given, key) for key in keys)
 
     async def body(self, most: int, within_s: float) -> bytes:
         """Raises RequestError for one that is larger than `most`, or does not come in time."""
-        for name, value in self._headers:
+        for name, value in self.given:
             if name == b"content-length" and value.isdigit() and int(value[:20]) > most:
                 raise _too_large(most)
         try:
@@ -91,7 +97,7 @@ class Client:
     async def start(self, status: int, headers: Headers) -> None:
         """Sends the head."""
         self.started, self.status = True, status
-        kept = [one for one in headers if one[0] not in _FROM_ENGINES]
+        kept = [*[one for one in headers if one[0] not in _FROM_ENGINES], (REQUEST_HEADER, self.id.encode())]
         await self._send({"type": "http.response.start", "status": status, "headers": kept})
 
     async def send(self, body: bytes, *, more: bool) -> None:

@@ -6,6 +6,7 @@ computes what it does not find. `kv_transfer_params` go from one to the other as
 """
 
 import logging
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -66,6 +67,8 @@ async def prefilled(
         reason = error.reason if isinstance(error, UpstreamError) else "protocol"
         log_once(logger, f"prefill {member.name} {reason}", f"{member.name} has not computed a prompt: {error}")
         relay.metrics.failed(member.name, reason)
+        if reason != "status":
+            member.failed(time.monotonic())
         return body
     relay.metrics.handed_over.inc()
     return edited(body, {"kv_transfer_params": params}) if params else body

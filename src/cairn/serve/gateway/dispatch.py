@@ -40,7 +40,12 @@ class Dispatch:
     def __init__(self, members: Members, scheduler: Scheduler, config: Serve, shed: Callable[[], None]) -> None:
         """shed: called for each request that the scheduler refuses."""
         self._members, self.scheduler, self._config, self._shed = members, scheduler, config, shed
-        self.waiting = self._asks = 0
+        self._asks = 0
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for an engine with room."""
+        return self._members.waiting
 
     def ask(self, asked: Asked, prompt: Prompt) -> Ask:
         """What the scheduler is asked for a request that comes now."""
@@ -70,11 +75,7 @@ class Dispatch:
                 raise self._too_late(bool(able))
             if not able and now - ask.arrived > _LOOK_S:
                 tried = ()
-            self.waiting += 1
-            try:
-                await self._members.changed(min(pause, until - now), ask)
-            finally:
-                self.waiting -= 1
+            await self._members.changed(min(pause, until - now), ask)
 
     def _choose(self, ask: Ask, able: Sequence[Member], now: float) -> tuple[Placed | None, float]:
         choice = self.scheduler.choose(ask, [member.view for member in able], now)

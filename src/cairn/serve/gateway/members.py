@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
-from cairn.cluster import Directory, Instance, Load
+from cairn.cluster import Directory, Load
 from cairn.cluster.directory import Changed, Event, Left
+from cairn.cluster.directory import Member as Reported
 from cairn.config.schema import Serve
 from cairn.plan.schedule.base import Ask, InstanceView
 from cairn.serve.gateway.base import Prompt
@@ -27,7 +28,8 @@ class Member:
 
     load: Load | None = None
 
-    def __init__(self, instance: Instance, load: Load | None, config: Serve) -> None:
+    def __init__(self, reported: Reported, config: Serve) -> None:
+        instance = reported.instance
         self.instance = instance
         self.view = InstanceView(id=instance.name)
         token = config.backend_token.get_secret_value() if config.backend_token else None
@@ -35,10 +37,12 @@ class Member:
         self.running = self.queued = 0
         self.drains = self.gone = False
         self._rest_s, self._rests_until = _FIRST_REST_S, 0.0
-        self.update(instance, load)
+        self.since = time.time()
+        self.update(reported)
 
-    def update(self, instance: Instance, load: Load | None) -> None:
+    def update(self, reported: Reported) -> None:
         """What it has registered and reported."""
+        instance, load, self.cache = reported
         if load is not None and load is not self.load:
             self.view.running, self.view.waiting = load.running, load.waiting
             self.view.ttft_s, self.view.tpot_s = load.ttft_s, load.tpot_s
@@ -104,6 +108,11 @@ class Members:
     @property
     def members(self) -> Mapping[str, Member]:
         return MappingProxyType(self._members)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for an engine with room."""
+        return len(self._waiting)
 
     @contextmanager
     def following(self, directory: Directory) -> Iterator[None]:
@@ -171,9 +180,9 @@ class Members:
                 known.pool.close()
             self._on_left(name)
         elif known and isinstance(event, Changed) and known.instance.http == member.instance.http:
-            known.update(member.instance, member.load)
+            known.update(member)
         else:
-            self._members[name] = Member(member.instance, member.load, self._config)
+            self._members[name] = Member(member, self._config)
             for _ in range(len(self._waiting)):
                 self.wake()
 

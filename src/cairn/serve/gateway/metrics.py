@@ -10,6 +10,8 @@ from prometheus_client.registry import Collector
 
 from cairn.observe.metrics import Counted
 from cairn.observe.prometheus import MetricsCollector
+from cairn.serve.dashboard import Traffic
+from cairn.serve.gateway.asked import CHAT, COMPLETIONS
 from cairn.serve.gateway.members import Members
 
 _SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
@@ -21,7 +23,7 @@ class GatewayMetrics:
 
     def __init__(self, members: Members, others: Iterable[Counted | Collector] = ()) -> None:
         """others: what is shown beside, of the registry and the index."""
-        registry = self._registry = CollectorRegistry()
+        registry = self.registry = CollectorRegistry()
         for other in others:
             registry.register(MetricsCollector(other) if isinstance(other, Counted) else other)
         registry.register(_Standing(members))
@@ -42,6 +44,7 @@ class GatewayMetrics:
         self._seconds = histogram("request_seconds", "From the request's body to the answer's last byte.", _SECONDS)
         self._ttft = histogram("ttft_seconds", "From the request's body to the answer's first event.", _SECONDS)
         self._tpot = histogram("tpot_seconds", "Mean between two events of a stream, by stream.", _TOKEN_SECONDS)
+        self.traffic = Traffic()
         self._children: dict[tuple[str, int], Any] = {}
 
     def ended(self, path: str, status: int) -> None:
@@ -50,6 +53,8 @@ class GatewayMetrics:
         if child is None:
             child = self._children[path, status] = self._requests.labels(path, str(status))
         child.inc()
+        if path in (COMPLETIONS, CHAT) and (status == 429 or status >= 500):
+            self.traffic.failed += 1
 
     def failed(self, instance: str, reason: str) -> None:
         self._failures.labels(instance, reason).inc()
@@ -64,7 +69,7 @@ class GatewayMetrics:
 
     def exposition(self) -> bytes:
         """In Prometheus' text format (version 0.0.4)."""
-        return generate_latest(self._registry)
+        return generate_latest(self.registry)
 
 
 class _Standing(Collector):
@@ -85,4 +90,6 @@ class _Standing(Collector):
             running.add_metric((member.name,), member.running)
             queued.add_metric((member.name,), member.queued)
             ready.add_metric((member.name,), float(member.ready(now) and not member.drains))
-        yield from (running, queued, ready)
+        waiting = GaugeMetricFamily("cairn_serve_waiting", "Queue: requests that wait for an engine with room.")
+        waiting.add_metric((), self._members.waiting)
+        yield from (running, queued, ready, waiting)

@@ -5,10 +5,12 @@ import time
 from typing import Final
 
 from cairn.config.schema import Serve
+from cairn.observe.trace import begin, joined
 from cairn.serve.base import RequestError
+from cairn.serve.dashboard.traffic import BEGINNING, Recent
 from cairn.serve.gateway import sse
 from cairn.serve.gateway.asked import Asked
-from cairn.serve.gateway.base import Answer, Prompt, Prompts, UpstreamError
+from cairn.serve.gateway.base import Answer, Headers, Prompt, Prompts, UpstreamError
 from cairn.serve.gateway.client import Client, error_body
 from cairn.serve.gateway.continuation import Continuation, DivergedError
 from cairn.serve.gateway.disaggregation import prefilled
@@ -34,7 +36,12 @@ class Relay:
 
     async def carry(self, asked: Asked, client: Client) -> None:
         """Serves one request. Raises RequestError if nothing has been sent; later it ends with an event that tells."""
-        await _Passage(self, asked, client, await self.prompts.look(asked)).run()
+        with joined(client.given), begin("cairn.serve", path=asked.path, model=asked.model) as serving:
+            with begin("cairn.score") as scoring:
+                prompt = await self.prompts.look(asked)
+                scoring.note(prompt_tokens=prompt.tokens, holders=len(prompt.held))
+            await _Passage(self, asked, client, prompt).run()
+            serving.note(status=client.status)
 
 
 class _Passage:
@@ -46,7 +53,7 @@ class _Passage:
         self._headers, self._path = client.headers(), asked.path.encode()
         self._ask = relay.dispatch.ask(asked, prompt)
         self._tried: list[str] = []
-        self._tokens = 0
+        self._tokens, self._served = 0, ""
         self._first = self._latest = 0.0
         self._continuation: Continuation | None = None
         self._transcript: sse.Transcript | None = None
@@ -69,10 +76,22 @@ class _Passage:
                     raise
                 return await self._give_up(UpstreamError("resume", str(error)))
         self._metrics.timed(self._ask.arrived, self._first, self._latest, self._tokens)
+        self._remember()
         return None
 
+    def _remember(self) -> None:
+        """For who looks at the dashboard."""
+        traffic, prompt, served = self._metrics.traffic, self._prompt, self._served
+        ttft_s = self._first - self._ask.arrived if self._first else None
+        traffic.answered_at(served, prompt.tokens, prompt.held.get(served, {}), ttft_s)
+        if traffic.curious:
+            traffic.remember(Recent(*self._asked.beginning(BEGINNING), prompt.tokens, prompt.held, served))
+
     async def _place(self) -> Placed:
-        return await self._relay.dispatch.place(self._ask, self._asked.model, self._tried)
+        with begin("cairn.schedule") as scheduling:
+            placed = await self._relay.dispatch.place(self._ask, self._asked.model, self._tried)
+            scheduling.note(instance=placed.member.name)
+        return placed
 
     async def _attempt(self, placed: Placed, *, last: bool) -> None:
         scheduler, member = self._relay.dispatch.scheduler, placed.member
@@ -82,7 +101,7 @@ class _Passage:
             with self._relay.members.flight(member, self._prompt) as flight:
                 self._relay.prompts.sent(self._prompt, member.name)
                 await self._exchange(placed, flight, last=last)
-            ended = True
+            ended, self._served = True, member.name
             member.succeeded()
         except UpstreamError as error:
             self._tried.append(member.name)
@@ -97,12 +116,16 @@ class _Passage:
                 scheduler.failed(self._ask, time.monotonic())
 
     async def _exchange(self, placed: Placed, flight: Flight, *, last: bool) -> None:
+        with begin("cairn.engine", instance=placed.member.name) as asking:
+            await self._answered(placed, flight, asking.headers(self._headers), last=last)
+
+    async def _answered(self, placed: Placed, flight: Flight, headers: Headers, *, last: bool) -> None:
         body = self._continuation.body() if self._continuation else self._asked.body
         if placed.prefill is not None:
-            body = await prefilled(self._relay, self._asked, placed.prefill, self._prompt, self._headers, body)
+            body = await prefilled(self._relay, self._asked, placed.prefill, self._prompt, headers, body)
         config = self._config
         patience_s = config.first_token_s if self._asked.streams else config.answer_s
-        answer = await placed.member.pool.post(self._path, self._headers, body, patience_s)
+        answer = await placed.member.pool.post(self._path, headers, body, patience_s)
         try:
             if (answer.status >= 500 or answer.status == 429) and not last:
                 raise UpstreamError("status", f"{placed.member.name} answered {answer.status}")

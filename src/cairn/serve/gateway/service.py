@@ -12,9 +12,11 @@ from cairn.cluster import Directory, Keys, Registration, Registry, Replica, open
 from cairn.config.schema import Config
 from cairn.errors import ConfigError
 from cairn.fleet.discovery import Discovery
+from cairn.observe.access import check_exposure
 from cairn.observe.log import setup_logging
-from cairn.plan.schedule import SCHEDULERS
-from cairn.serve.auth import check_exposure
+from cairn.observe.trace import setup_tracing
+from cairn.plan.schedule import SCHEDULERS, rehearse
+from cairn.serve.dashboard import Board
 from cairn.serve.gateway.app import Gateway
 from cairn.serve.gateway.backends import parse_backend, registered
 from cairn.serve.gateway.dispatch import Dispatch
@@ -22,6 +24,7 @@ from cairn.serve.gateway.members import Members
 from cairn.serve.gateway.metrics import GatewayMetrics
 from cairn.serve.gateway.prompts import FleetPrompts
 from cairn.serve.gateway.relay import Relay
+from cairn.serve.gateway.shown import ClusterShown
 from cairn.serve.indexer.parts import Parts
 from cairn.serve.indexer.rpc import make_server
 from cairn.serve.process import SWITCH_S, Server, address, ended_by_signals, listen, loop_factory, settings, until_begun
@@ -45,7 +48,8 @@ def run(config: Config, started: Callable[[Addresses], None]) -> None:
     requests have half of `serve.shutdown_s`; a process that is still there after all of it ends itself.
     """
     _check(config)
-    setup_logging(config.serve.log_level)
+    setup_logging(config.serve.log_level, config.observe.log_format)
+    setup_tracing(config.observe, "cairn-serve")
     sys.setswitchinterval(SWITCH_S)
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         runner.run(_serve(config, started))
@@ -79,6 +83,7 @@ async def _serve(config: Config, started: Callable[[Addresses], None]) -> None:
         async with AsyncExitStack() as stack:
             ended = stack.enter_context(ended_by_signals(serve.shutdown_s))
             await asyncio.to_thread(parts.start, index)
+            await asyncio.to_thread(rehearse, SCHEDULERS[serve.policy]())
             if serve.tokenizer_path is not None:
                 await asyncio.to_thread(parts.tokenizers.text, ANY_MODEL, "loaded before anybody waits for it")
             rpc = port = None
@@ -90,7 +95,16 @@ async def _serve(config: Config, started: Callable[[Addresses], None]) -> None:
             registry = await stack.enter_async_context(_followed(config, members, parts))
             metrics = GatewayMetrics(members, (registry.metrics, *parts.metrics.collectors))
             dispatch = Dispatch(members, SCHEDULERS[serve.policy](), serve, metrics.shed.inc)
-            gateway = Gateway(Relay(members, dispatch, prompts, serve, metrics), members, serve, metrics)
+            shown = ClusterShown(
+                serve.name or at,
+                members,
+                metrics.traffic,
+                lambda: dispatch.waiting,
+                parts.index.held,
+                with_text=serve.show_prompts,
+            )
+            board = await stack.enter_async_context(Board(shown))
+            gateway = Gateway(Relay(members, dispatch, prompts, serve, metrics), members, serve, metrics, board)
             http = Server(settings(gateway, serve.shutdown_s / 2, keep_alive_s=_KEEP_ALIVE_S))
             serving = asyncio.create_task(http.serve([listening]))
             await until_begun(http, serving)

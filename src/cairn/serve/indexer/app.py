@@ -14,6 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cairn import __version__
 from cairn.fleet import Score
+from cairn.observe.log import request_id_of, serving
+from cairn.observe.trace import begin, joined
 from cairn.serve.auth import BearerAuth
 from cairn.serve.base import Tokens, within
 from cairn.serve.bodies import JSON, MSGPACK, TOKENS, Bodies
@@ -79,10 +81,13 @@ class _Measured:
                 status = str(message["status"])
             await send(message)
 
-        try:
-            await self._app(scope, receive, noting)
-        finally:
-            self._metrics.observe(scope["path"].strip("/"), status, time.perf_counter() - begun)
+        headers, name = scope["headers"], scope["path"].strip("/")
+        with serving(request_id_of(headers)), joined(headers), begin("cairn.score", request=name) as scoring:
+            try:
+                await self._app(scope, receive, noting)
+            finally:
+                self._metrics.observe(name, status, time.perf_counter() - begun)
+                scoring.note(status=status)
         return None
 
 

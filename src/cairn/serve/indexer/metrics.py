@@ -35,22 +35,22 @@ class IndexMetrics:
     """Counts requests, and shows all that is counted. Thread-safe."""
 
     def __init__(self, index: FleetIndex, following: Following, fleet: FleetMetrics) -> None:
-        self._registry = CollectorRegistry()
+        self.registry = CollectorRegistry()
         #: What is known of index and events, for other registries too.
         self.collectors: tuple[Collector, ...] = (MetricsCollector(fleet), _Standing(index, following))
         for collector in self.collectors:
-            self._registry.register(collector)
+            self.registry.register(collector)
         self._seconds = Histogram(
             "cairn_index_request_seconds",
             "Time of a request, its body's coming included.",
             ["request"],
             buckets=_BUCKETS,
-            registry=self._registry,
+            registry=self.registry,
         )
         self._requests = Counter(
-            "cairn_index_requests", "Requests, by how they ended.", ["request", "status"], registry=self._registry
+            "cairn_index_requests", "Requests, by how they ended.", ["request", "status"], registry=self.registry
         )
-        self._tokens = Counter("cairn_index_query_tokens", "Tokens of prompts asked for.", registry=self._registry)
+        self._tokens = Counter("cairn_index_query_tokens", "Tokens of prompts asked for.", registry=self.registry)
 
     def observe(self, request: str, status: str, seconds: float) -> None:
         """A request has ended. request: one of a few names, the path without its slash or a method of gRPC's."""
@@ -62,7 +62,7 @@ class IndexMetrics:
 
     def exposition(self) -> bytes:
         """In Prometheus' text format (version 0.0.4)."""
-        return generate_latest(self._registry)
+        return generate_latest(self.registry)
 
 
 class _Standing(Collector):

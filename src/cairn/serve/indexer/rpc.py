@@ -8,8 +8,9 @@ import grpc
 import grpc.aio
 
 from cairn.errors import InputError
+from cairn.observe.access import may_pass
 from cairn.observe.log import log_once
-from cairn.serve.auth import REFUSED, may_pass
+from cairn.serve.auth import REFUSED
 from cairn.serve.base import RequestError, within
 from cairn.serve.indexer.lookup import Answer, Query
 from cairn.serve.indexer.parts import Parts

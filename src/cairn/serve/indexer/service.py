@@ -6,9 +6,10 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import NamedTuple
 
-from cairn.config.schema import Cluster, Index
+from cairn.config.schema import Cluster, Config, Index
+from cairn.observe.access import check_exposure
 from cairn.observe.log import setup_logging
-from cairn.serve.auth import check_exposure
+from cairn.observe.trace import setup_tracing
 from cairn.serve.indexer.app import make_app
 from cairn.serve.indexer.parts import Parts
 from cairn.serve.indexer.rpc import make_server
@@ -31,19 +32,21 @@ class Addresses(NamedTuple):
     rpc: str | None
 
 
-def run(config: Index, cluster: Cluster, started: Callable[[Addresses], None]) -> None:
+def run(config: Config, started: Callable[[Addresses], None]) -> None:
     """Serves until SIGTERM or SIGINT; `started` is called once it listens. From a process's main thread.
 
-    cluster: where an etcd is named, whose instances are followed too, as they come and go. Raises ConfigError,
-    InputError or ClusterError, in one line, for what cannot be served so. At the end running requests have half
-    of `config.shutdown_s`; a process that is still there after all of it ends itself.
+    Where an etcd is named, its instances are followed too, as they come and go. Raises ConfigError, InputError or
+    ClusterError, in one line, for what cannot be served so. At the end running requests have half of
+    `index.shutdown_s`; a process that is still there after all of it ends itself.
     """
-    token = None if config.token is None else config.token.get_secret_value()
-    check_exposure(config.host, token)
-    setup_logging(config.log_level)
+    index = config.index
+    token = None if index.token is None else index.token.get_secret_value()
+    check_exposure(index.host, token)
+    setup_logging(index.log_level, config.observe.log_format)
+    setup_tracing(config.observe, "cairn-index")
     sys.setswitchinterval(SWITCH_S)
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        runner.run(_serve(config, cluster, token, started))
+        runner.run(_serve(index, config.cluster, token, started))
 
 
 async def _serve(config: Index, cluster: Cluster, token: str | None, started: Callable[[Addresses], None]) -> None:

@@ -50,7 +50,8 @@ class Limits(NamedTuple):
 
     timeout_s, lookup_timeout_s: what one transfer and one lookup may take. threads: loads at a time; a quarter of as
     many more store. write_share: the stores' share of the bytes moved while loads are under way. second_touch: only
-    what is offered for the second time is stored. ttl_s: when the store lets unused objects go, if it does.
+    what is offered for the second time is stored. ttl_s: when the store lets unused objects go, if it does. absent_s:
+    how long an object that was not there is not asked about again.
     """
 
     timeout_s: float = 2.0
@@ -59,6 +60,7 @@ class Limits(NamedTuple):
     write_share: float = 0.25
     second_touch: bool = False
     ttl_s: float | None = None
+    absent_s: float = ABSENT_S
 
 
 DEFAULT_LIMITS: Final = Limits()
@@ -106,7 +108,7 @@ class RemoteTier(Tier):
             blocks_of(liked, geometry.block_bytes),
             streams.family if streams else "",
         )
-        known = Known(present_s=min(PRESENT_S, (limits.ttl_s or PRESENT_S * 2) / 2), absent_s=ABSENT_S)
+        known = Known(present_s=min(PRESENT_S, (limits.ttl_s or PRESENT_S * 2) / 2), absent_s=limits.absent_s)
         self._machine = Machine(
             store=store,
             packing=packing,
@@ -286,8 +288,10 @@ def open_remote(
     layout: Layout,
     ladder: Ladder | None = None,
     metrics: Metrics | None = None,
+    *,
+    absent_s: float = ABSENT_S,
 ) -> RemoteTier:
-    """The tier that `storage.remote` asks for, whose url is given, for rows of `layout`.
+    """The tier that `storage.remote` asks for, whose url is given, for rows of `layout`. absent_s: see `Limits`.
 
     Raises ConfigError or StorageError.
     """
@@ -302,6 +306,7 @@ def open_remote(
         write_share=settings.write_share,
         second_touch=settings.admission == "second_touch",
         ttl_s=settings.ttl_s,
+        absent_s=absent_s,
     )
     return RemoteTier(
         store,

@@ -1,0 +1,63 @@
+"""A node's own dashboard: a real node, a real client of its, and whoever asks over HTTP."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.engine.pages import BLOCK, SLOT, make_engine, stored
+from tests.node.rig import ProcessNode, address_in
+from tests.serve.running import DEADLINE_S, until
+
+KEY = "CAIRN_NODE__HTTP_TOKEN"
+
+
+@pytest.fixture
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
+    """Its address, and its dashboard's."""
+    monkeypatch.setenv(KEY, "secret")
+    address = address_in(tmp_path)
+    settings = {"storage.cpu.size": 32 * SLOT, "storage.disk.path": tmp_path / "disk", "storage.disk.size": "1MiB"}
+    node = ProcessNode(address, **settings, **{"node.http_port": 0})
+    try:
+        said, log = node.said, node.process.stderr
+        while "dashboard at" not in said:  # it may have swept up after others first
+            assert log is not None
+            said = log.readline()
+            assert said
+        yield address, said.partition("dashboard at ")[2].strip()
+    finally:
+        node.kill()
+
+
+def test_a_node_shows_its_pools_and_what_they_move(node: tuple[str, str]) -> None:
+    address, url = node
+    with httpx.Client(timeout=DEADLINE_S) as client, make_engine(32, **{"node.address": address}) as engine:
+        assert client.get(url).text.startswith("<!doctype html>")
+        state = url.replace("/dashboard/", "/api/v1/state")
+        assert client.get(state).status_code == 401
+        assert client.get(url.replace("/dashboard/", "/elsewhere")).status_code == 401
+        client.headers["authorization"] = "Bearer secret"
+        assert client.get(url.replace("/dashboard/", "/elsewhere")).status_code == 404
+        assert stored(engine, np.arange(10 * BLOCK)) == 10 * BLOCK
+
+        def told() -> bool:
+            found = client.get(state).json()
+            tiers = {one["tier"]: one for one in found["tiers"]}
+            return bool(found["instances"]) and tiers["dram"].get("blocks") == tiers["disk"].get("blocks") == 10
+
+        until(told, "ten blocks in DRAM and on disk")
+        found = client.get(state).json()
+        assert found["kind"] == "node"
+        assert [one["running"] for one in found["instances"]] == [1]
+        # A pool that came in between two samples is counted from the second on.
+        seq = found["seq"]
+        until(lambda: client.get(state).json()["seq"] > seq, "another sample")
+        stored(engine, np.arange(100, 100 + 10 * BLOCK))
+
+        def moved() -> bool:
+            return any("disk" in one.get("store_bytes", {}) for one in client.get(state).json()["samples"])
+
+        until(moved, "what was written")
