@@ -40,6 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.15, 0.3])
+    parser.add_argument("--check-layer", type=int, default=1, help="where the tokens to compute anew are chosen")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=150, help="start no round when so much was measured")
     parser.add_argument("--cpu-size", default="8GiB", help="host memory of each engine with a connector")
@@ -72,7 +73,7 @@ def start(args: argparse.Namespace, home: Path, logs: Path) -> Crew:
             separator = " # # " if args.cpu_smoke else SEPARATOR_TEXT
             ratios = [float(name.removeprefix("blend-"))]
             extra |= {"blending__enabled": True, "blending__special_str": separator}
-            extra |= {"blending__recompute_ratios": ratios, "blending__check_layers": [1]}
+            extra |= {"blending__recompute_ratios": ratios, "blending__check_layers": [args.check_layer]}
         tier = None if name == "none" else engines.cairn_connector(**extra)
         if args.cpu_smoke:
             spec = {"llm": engines.cpu_llm(engines.smollm2(), 2048, tier), "seed": None}
@@ -192,7 +193,8 @@ def main() -> None:
                         visit(running, name, tokens)
             running.all("freeze", VISIT_S)
             result = engines.machine() | next(iter(running.values())).about
-            result |= {"cpu_size": args.cpu_size, "chunks": CHUNKS, "ready_after_s": time.monotonic() - began}
+            result |= {"cpu_size": args.cpu_size, "chunks": CHUNKS, "check_layer": args.check_layer}
+            result |= {"ready_after_s": time.monotonic() - began}
             print(f"warm after {result['ready_after_s']:.0f} s", flush=True)
             measure(args, running, prompts, result)
             result |= {"died": running.died, "stats": running.all("stats", VISIT_S)}
