@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from cairn.config.schema import Port, Section
+from cairn.config.types import Port, Section
 from cairn.errors import ConfigError
 
 

@@ -3,8 +3,6 @@
 import logging
 import os
 import time
-from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,14 +10,14 @@ import numpy as np
 from cairn.config import Config
 from cairn.connect.vllm import handover
 from cairn.connect.vllm.adapters import Adapters
-from cairn.connect.vllm.blending import Blending, Chunks, Missing, Settings, make_private
+from cairn.connect.vllm.blending import Blending, Settings, make_private
 from cairn.connect.vllm.events import TierEvents
 from cairn.connect.vllm.identity import extra_keys, namespace_of, reusable
 from cairn.connect.vllm.messages import Copy, Done, Orders
 from cairn.connect.vllm.mode import Mode
 from cairn.connect.vllm.model import Served, own_arena
+from cairn.connect.vllm.tracked import Tracked
 from cairn.engine.core import EngineCore
-from cairn.engine.stage import Stage
 from cairn.engine.writing import Writing
 from cairn.kv import KeyChain
 from cairn.node.base import Home
@@ -36,40 +34,6 @@ logger = logging.getLogger(__name__)
 #: costs the thread that launches the model's kernels, and everybody's step with it (serving_vllm.py: TTFT p50 1.3 of
 #: OffloadingConnector's, instead of 0.8 to 1.0).
 _STEP_PATIENCE_S = 0.002
-
-
-@dataclass(slots=True)
-class _Tracked:
-    """One request that vLLM has asked about.
-
-    pages: its blocks in the paged cache. stage: what it will load or is loading. layered: whether a
-    step waits for it. writing: what it is storing. offered: blocks offered for storing so far.
-    computed: tokens that have KV once the step is over. finished: it is over. held: and vLLM keeps its blocks for us.
-    loads: false once a load of it has failed: it is not tried again. chunks: what it will be blended from, or is.
-    missing: chunks that it lacked, to be stored when it is over. blends: false once that was found not to pay. exact:
-    its blocks from there on are no prefix's. asked, answer, ask_until: whether a remote store was asked about it, how
-    it goes, and until when that is waited for. promise: what a prefill instance has stored.
-    """
-
-    request: Any
-    chain: KeyChain
-    pages: list[int] = field(default_factory=list)
-    stage: Stage | None = None
-    layered: bool = False
-    writing: Writing | None = None
-    offered: int = 0
-    computed: int = 0
-    finished: bool = False
-    held: bool = False
-    loads: bool = True
-    chunks: Chunks | None = None
-    missing: list[Missing] = field(default_factory=list)
-    blends: bool = True
-    exact: int = 1 << 30
-    asked: bool = False
-    answer: "Future[None] | None" = None
-    ask_until: float = 0.0
-    promise: handover.Promise | None = None
 
 
 class SchedulerSide:
@@ -97,7 +61,7 @@ class SchedulerSide:
         self._blending = Blending(self.engine, blending) if blending else None
         self._adapters = Adapters()
         self.blocks: Any = None
-        self._tracked: dict[str, _Tracked] = {}
+        self._tracked: dict[str, Tracked] = {}
         self._loading: dict[int, str] = {}
         self._storing: dict[int, str] = {}
         self._reports: dict[int, int] = {}
@@ -284,7 +248,7 @@ class SchedulerSide:
 
     # --- parts ---------------------------------------------------------------------------------------------------
 
-    def _track(self, request: Any) -> _Tracked | None:
+    def _track(self, request: Any) -> Tracked | None:
         tracked = self._tracked.get(request.request_id)
         if tracked:
             # An id may come again while the request that had it still waits for its last copy.
@@ -295,19 +259,19 @@ class SchedulerSide:
             extra = extra_keys(request, self._block)
             tokens = np.fromiter(request.all_token_ids, np.uint32, request.num_tokens)
             chain = self.engine.chain(tokens, namespace=namespace, extra=extra)
-            tracked = self._tracked[request.request_id] = _Tracked(request, chain)
+            tracked = self._tracked[request.request_id] = Tracked(request, chain)
             if self._mode.hands_over:
                 tracked.promise = handover.promise(request, chain, self.engine)
             if self.events:
                 self.events.name(request, chain, 0, tokens)
         return tracked
 
-    def _running(self, request_id: str) -> _Tracked | None:
+    def _running(self, request_id: str) -> Tracked | None:
         """The request that vLLM means by this id in a step: not one that is over."""
         tracked = self._tracked.get(request_id)
         return tracked if tracked and not tracked.finished else None
 
-    def _awaits(self, tracked: _Tracked, computed: int) -> bool:
+    def _awaits(self, tracked: Tracked, computed: int) -> bool:
         """Whether a prefill instance is still storing what the request will load. computed: tokens that vLLM has."""
         promise = tracked.promise
         if promise and promise.blocks * self._block > computed and promise.pending():
@@ -315,7 +279,7 @@ class SchedulerSide:
         tracked.promise = None
         return False
 
-    def _answered(self, tracked: _Tracked) -> bool:
+    def _answered(self, tracked: Tracked) -> bool:
         """Whether it is known what a remote store holds of the request, as far as it is waited for."""
         if not tracked.asked:
             tracked.asked, tracked.ask_until = True, self.engine.deadline(None)
@@ -330,18 +294,18 @@ class SchedulerSide:
         loading = self.engine.cost.load_seconds("dram", tokens * self.engine.geometry.token_bytes)
         return not self._busy or loading < _STEP_PATIENCE_S
 
-    def _drop_stage(self, tracked: _Tracked) -> None:
+    def _drop_stage(self, tracked: Tracked) -> None:
         if tracked.stage:
             tracked.stage.release()
             tracked.stage = None
         self._drop_chunks(tracked)
 
-    def _drop_chunks(self, tracked: _Tracked) -> None:
+    def _drop_chunks(self, tracked: Tracked) -> None:
         if tracked.chunks:
             tracked.chunks.release()
             tracked.chunks = None
 
-    def _blended(self, tracked: _Tracked, start: int) -> int | None:
+    def _blended(self, tracked: Tracked, start: int) -> int | None:
         """Up to which token a request will be blended, of whose tokens the first `start` are at hand or held; 0: it
         will not be; None: its chunks are on their way up.
         """
@@ -365,7 +329,7 @@ class SchedulerSide:
         make_private(tracked.request, start // getattr(self.blocks, "hash_block_size", self._block))
         return tracked.chunks.stop
 
-    def _copy(self, tracked: _Tracked, rows: Any, pages: list[int], home: Home | None) -> Copy:
+    def _copy(self, tracked: Tracked, rows: Any, pages: list[int], home: Home | None) -> Copy:
         self._number += 1
         return Copy(self._number, tracked.request.request_id, [int(row) for row in rows], pages, home)
 
@@ -388,12 +352,12 @@ class SchedulerSide:
                 tracked.pages.extend(pages[0])
             tracked.computed = cached.num_computed_tokens[i] + output.num_scheduled_tokens[request_id]
 
-    def _whole_blocks(self, tracked: _Tracked) -> int:
+    def _whole_blocks(self, tracked: Tracked) -> int:
         """Blocks whose tokens are known and whose KV is computed once the step is over."""
         known = min(tracked.computed, tracked.request.num_tokens, len(tracked.pages) * self._block)
         return min(known // self._block, tracked.exact) if self._mode.writes else 0
 
-    def _store(self, tracked: _Tracked) -> None:
+    def _store(self, tracked: Tracked) -> None:
         """Orders the store of the blocks that have become whole, unless one is under way: then later, all at once."""
         blocks = self._whole_blocks(tracked)
         if tracked.writing or blocks <= tracked.offered:
@@ -432,7 +396,7 @@ class SchedulerSide:
             if tracked.finished and not tracked.held and tracked.stage is None:
                 del self._tracked[tracked.request.request_id]
 
-    def _loaded(self, tracked: _Tracked, failed: bool, seconds: float) -> None:
+    def _loaded(self, tracked: Tracked, failed: bool, seconds: float) -> None:
         assert tracked.stage is not None
         size = max(0, tracked.stage.loaded_tokens - tracked.stage.span.start) * self.engine.geometry.token_bytes
         if failed:
@@ -475,7 +439,7 @@ class SchedulerSide:
             writing.commit(len(writing.rows))
         writing.end()
 
-    def _finish(self, tracked: _Tracked) -> None:
+    def _finish(self, tracked: Tracked) -> None:
         """Stores the rest of a request that is over, and then lets vLLM have its blocks."""
         if tracked.stage:
             return  # still loading
@@ -486,7 +450,7 @@ class SchedulerSide:
             self._orders.released.add(tracked.request.request_id)
             del self._tracked[tracked.request.request_id]
 
-    def _learn(self, tracked: _Tracked) -> None:
+    def _learn(self, tracked: Tracked) -> None:
         """Orders the next chunk that the request lacked to be computed alone: nobody waits for this step. So what is
         stored of a chunk depends on its own tokens only.
         """
