@@ -9,7 +9,8 @@ from cairn.codec.fixed import Fp8, Int4, Int8
 from cairn.codec.levels import LEVELS
 from cairn.codec.lossless import Lossless, Packed
 from cairn.codec.raw import Raw
-from cairn.config.types import Algorithm, Compression, Quality
+from cairn.config.schema import Compression
+from cairn.config.types import Algorithm, Quality
 from cairn.errors import GeometryError, InputError
 from cairn.kv import KVGeometry
 
