@@ -101,6 +101,7 @@ Secret = Annotated[SecretStr, BeforeValidator(_secret)]
 Level = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)]
 Policy = Literal["lru", "s3fifo", "tenure"]
 Algorithm = Literal["none", "lossless", "packed", "fp8", "int", "cachegen"]
+RowCodec = Literal["none", "int8", "int4"]
 Quality = Literal["near-lossless", "high", "balanced", "small"]
 Scheduling = Literal["round_robin", "least_loaded", "prefix_aware", "slo_aware"]
 
@@ -115,6 +116,11 @@ class Cpu(Section):
     """DRAM: one arena, taken and pre-faulted when the engine starts."""
 
     size: Size = Field(default=1 << 30, description="Bytes of the arena.")
+    codec: RowCodec = Field(
+        default="none",
+        description="int8, int4: blocks take 9 or 5 bits an element, with loss, here and below: see compression.md. "
+        "Each engine's own, also where a node keeps the blocks.",
+    )
     policy: Policy = Field(default="tenure", description="Eviction policy.")
 
 
@@ -446,6 +452,21 @@ class Config(Section):
     serve: Serve = Serve()
     cluster: Cluster = Cluster()
     node: Node = Node()
+
+    @model_validator(mode="after")
+    def _quantized_once(self) -> Self:
+        codec = self.storage.cpu.codec
+        if codec != "none" and self.compression.algorithm != "none":
+            raise ValueError(
+                f"storage.cpu.codec={codec} with compression.algorithm={self.compression.algorithm}: what is quantized "
+                "in DRAM goes to lower tiers as it is; set one of them to none"
+            )
+        if codec != "none" and self.storage.vram.size:
+            raise ValueError(
+                f"storage.cpu.codec={codec} with storage.vram.size={self.storage.vram.size}: rows in VRAM are not "
+                "quantized; set codec to none, or size to 0"
+            )
+        return self
 
     def to_yaml(self) -> str:
         """The file that would make this configuration."""

@@ -32,11 +32,11 @@ class WorkerSide:
     def __init__(self, served: Served, rank: int, config: Config, overlapping: bool = False) -> None:
         self._node = config.node
         self._own = None if config.node.address else own_arena(served, config)
-        self._whole = served.namespace.geometry
-        self._layout = served.layout
+        self._served = served
         self._part = served.part(rank)
         self._block = served.block_tokens
         self._geometry = served.shards[rank]
+        self._quantizer = served.quantizer(rank)
         self._stages = served.stages
         self._threads = config.engine.copy_threads
         self._compressed = config.compression.algorithm != "none"
@@ -59,7 +59,7 @@ class WorkerSide:
         names = sorted(kv_caches, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
         self._layer_of = {name: i for i, name in enumerate(names)}
         tensors = [kv_caches[name] for name in names]
-        if self._layout.page == "vllm_cpu" and not (tensors[0].dim() == 4 and tensors[0][0].is_contiguous()):
+        if self._served.layout.page == "vllm_cpu" and not (tensors[0].dim() == 4 and tensors[0][0].is_contiguous()):
             raise GeometryError(
                 f"pages of shape {tuple(tensors[0].shape[1:])}, strides {tensors[0].stride()[1:]}: not those of vLLM's "
                 "CPU backend, though its operator writes such; please report this, and serve without CairnConnector"
@@ -75,11 +75,14 @@ class WorkerSide:
                 threads=self._threads,
                 overlapping=self._overlapping,
                 compressed=self._compressed,
+                quantizer=self._quantizer,
+                page=self._served.layout,
             )
 
         self._places = Places(mover, self._own)
         if self._node.address:
-            self._places.find(self._node.address, self._whole, self._layout, self._node.timeout_s)
+            served = self._served
+            self._places.find(self._node.address, served.row_geometry, served.row_layout, self._node.timeout_s)
 
     # --- a step --------------------------------------------------------------------------------------------------
 
