@@ -101,11 +101,12 @@ def _head(low_key: Any, high_key: Any, bits: int) -> Any:
     if high_key >= _INFINITY or low_key <= ~_INFINITY:
         return NAN_SCALE, np.float32(0), np.float32(0)
     low, high = np.int32(_key(low_key)).view(np.float32), np.int32(_key(high_key)).view(np.float32)
-    wanted = max((high - low) / np.float32((1 << bits) - 1), max(abs(low), abs(high)) / np.float32(MOST_ZERO))
+    by_range = (high - low) * np.float32(1 / ((1 << bits) - 1))
+    wanted = max(by_range, max(abs(low), abs(high)) * np.float32(1 / MOST_ZERO))
     code = ((np.int64(np.float32(wanted).view(np.uint32)) + 0xFFFFF) >> 20) - SCALE_OFFSET
     if code >= NAN_SCALE:
         return NAN_SCALE, np.float32(0), np.float32(0)
-    code = max(code, 0)
+    code = max(code, np.int64(0))
     inverse = np.float32(1) / np.uint32((code + SCALE_OFFSET) << 20).view(np.float32)
     zero = np.rint(low * inverse)
     return code | (np.int64(zero) & 255) << 8, inverse, zero

@@ -13,8 +13,8 @@ from cairn.copy.cuda import CudaCopier, Enqueued
 from cairn.copy.paged import PagedKV, TokenSlots
 from cairn.errors import GeometryError
 
-#: Programs of a kernel, a few for each multiprocessor: what it takes to keep up with the bus many times over.
-PROGRAMS = 528
+#: Programs of a kernel, of one warp each, eight for each multiprocessor: keeps ahead of the bus many times over.
+PROGRAMS = 1056
 
 
 class QuantizedCudaCopier(CudaCopier):

@@ -16,9 +16,9 @@ from cairn.codec.quantized import FLOAT16_MAX, GROUP, MOST_ZERO, NAN_SCALE, NANS
 
 #: What lets a thread move four words at once.
 ALIGNMENT = 16
-#: Pairs of channels of a program.
+#: Pairs of channels of a program, which is one warp: each thread has all 16 tokens of four pairs, so that groups along
+#: tokens need nothing of other threads.
 _TILE = 128
-_WARPS = 4
 _BFLOAT16, _FLOAT16 = tl.constexpr(0), tl.constexpr(1)
 _GROUP = tl.constexpr(GROUP)
 _INFINITY = tl.constexpr(0x7F800000)
@@ -45,8 +45,7 @@ def _head(low_key, high_key, BITS: tl.constexpr):
     """(head, 1 / scale, zero point) of groups, from the keys of their ends."""
     low, high = _key(low_key).to(tl.float32, bitcast=True), _key(high_key).to(tl.float32, bitcast=True)
     largest = tl.maximum(tl.abs(low), tl.abs(high))
-    by_range = tl.div_rn(high - low, tl.full(low.shape, (1 << BITS) - 1, tl.float32))
-    wanted = tl.maximum(by_range, tl.div_rn(largest, tl.full(low.shape, _MOST_ZERO, tl.float32)))
+    wanted = tl.maximum((high - low) * (1 / ((1 << BITS) - 1)), largest * (1 / _MOST_ZERO))
     code = ((wanted.to(tl.uint32, bitcast=True) + 0xFFFFF) >> 20).to(tl.int32) - _SCALE_OFFSET
     bad = (high_key >= _INFINITY) | (low_key < -_INFINITY) | (code >= _NAN_SCALE)
     code = tl.where(bad, _NAN_SCALE, tl.maximum(code, 0))
@@ -75,18 +74,23 @@ def _code(value, inverse, zero, BITS: tl.constexpr):
 @triton.jit
 def _split(word, KIND: tl.constexpr):
     """A word's two elements as float32."""
-    if KIND == _BFLOAT16:
-        return (word << 16).to(tl.float32, bitcast=True), (word & 0xFFFF0000).to(tl.float32, bitcast=True)
     if KIND == _FLOAT16:
         first, second = (word & 0xFFFF).to(tl.uint16), (word >> 16).to(tl.uint16)
-        return first.to(tl.float16, bitcast=True).to(tl.float32), second.to(tl.float16, bitcast=True).to(tl.float32)
-    first, second = (word & 0xFFFFFFFF).to(tl.uint32), (word >> 32).to(tl.uint32)
-    return first.to(tl.float32, bitcast=True), second.to(tl.float32, bitcast=True)
+        first, second = first.to(tl.float16, bitcast=True), second.to(tl.float16, bitcast=True)
+        first, second = first.to(tl.float32), second.to(tl.float32)
+    else:
+        if KIND == _BFLOAT16:
+            first, second = word << 16, word & 0xFFFF0000
+        else:
+            first, second = (word & 0xFFFFFFFF).to(tl.uint32), (word >> 32).to(tl.uint32)
+        first, second = first.to(tl.float32, bitcast=True), second.to(tl.float32, bitcast=True)
+    return first, second
 
 
 @triton.jit
 def _element(value, KIND: tl.constexpr, NAN: tl.constexpr):
-    """float32 as the bits of an element, uint32, rounded here, so that every machine makes the same of NaN."""
+    """float32 as the bits of an element, uint32: rounded, and NaN made, as the CPU does, which machines differ in."""
+    real = value == value
     if KIND == _BFLOAT16:
         bits = value.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -95,7 +99,7 @@ def _element(value, KIND: tl.constexpr, NAN: tl.constexpr):
         bits = value.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
     else:
         bits = value.to(tl.uint32, bitcast=True)
-    return bits
+    return tl.where(real, bits, NAN)
 
 
 # `jobs` is not specialized: each new number would be compiled while a request waits. All else is a cache's own.
@@ -104,9 +108,9 @@ def _move(
     bases,
     slots,
     rows,
-    page_stride,
-    token_stride,
-    head_stride,
+    page_words,
+    token_words,
+    head_words,
     jobs,
     layers,
     PAGE_TOKENS: tl.constexpr,
@@ -141,21 +145,21 @@ def _move(
         slot = tl.load(slots + block * BLOCK_TOKENS + token)
         kept = slot >= 0
         slot = tl.where(kept, slot, 0)
-        place = slot // PAGE_TOKENS * page_stride + slot % PAGE_TOKENS * token_stride
-        inside = (word // HEAD_WORDS).to(tl.int64) * head_stride + word % HEAD_WORDS * WORD_BYTES
+        place = slot // PAGE_TOKENS * page_words + slot % PAGE_TOKENS * token_words
+        place = place[:, None] + ((word // HEAD_WORDS).to(tl.int64) * head_words + word % HEAD_WORDS)[None, :]
         real = word < words
         mask = kept[:, None] & real[None, :]
         for plane in tl.static_range(PLANES):
-            base = tl.load(bases + layer * PLANES + plane)
+            # Offsets of elements to aligned pointers: from addresses alone nobody could tell that words are neighbours.
+            base = tl.load(bases + layer * PLANES + plane).to(tl.pointer_type(WORD))
             if ALIGN:
                 base = tl.multiple_of(base, 16)
-            outside = (base + place[:, None] + inside[None, :]).to(tl.pointer_type(WORD))
+            outside = base + place
             row = rows + (block * layers + layer) * (PLANES * plane_bytes) + plane * plane_bytes
-            codes = (row + heads_bytes + token[:, None] * (words * BITS // 4) + word[None, :] * (BITS // 4)).to(
-                tl.pointer_type(PAIR)
-            )
+            codes = tl.multiple_of((row + heads_bytes).to(tl.pointer_type(PAIR)), BITS)  # four words a thread, as of the cache
+            codes += token[:, None] * words + word[None, :]
             if PLANES == 2 and plane == 0:  # along tokens: a head for each channel
-                heads = (row + (first // _GROUP * words + word) * 4).to(tl.pointer_type(tl.uint32))
+                heads = tl.multiple_of(row.to(tl.pointer_type(tl.uint32)), 16) + first // _GROUP * words + word
                 if INTO_ROWS:
                     a, b = _split(tl.load(outside, mask=mask, other=0), KIND)
                     a_key, b_key = _key(a.to(tl.int32, bitcast=True)), _key(b.to(tl.int32, bitcast=True))
@@ -168,16 +172,11 @@ def _move(
                     b_code = _code(b, b_inverse[None, :], b_zero[None, :], BITS)
                 else:
                     head = tl.load(heads, mask=real, other=0).to(tl.int32, bitcast=True)
-                    a_scale, a_zero = _scale(head & 0xFFFF)
-                    b_scale, b_zero = _scale((head >> 16) & 0xFFFF)
-                    a_scale, a_zero, b_scale, b_zero = (
-                        a_scale[None, :],
-                        a_zero[None, :],
-                        b_scale[None, :],
-                        b_zero[None, :],
-                    )
+                    a_scale, a_zero = _scale(head[None, :] & 0xFFFF)
+                    b_scale, b_zero = _scale((head[None, :] >> 16) & 0xFFFF)
             else:  # along channels: a head for 8 pairs of a token
-                heads = (row + (token[:, None] * (words // 8) + group[None, :]) * 2).to(tl.pointer_type(tl.uint16))
+                heads = tl.multiple_of(row.to(tl.pointer_type(tl.uint16)), 16)
+                heads += token[:, None] * (words // 8) + group[None, :]
                 whole = group[None, :] * 8 < words
                 if INTO_ROWS:
                     a, b = _split(tl.load(outside, mask=mask, other=0), KIND)
@@ -199,8 +198,7 @@ def _move(
                 pair = tl.load(codes, mask=mask, other=0).to(tl.int32)
                 a = ((pair & ((1 << BITS) - 1)).to(tl.float32) + a_zero) * a_scale
                 b = ((pair >> BITS).to(tl.float32) + b_zero) * b_scale
-                first_bits = tl.where(a == a, _element(a, KIND, NAN), NAN).to(WORD)
-                second_bits = tl.where(b == b, _element(b, KIND, NAN), NAN).to(WORD)
+                first_bits, second_bits = _element(a, KIND, NAN).to(WORD), _element(b, KIND, NAN).to(WORD)
                 tl.store(outside, first_bits | (second_bits << (WORD_BYTES * 4)), mask=mask)
         job += tl.num_programs(0)
 
@@ -241,7 +239,7 @@ def move(
         bases,
         slots,
         rows,
-        *strides,
+        *(stride // (2 * g.element_bytes) for stride in strides),
         jobs,
         layers,
         PAGE_TOKENS=page_tokens,
@@ -258,6 +256,6 @@ def move(
         ALIGN=aligned,
         INTO_ROWS=into_rows,
         TILE=_TILE,
-        num_warps=_WARPS,
+        num_warps=1,
         enable_fp_fusion=False,  # the CPU's products and sums are rounded one by one
     )
