@@ -15,7 +15,7 @@ from cairn.copy import CpuCopier, DeviceRows, PagedKV
 from cairn.copy.cpu_quantized import QuantizedCpuCopier
 from cairn.errors import GeometryError, InputError
 from cairn.kv import KVGeometry, Layout
-from tests.copy.fake_cuda import FakeCuda, install
+from tests.copy.fake_cuda import install
 
 PAGES, PAGE_TOKENS, LAYERS = 4, 16, 2
 LAYOUTS = ("nhd", "nhd_paged", "hnd", "halves", "cross_layer", "mla")
@@ -226,3 +226,90 @@ def test_the_gpu_makes_the_same_bits(
         tensor[...] = old
     move(slots, into_rows=False)
     assert all((tensor == want).all() for tensor, want in zip(case.tensors, wanted, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_cuda_copier_moves_quantized_rows(kernel: Any, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Layer ranges, holes, several parts, in any order that the events allow."""
+    cuda = importlib.import_module("cairn.copy.cuda")
+    module = importlib.import_module("cairn.copy.cuda_quantized")
+    case = Case(LAYOUTS[seed], ("int4", "int8")[seed % 2], "bfloat16", 3, 16, seed)
+    block = case.quantizer.stored.block_bytes
+    monkeypatch.setattr(cuda, "_STAGING_BYTES", 2 * block)  # several parts: the ring goes round
+    monkeypatch.setattr(cuda, "_FIRST_BYTES", block)
+    monkeypatch.setattr(kernel, "_TILE", 32)
+    device = install(monkeypatch, seed)
+    kv = dataclasses.replace(case.kv, device=0)
+    copier = module.QuantizedCudaCopier(case.quantizer)
+    copier.register(case.memory)
+    copier.prepare(kv)
+    on_cpu = QuantizedCpuCopier(case.quantizer)
+    expected = case.memory.copy()
+    on_cpu.gather(case.kv, case.slots, expected, case.rows)
+    copier.gather_async(kv, case.slots, case.memory, case.rows).synchronize()
+    assert (case.memory == expected).all()
+
+    slots = np.where(np.random.default_rng(seed).random(len(case.slots)) < 0.2, -1, case.slots)
+    for tensor in case.tensors:
+        tensor[...] = 0x1234
+    on_cpu.scatter(case.kv, slots, case.memory, case.rows)
+    wanted = [tensor.copy() for tensor in case.tensors]
+    for tensor in case.tensors:
+        tensor[...] = 0x1234
+    loads = [copier.scatter_async(kv, slots, case.memory, case.rows, range(i, i + 1)) for i in range(LAYERS)]
+    for load in loads:
+        load.synchronize()
+    assert all((tensor == want).all() for tensor, want in zip(case.tensors, wanted, strict=True))
+
+    with pytest.raises(InputError, match="stored whole"):
+        copier.gather(kv, slots, case.memory, case.rows)
+    with pytest.raises(InputError, match="rows in VRAM"):
+        copier.scatter(kv, slots, DeviceRows(0, 4, block, peer=False), case.rows)
+    with pytest.raises(GeometryError, match=r"storage\.cpu\.codec"):
+        copier.prepare(dataclasses.replace(kv, opaque=True))
+    copier.close()
+    assert not any(stream.queue for stream in device.streams)
+    assert not device.pinned
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"head_dim": 20}, "head_dim=20"), ({"block_tokens": 8}, "block_tokens=8"), ({"dtype": "float8_e4m3"}, "dtype")],
+)
+def test_what_cannot_be_quantized_is_refused(changes: dict[str, Any], named: str) -> None:
+    g = KVGeometry(**{"layers": 1, "kv_heads": 1, "head_dim": 32, **changes})
+    with pytest.raises(GeometryError, match=f"{named}.*codec.* none"):
+        quantizer_for(g, "int8")
+    assert quantizer_for(g, "none") is None
+
+
+def test_opaque_pages_are_quantized_where_their_order_is_known() -> None:
+    """vLLM's on a CPU: equal rows, whatever the pages look like."""
+    rng = np.random.default_rng(0)
+    g = KVGeometry(layers=2, kv_heads=2, head_dim=16, dtype="float32", block_tokens=16)
+    blocks = drawn((3, *g.block_shape), "float32", rng).reshape(3, -1).view(np.uint8)
+    page, rows = Layout("vllm_cpu"), np.arange(3, dtype=np.int32)
+    pages = [np.zeros((3, 2, 16, 32), np.uint32) for _ in range(2)]
+    own = np.empty_like(blocks)
+    for block, row in zip(blocks, own, strict=True):
+        page.from_canonical(block, row, g)
+    kv, slots = PagedKV.from_tensors(pages, "vllm", g), np.arange(48)
+    CpuCopier(g).scatter(kv, slots, own, rows)
+    quantizer = Quantizer(g, "int4")
+    copier = QuantizedCpuCopier(quantizer, page=page)
+    memory = np.zeros((3, quantizer.stored.block_bytes), np.uint8)
+    copier.gather(kv, slots, memory, rows)
+    for block, row in zip(blocks, memory, strict=True):
+        expected = np.zeros_like(row)
+        quantizer.encode(block, expected, range(2))
+        assert (row == expected).all()
+    copier.scatter(kv, slots, memory, rows, range(1, 2))
+    for i in range(3):
+        back, found = np.zeros_like(blocks[i]), np.zeros_like(blocks[i])
+        quantizer.decode(memory[i], back, range(2))
+        page.to_canonical(np.concatenate([p[i].reshape(-1) for p in pages]).view(np.uint8), found, g)
+        half = g.layer_bytes
+        assert (found[half:] == back[half:]).all()
+        assert (found[:half] == blocks[i, :half]).all()
+    with pytest.raises(GeometryError, match="opaque"):
+        QuantizedCpuCopier(quantizer).gather(kv, slots, memory, rows)

@@ -27,6 +27,10 @@ class QuantizedCpuCopier(CpuCopier):
         self._quantizer = quantizer
         self._layout = Layout(page.page)
         self._layer = replace(quantizer.geometry, layers=1)
+        # Compiled now, so that no request waits for it.
+        layer, row = np.zeros(self._layer.block_bytes, np.uint8), np.zeros(quantizer.stored.layer_bytes, np.uint8)
+        quantizer.encode(layer, row, range(1))
+        quantizer.decode(row, layer, range(1))
 
     def prepare(self, kv: PagedKV, *, direct: bool = False) -> None:  # noqa: ARG002 - rows in VRAM are not quantized
         """Raises GeometryError for pages whose values cannot be read."""

@@ -50,8 +50,10 @@ class QuantizedCudaCopier(CudaCopier):
         bases = np.ascontiguousarray(kv.bases[span.start : span.stop].reshape(-1))
         table = self._upload(bases, slots)
         tokens = self.geometry.block_tokens
-        addresses = np.array([*bases, kv.page_stride, kv.token_stride, kv.head_stride], np.int64)
-        aligned = not (np.bitwise_or.reduce(addresses) % triton_quantized.ALIGNMENT)
+        strides = kv.page_stride, kv.token_stride, kv.head_stride
+        places = int(np.bitwise_or.reduce(np.array([*bases, *strides], np.int64)))
+        if places % (2 * self.geometry.element_bytes):
+            raise GeometryError("KV cache at odd addresses: storage.cpu.codec needs pairs of elements; set it to none")
 
         def run(first: int, stop: int, staging: int) -> None:
             triton_quantized.move(
@@ -61,9 +63,9 @@ class QuantizedCudaCopier(CudaCopier):
                 self._quantizer,
                 blocks=stop - first,
                 layers=len(span),
-                strides=(kv.page_stride, kv.token_stride, kv.head_stride),
+                strides=strides,
                 page_tokens=kv.page_tokens,
-                aligned=aligned,
+                aligned=places % triton_quantized.ALIGNMENT == 0,
                 programs=PROGRAMS,
                 into_rows=into_rows,
             )

@@ -156,7 +156,9 @@ def _move(
                 base = tl.multiple_of(base, 16)
             outside = base + place
             row = rows + (block * layers + layer) * (PLANES * plane_bytes) + plane * plane_bytes
-            codes = tl.multiple_of((row + heads_bytes).to(tl.pointer_type(PAIR)), BITS)  # four words a thread, as of the cache
+            codes = tl.multiple_of(
+                (row + heads_bytes).to(tl.pointer_type(PAIR)), BITS
+            )  # four words a thread, as of the cache
             codes += token[:, None] * words + word[None, :]
             if PLANES == 2 and plane == 0:  # along tokens: a head for each channel
                 heads = tl.multiple_of(row.to(tl.pointer_type(tl.uint32)), 16) + first // _GROUP * words + word
