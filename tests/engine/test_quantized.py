@@ -1,6 +1,5 @@
 """An engine whose DRAM is quantized: what comes back is near, and nobody takes its blocks for others."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,10 @@ def engine(codec: str, disk: Path | None = None, *, dtype: str = "float32", **se
 
 
 @pytest.fixture
-def pages() -> Iterator[tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.int64]]]:
+def pages() -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.int64]]:
     rng = np.random.default_rng(0)
     tensors = [rng.normal(0, 1, (2, 8, 16, 2, 32)).astype(np.float32) for _ in range(3)]
-    yield tensors, rng.permutation(128)[:TOKENS]
+    return tensors, rng.permutation(128)[:TOKENS]
 
 
 def retrieved(one: CacheEngine, tensors: list[Any], slots: Any, tokens: Any) -> tuple[int, float]:

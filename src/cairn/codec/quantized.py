@@ -2,8 +2,8 @@
 
 Every 16 elements share a head of 16 bits, a scale and a zero point: value = (code + zero) * scale. K is grouped along
 tokens, channel by channel, since its channels differ; V (and an MLA latent) along channels, token by token, since its
-tokens do (KIVI: Liu et al., arXiv 2402.02750). So a group is as long as the shortest block, and an element takes 1 bit
-more than its code: 5 or 9. `codec.fixed` groups 32, which blocks of 16 tokens have not got along tokens; its heads of 32
+tokens do (KIVI: Liu et al., arXiv 2402.02750). A group is as long as the shortest block, so an element takes 1 bit more
+than its code, 5 or 9. `codec.fixed` groups 32, which a block of 16 tokens has not got along tokens, and its heads of 32
 bits would take 2 bits an element there.
 
 A plane of a layer (K or V) is heads u16 [groups], then codes [tokens, channels * bits / 8], of 4 bits the even channel
@@ -16,7 +16,6 @@ The last scale means a group with a value that is not finite, or too large: all 
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 from msgspec.structs import replace
 
 from cairn.codec.base import Octets

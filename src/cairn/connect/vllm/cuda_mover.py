@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cairn.connect.vllm.movers import Copying, Layers, Mover, Rows, Timer, failed
 from cairn.codec.quantized import Quantizer
+from cairn.connect.vllm.movers import Copying, Layers, Mover, Rows, Timer, failed
 from cairn.copy import PagedKV, TokenSlots
 from cairn.copy.cuda import CudaCopier, Enqueued
 from cairn.copy.cuda_quantized import QuantizedCudaCopier
