@@ -3,12 +3,12 @@
     PYTHONPATH=src python3 benchmarks/ttft_vllm.py --out ttft_vllm.json [--small] [--lengths 8192 32768]
 
 Three engines share one GPU, each in a process of its own and one at work at a time: `none` (no connector),
-`offloading` (vLLM's OffloadingConnector) and `cairn`; if --contenders names them, also `cairn-int8` and `cairn-int4`, whose DRAM is
-quantized. Llama-3.1-8B's shape, dummy weights of a trained scale (the same for all), random token ids, one token asked
-for, eager, batch 1. In each round every contender gets the same new prompt,
-three times: cold; again, from its prefix cache in GPU memory; and, with that cache emptied, from the connector's tier.
-Between visits background stores are waited for, uncounted. The order of contenders turns with every round; the lengths
-take turns too, so a run that is cut has figures for each.
+`offloading` (vLLM's OffloadingConnector) and `cairn`; others by --contenders: `cairn-int8` and `cairn-int4`, whose DRAM
+is quantized. Llama-3.1-8B's shape, dummy weights of a trained scale (the same for all), random token ids, one token
+asked for, eager, batch 1. In each round every contender gets the same new prompt, three times: cold; again, from its
+prefix cache in GPU memory; and, with that cache emptied, from the connector's tier. Between visits background stores
+are waited for, uncounted. The order of contenders turns with every round; the lengths take turns too, so a run that is
+cut has figures for each.
 
 Bars, by length: the tier hit <= 1.10 of its floor (a GPU hit of `none` and the bytes over the measured bandwidth of
 pinned memory), and less than `offloading`'s; the cold visit <= 1.01 of `none`'s (median of the rounds' ratios);
@@ -222,7 +222,7 @@ def table(result: dict[str, Any]) -> str:
                 f"{found['cold_diff']:9.4f} {ratio:9.4f}"
             )
         lines += [
-            f"{'':>7} {name}: {one['tier_over_offloading']:.3f} of offloading's tier hit, in its bar: {one['meets_bar']}"
+            f"{'':>7} {name} {one['tier_over_offloading']:.3f} of offloading's tier hit; bar met: {one['meets_bar']}"
             for name, one in row["quantized"].items()
         ]
         if "meets_bars" in row:
