@@ -36,6 +36,6 @@ def test_quantized_hits_answer_nearly_the_same(tiny: Path) -> None:
         sum(abs(a - b) for a, b in zip(sorted(x.values()), sorted(y.values()), strict=False)) / 20
         for x, y in zip(computed, computed[1:], strict=False)
     ]
-    print(differences, others, moved, hits, [len(c) for c in common])
+
     assert all(0 < difference < 0.1 for difference in differences)
     assert False, (differences, others, moved, hits)

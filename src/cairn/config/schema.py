@@ -183,7 +183,7 @@ class Remote(Section):
 
 
 class Compression(Section):
-    """How the objects of `storage.remote` are stored; DRAM and disk keep blocks as they are. See compression.md."""
+    """How the objects of `storage.remote` are stored; for DRAM and disk see `storage.cpu.codec`, and compression.md."""
 
     algorithm: Algorithm = Field(
         default="none",
