@@ -38,6 +38,7 @@ def from_float(values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any]:
 def oracle(block: npt.NDArray[Any], bits: int, dtype: str) -> tuple[bytes, npt.NDArray[Any], npt.NDArray[np.float32]]:
     """block: elements [layers, planes, tokens, channels]. The row, what comes back, and each element's scale (NaN where
     the group is)."""
+    unit = {8: 8, 4: 1}[bits]
     row, back, scales = b"", np.empty_like(block), np.empty(block.shape, np.float32)
     for layer, plane in np.ndindex(block.shape[:2]):
         values = to_float(block[layer, plane], dtype)
@@ -46,16 +47,17 @@ def oracle(block: npt.NDArray[Any], bits: int, dtype: str) -> tuple[bytes, npt.N
         with np.errstate(all="ignore"):
             low, high = groups.min(axis=1), groups.max(axis=1)
             largest = np.maximum(abs(low), abs(high))
-            wanted = np.maximum((high - low) * np.float32(1 / (2**bits - 1)), largest * np.float32(1 / 127))
+            wanted = np.maximum((high - low) * np.float32(1 / (2**bits - unit)), largest * np.float32(1 / (127 * unit)))
             grid = np.array([(8 + m) * 2.0 ** (e - 19) for e in range(32) for m in range(8)], np.float32)
             code = np.searchsorted(grid[:255], wanted)
             bad = ~np.isfinite(wanted) | (code == 255)
             code = np.where(bad, 255, code)
             inverse = np.where(bad, 0, 1 / grid[code]).astype(np.float32)
-            zero = np.where(bad, 0, np.rint(low * inverse)).astype(np.float32)
-            codes = np.nan_to_num(np.rint(groups * inverse[:, None]) - zero[:, None]).clip(0, 2**bits - 1)
+            zero = np.rint((low * inverse - (unit - 1) / 2) / unit)
+            zero = np.where(bad, 0, zero).astype(np.float32)
+            codes = np.nan_to_num(np.rint(groups * inverse[:, None]) - unit * zero[:, None]).clip(0, 2**bits - 1)
             codes = np.where(bad[:, None], 0, codes).astype(np.uint8)
-        found = (codes + zero[:, None]) * grid[code][:, None]
+        found = (codes + unit * zero[:, None]) * grid[code][:, None]
         nan = {"bfloat16": 0x7FC0, "float16": 0x7E00, "float32": 0x7FC00000}[dtype]
         elements = np.where(bad[:, None], nan, from_float(found.astype(np.float32), dtype)).astype(block.dtype)
         scale = np.broadcast_to(np.where(bad, np.nan, grid[code])[:, None], codes.shape)

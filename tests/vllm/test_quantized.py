@@ -1,41 +1,41 @@
 """A real vLLM whose blocks are quantized in DRAM: hits answer nearly what was computed."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tests.vllm.engine import BLOCK, PROMPTS, no_leak, serving, settle, stats
+import numpy as np
+
+from tests.vllm.engine import BLOCK, PROMPTS, connector, no_leak, serving, settle, stats
 
 
-def first_tokens(llm: Any, prompts: list[list[int]]) -> list[dict[int, float]]:
-    """The log-probabilities of each prompt's 20 likeliest first tokens."""
+def first_token(llm: Any, prompt: list[int]) -> dict[int, float]:
+    """The log-probabilities of the 20 likeliest first tokens."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(max_tokens=1, temperature=0, logprobs=20, detokenize=False)
-    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
-    outputs = llm.generate(asked, sampling, use_tqdm=False)
-    return [{token: one.logprob for token, one in output.outputs[0].logprobs[0].items()} for output in outputs]
+    (output,) = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
+    settle(llm)
+    return {token: one.logprob for token, one in output.outputs[0].logprobs[0].items()}
+
+
+def distance(one: dict[int, float], other: dict[int, float]) -> float:
+    """The mean difference of common tokens; 100 if few are common."""
+    common = one.keys() & other.keys()
+    return float(np.mean([abs(one[token] - other[token]) for token in common])) if len(common) > 10 else 100.0
 
 
 def test_quantized_hits_answer_nearly_the_same(tiny: Path) -> None:
-    prompts = PROMPTS[:8]
+    prompts = PROMPTS[:5]
     with serving(tiny, {"storage.cpu.codec": "int8"}, skip_tokenizer_init=True) as llm:
-        computed = first_tokens(llm, prompts)
-        settle(llm)
-        loaded = first_tokens(llm, prompts)
-        settle(llm)
-        hits = sum((len(prompt) - 1) // BLOCK * BLOCK for prompt in prompts)
-        assert stats(llm)["hit_tokens"]["dram"] >= hits * 0.9
-        moved = stats(llm)["transfer_bytes"]["dram"]
+        computed = [first_token(llm, prompt) for prompt in prompts]
+        hits = stats(llm)["hit_tokens"].get("dram", 0)  # of what prompts share
+        loaded = [first_token(llm, prompt) for prompt in prompts]
+        whole = sum((len(prompt) - 1) // BLOCK * BLOCK for prompt in prompts)
+        assert stats(llm)["hit_tokens"]["dram"] - hits == whole
+        engine = connector(llm)._scheduler.engine
+        assert engine.row_geometry.token_bytes * 32 == engine.geometry.token_bytes * 9
         no_leak(llm)
-    common = [
-        [(one[token], other[token]) for token in one.keys() & other.keys()]
-        for one, other in zip(computed, loaded, strict=True)
-    ]
-    differences = [sum(abs(a - b) for a, b in pairs) / len(pairs) for pairs in common]
-    others = [
-        sum(abs(a - b) for a, b in zip(sorted(x.values()), sorted(y.values()), strict=False)) / 20
-        for x, y in zip(computed, computed[1:], strict=False)
-    ]
-
-    assert all(0 < difference < 0.1 for difference in differences)
-    assert False, (differences, others, moved, hits)
+    off = [distance(one, other) for one, other in zip(computed, loaded, strict=True)]
+    apart = [distance(one, other) for one, other in pairwise(computed)]
+    assert 0 < max(off) < min(apart) / 10, (off, apart)

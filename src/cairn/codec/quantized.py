@@ -1,15 +1,16 @@
 """Quantized rows: a block in a row of fixed size, for a tier of fixed slots that copiers read and write in passing.
 
-Every 16 elements share a head of 16 bits, a scale and a zero point: value = (code + zero) * scale. K is grouped along
-tokens, channel by channel, since its channels differ; V (and an MLA latent) along channels, token by token, since its
-tokens do (KIVI: Liu et al., arXiv 2402.02750). A group is as long as the shortest block, so an element takes 1 bit more
-than its code, 5 or 9. `codec.fixed` groups 32, which a block of 16 tokens has not got along tokens, and its heads of 32
-bits would take 2 bits an element there.
+Every 16 elements share a head of 16 bits, a scale and a zero point: value = (code + unit * zero) * scale. K is grouped
+along tokens, channel by channel, since its channels differ; V (and an MLA latent) along channels, token by token, since
+its tokens do (KIVI: Liu et al., arXiv 2402.02750). A group is as long as the shortest block, so an element takes 1 bit
+more than its code, 5 or 9. `codec.fixed` groups 32, which a block of 16 tokens has not got along tokens, and its heads
+of 32 bits would take 2 bits an element there.
 
 A plane of a layer (K or V) is heads u16 [groups], then codes [tokens, channels * bits / 8], of 4 bits the even channel
 in the low half. A head is the scale in its low byte, and the zero point, signed, in its high one. Scales have 5 bits of
 exponent and 3 of mantissa, 2^-16 to 1.75 * 2^15, and are never too small for their group: an element is off by half a
-scale at most, which is at most 1/16 more than half of the larger of range / (2^bits - 1) and largest / 127, or 2^-17.
+scale at most. A scale is the next one above the larger of range / (2^bits - unit) and largest / (127 * unit). The unit
+is 8 for 8 bits, so that a channel far from zero loses nothing; for 4 bits it is 1, as these have no codes to spare.
 The last scale means a group with a value that is not finite, or too large: all of it comes back as NaN.
 """
 
@@ -35,6 +36,7 @@ FLOAT16_MAX: Final = 65504.0
 NANS: Final = (0x7FC0, 0x7E00, 0x7FC00000)
 _INFINITY: Final = 0x7F800000
 _BITS: Final = {"int8": 8, "int4": 4}
+_UNITS: Final = {8: 8, 4: 1}
 #: Raised when the meaning of the bytes changes.
 _VERSION: Final = 1
 
@@ -50,6 +52,7 @@ class Quantizer:
         """Raises GeometryError for blocks whose values cannot be read, or are not whole groups."""
         self.geometry = geometry
         self.bits = _BITS[codec]
+        self.unit = _UNITS[self.bits]
         self.kind = kind_of(geometry, "storage.cpu.codec")
         for name in ("head_dim", "block_tokens"):
             if getattr(geometry, name) % GROUP:
@@ -63,11 +66,11 @@ class Quantizer:
     def encode(self, block: Octets, row: Octets, layers: range) -> None:
         """Writes these layers of a row (uint8 [>= stored.block_bytes]). block: uint8 [geometry.block_bytes], canonical;
         both contiguous. Frees the GIL."""
-        _encode(*self._layers(block, row, layers), self._shape(layers), self.kind, self.bits)
+        _encode(*self._layers(block, row, layers), self._shape(layers), self.kind, self.bits, self.unit)
 
     def decode(self, row: Octets, block: Octets, layers: range) -> None:
         """The reverse."""
-        _decode(*self._layers(block, row, layers), self._shape(layers), self.kind, self.bits)
+        _decode(*self._layers(block, row, layers), self._shape(layers), self.kind, self.bits, self.unit)
 
     def _layers(self, block: Octets, row: Octets, layers: range) -> tuple[Bits, Octets]:
         """Views of these layers: of the block's elements, and of the row."""
@@ -95,24 +98,24 @@ def _key(bits: Any) -> Any:
 
 
 @kernel
-def _head(low_key: Any, high_key: Any, bits: int) -> Any:
-    """(head, 1 / scale, zero point) of a group; 1 / scale is 0 where it comes back as NaN."""
+def _head(low_key: Any, high_key: Any, bits: int, unit: int) -> Any:
+    """(head, 1 / scale, unit * zero) of a group; 1 / scale is 0 where it comes back as NaN."""
     if high_key >= _INFINITY or low_key <= ~_INFINITY:
         return NAN_SCALE, np.float32(0), np.float32(0)
     low, high = np.int32(_key(low_key)).view(np.float32), np.int32(_key(high_key)).view(np.float32)
-    by_range = (high - low) * np.float32(1 / ((1 << bits) - 1))
-    wanted = max(by_range, max(abs(low), abs(high)) * np.float32(1 / MOST_ZERO))
+    by_range = (high - low) * np.float32(1 / ((1 << bits) - unit))
+    wanted = max(by_range, max(abs(low), abs(high)) * np.float32(1 / (MOST_ZERO * unit)))
     code = ((np.int64(np.float32(wanted).view(np.uint32)) + 0xFFFFF) >> 20) - SCALE_OFFSET
     if code >= NAN_SCALE:
         return NAN_SCALE, np.float32(0), np.float32(0)
     code = max(code, np.int64(0))
     inverse = np.float32(1) / np.uint32((code + SCALE_OFFSET) << 20).view(np.float32)
-    zero = np.rint(low * inverse)
-    return code | (np.int64(zero) & 255) << 8, inverse, zero
+    zero = np.rint((low * inverse - np.float32((unit - 1) / 2)) * np.float32(1 / unit))
+    return code | (np.int64(zero) & 255) << 8, inverse, zero * np.float32(unit)
 
 
 @kernel
-def _encode(block: Bits, row: Octets, shape: tuple[int, int, int, int], kind: int, bits: int) -> None:
+def _encode(block: Bits, row: Octets, shape: tuple[int, int, int, int], kind: int, bits: int, unit: int) -> None:
     layers, planes, tokens, channels = shape
     values = np.empty((GROUP, channels), np.float32)
     keys = values.view(np.int32)
@@ -137,7 +140,7 @@ def _encode(block: Bits, row: Octets, shape: tuple[int, int, int, int], kind: in
                         key = _key(keys[t, c])
                         low[c], high[c] = min(low[c], key), max(high[c], key)
                 for c in range(channels):
-                    heads[first // GROUP * channels + c], inverse[c], zero[c] = _head(low[c], high[c], bits)
+                    heads[first // GROUP * channels + c], inverse[c], zero[c] = _head(low[c], high[c], bits, unit)
             for t in range(GROUP):
                 if not along_tokens:
                     for c in range(0, channels, GROUP):
@@ -145,7 +148,7 @@ def _encode(block: Bits, row: Octets, shape: tuple[int, int, int, int], kind: in
                         for i in range(c + 1, c + GROUP):
                             key = _key(keys[t, i])
                             least, most = min(least, key), max(most, key)
-                        head, one_over, offset = _head(least, most, bits)
+                        head, one_over, offset = _head(least, most, bits, unit)
                         heads[((first + t) * channels + c) // GROUP] = head
                         inverse[c : c + GROUP], zero[c : c + GROUP] = one_over, offset
                 codes = part[2 * count + (first + t) * code_bytes : 2 * count + (first + t + 1) * code_bytes]
@@ -161,7 +164,7 @@ def _encode(block: Bits, row: Octets, shape: tuple[int, int, int, int], kind: in
 
 
 @kernel
-def _decode(block: Bits, row: Octets, shape: tuple[int, int, int, int], kind: int, bits: int) -> None:
+def _decode(block: Bits, row: Octets, shape: tuple[int, int, int, int], kind: int, bits: int, unit: int) -> None:
     layers, planes, tokens, channels = shape
     scale, zero = np.empty(channels, np.float32), np.empty(channels, np.float32)
     count, code_bytes = tokens * channels // GROUP, channels * bits // 8
@@ -176,7 +179,7 @@ def _decode(block: Bits, row: Octets, shape: tuple[int, int, int, int], kind: in
                     at = t // GROUP * channels + c if along_tokens else (t * channels + c) // GROUP
                     number = heads[at] & 255
                     scale[c] = np.uint32((number + SCALE_OFFSET) << 20).view(np.float32)
-                    zero[c] = np.float32(np.int8(heads[at] >> 8))
+                    zero[c] = np.float32(np.int8(heads[at] >> 8) * unit)
                     if number == NAN_SCALE:
                         scale[c] = np.float32(np.nan)
             codes = part[2 * count + t * code_bytes : 2 * count + (t + 1) * code_bytes]

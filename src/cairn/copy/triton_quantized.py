@@ -41,26 +41,26 @@ def _key(bits):
 
 
 @triton.jit
-def _head(low_key, high_key, BITS: tl.constexpr):
-    """(head, 1 / scale, zero point) of groups, from the keys of their ends."""
+def _head(low_key, high_key, BITS: tl.constexpr, UNIT: tl.constexpr):
+    """(head, 1 / scale, UNIT * zero) of groups, from the keys of their ends."""
     low, high = _key(low_key).to(tl.float32, bitcast=True), _key(high_key).to(tl.float32, bitcast=True)
     largest = tl.maximum(tl.abs(low), tl.abs(high))
-    wanted = tl.maximum((high - low) * (1 / ((1 << BITS) - 1)), largest * (1 / _MOST_ZERO))
+    wanted = tl.maximum((high - low) * (1 / ((1 << BITS) - UNIT)), largest * (1 / (_MOST_ZERO * UNIT)))
     code = ((wanted.to(tl.uint32, bitcast=True) + 0xFFFFF) >> 20).to(tl.int32) - _SCALE_OFFSET
     bad = (high_key >= _INFINITY) | (low_key < -_INFINITY) | (code >= _NAN_SCALE)
     code = tl.where(bad, _NAN_SCALE, tl.maximum(code, 0))
     scale = ((code + _SCALE_OFFSET) << 20).to(tl.float32, bitcast=True)
     inverse = tl.where(bad, 0.0, tl.div_rn(tl.full(low.shape, 1.0, tl.float32), scale))
-    zero = tl.where(bad, 0.0, (low * inverse + _ROUND) - _ROUND)
-    return code | ((zero.to(tl.int32) & 255) << 8), inverse, zero
+    zero = tl.where(bad, 0.0, ((low * inverse - (UNIT - 1) / 2) * (1 / UNIT) + _ROUND) - _ROUND)
+    return code | ((zero.to(tl.int32) & 255) << 8), inverse, zero * UNIT
 
 
 @triton.jit
-def _scale(head):
-    """(scale, zero point) of heads; NaN where a group comes back as NaN."""
+def _scale(head, UNIT: tl.constexpr):
+    """(scale, UNIT * zero) of heads; NaN where a group comes back as NaN."""
     code = head & 255
     scale = ((code + _SCALE_OFFSET) << 20).to(tl.float32, bitcast=True)
-    zero = (head << 16) >> 24
+    zero = ((head << 16) >> 24) * UNIT
     return tl.where(code == _NAN_SCALE, float("nan"), scale), zero.to(tl.float32)
 
 
@@ -124,6 +124,7 @@ def _move(
     KIND: tl.constexpr,
     NAN: tl.constexpr,
     BITS: tl.constexpr,
+    UNIT: tl.constexpr,
     ALIGN: tl.constexpr,
     INTO_ROWS: tl.constexpr,
     TILE: tl.constexpr,
@@ -167,15 +168,15 @@ def _move(
                     a_key, b_key = _key(a.to(tl.int32, bitcast=True)), _key(b.to(tl.int32, bitcast=True))
                     a_low, a_high = tl.reduce((a_key, a_key), 0, _wider)
                     b_low, b_high = tl.reduce((b_key, b_key), 0, _wider)
-                    a_head, a_inverse, a_zero = _head(a_low, a_high, BITS)
-                    b_head, b_inverse, b_zero = _head(b_low, b_high, BITS)
+                    a_head, a_inverse, a_zero = _head(a_low, a_high, BITS, UNIT)
+                    b_head, b_inverse, b_zero = _head(b_low, b_high, BITS, UNIT)
                     tl.store(heads, (a_head | (b_head << 16)).to(tl.uint32, bitcast=True), mask=real)
                     a_code = _code(a, a_inverse[None, :], a_zero[None, :], BITS)
                     b_code = _code(b, b_inverse[None, :], b_zero[None, :], BITS)
                 else:
                     head = tl.load(heads, mask=real, other=0).to(tl.int32, bitcast=True)
-                    a_scale, a_zero = _scale(head[None, :] & 0xFFFF)
-                    b_scale, b_zero = _scale((head[None, :] >> 16) & 0xFFFF)
+                    a_scale, a_zero = _scale(head[None, :] & 0xFFFF, UNIT)
+                    b_scale, b_zero = _scale((head[None, :] >> 16) & 0xFFFF, UNIT)
             else:  # along channels: a head for 8 pairs of a token
                 heads = tl.multiple_of(row.to(tl.pointer_type(tl.uint16)), 16)
                 heads += token[:, None] * (words // 8) + group[None, :]
@@ -186,12 +187,12 @@ def _move(
                     low = tl.reshape(tl.minimum(a_key, b_key), (_GROUP, TILE // 8, 8))
                     high = tl.reshape(tl.maximum(a_key, b_key), (_GROUP, TILE // 8, 8))
                     low, high = tl.reduce((low, high), 2, _wider)
-                    head, inverse, zero = _head(low, high, BITS)
+                    head, inverse, zero = _head(low, high, BITS, UNIT)
                     tl.store(heads, head.to(tl.uint16), mask=whole)
                     inverse, zero = _spread(inverse, TILE), _spread(zero, TILE)
                     a_code, b_code = _code(a, inverse, zero, BITS), _code(b, inverse, zero, BITS)
                 else:
-                    scale, zero = _scale(tl.load(heads, mask=whole, other=0).to(tl.int32))
+                    scale, zero = _scale(tl.load(heads, mask=whole, other=0).to(tl.int32), UNIT)
                     a_scale, a_zero = _spread(scale, TILE), _spread(zero, TILE)
                     b_scale, b_zero = a_scale, a_zero
             if INTO_ROWS:
@@ -255,6 +256,7 @@ def move(
         KIND=quantizer.kind,
         NAN=NANS[quantizer.kind],
         BITS=quantizer.bits,
+        UNIT=quantizer.unit,
         ALIGN=aligned,
         INTO_ROWS=into_rows,
         TILE=_TILE,
