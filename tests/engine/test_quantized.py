@@ -64,7 +64,7 @@ def test_what_was_stored_comes_back_nearly(codec: str, pages: Any, tmp_path: Pat
         assert count == 96
         assert 0 < worst < BOUND[codec] * reach
         moved = one.get_stats()["transfer_bytes"]
-        assert one.row_geometry.block_bytes * 32 == GEOMETRY.block_bytes * {"int8": 9, "int4": 5}[codec]
+        assert one.row_geometry.vector_bytes == {"int8": 2 * 36, "int4": 2 * 21}[codec]
         assert moved == {"dram": dict.fromkeys(("store", "load"), 6 * one.row_geometry.block_bytes)}
 
         other = prompt(1, 32)

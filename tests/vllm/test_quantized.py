@@ -32,7 +32,7 @@ def test_quantized_hits_answer_nearly_the_same(tiny: Path) -> None:
         hits = stats(llm)["hit_tokens"].get("dram", 0)  # of what prompts share
         loaded = [first_token(llm, prompt) for prompt in prompts]
         whole = sum((len(prompt) - 1) // BLOCK * BLOCK for prompt in prompts)
-        assert stats(llm)["hit_tokens"]["dram"] - hits == whole
+        assert stats(llm)["hit_tokens"]["dram"] - hits >= whole
         engine = connector(llm)._scheduler.engine
         assert engine.row_geometry.token_bytes * 32 == engine.geometry.token_bytes * 9
         no_leak(llm)

@@ -7,7 +7,11 @@ more than its code, 5 or 9. `codec.fixed` groups 32, which a block of 16 tokens 
 of 32 bits would take 2 bits an element there.
 
 A plane of a layer (K or V) is heads u16 [groups], then codes [tokens, channels * bits / 8], of 4 bits the even channel
-in the low half. A head is the scale in its low byte, and the zero point, signed, in its high one. Scales have 5 bits of
+in the low half. Where codes have 4 bits, the first of every 16 tokens of K has 4 bits more: fine [tokens / 16, channels
+/ 2], behind a layer's planes, in sixteenths of a scale, of which 8 are none. A sequence's first token is among them,
+which attention sinks on (arXiv 2309.17453): most of what 4 bits cost was its K.
+
+A head is the scale in its low byte, and the zero point, signed, in its high one. Scales have 5 bits of
 exponent and 3 of mantissa, 2^-16 to 1.75 * 2^15, and are never too small for their group: an element is off by half a
 scale at most. A scale is the next one above the larger of range / (2^bits - unit) and largest / (127 * unit). The unit
 is 8 for 8 bits, so that a channel far from zero loses nothing; for 4 bits it is 1, as these have no codes to spare.
@@ -44,8 +48,9 @@ _VERSION: Final = 1
 class Quantizer:
     """Blocks of one geometry <-> quantized rows. Immutable, thread-safe.
 
-    stored: the geometry of the rows: as if a vector had (bits + 1) / 8 bytes an element. All sizes follow from it: of
-    a layer, of a block, of the parts that ranks hold. layout: what stands in a namespace for the rows' form.
+    stored: the geometry of the rows: as if a vector had (bits + 1) / 8 bytes an element, and 1/64 more with `fine`. All
+    sizes follow from it: of a layer, of a block, of the parts that ranks hold. layout: what stands in a namespace for
+    the rows' form.
     """
 
     def __init__(self, geometry: KVGeometry, codec: str) -> None:
@@ -60,17 +65,19 @@ class Quantizer:
                     f"{name}={getattr(geometry, name)}: storage.cpu.codec={codec} needs a multiple of {GROUP}; "
                     "set it to none"
                 )
-        self.stored = replace(geometry, head_dim=geometry.head_dim * (self.bits + 1) // 8, dtype="int8")
+        self.fine = self.bits == 4 and geometry.planes == 2
+        size = geometry.head_dim * (8 * (self.bits + 1) + self.fine)
+        self.stored = replace(geometry, head_dim=-(-size // 64), dtype="int8")
         self.layout = f"{codec}.{_VERSION}"
 
     def encode(self, block: Octets, row: Octets, layers: range) -> None:
         """Writes these layers of a row (uint8 [>= stored.block_bytes]). block: uint8 [geometry.block_bytes], canonical;
         both contiguous. Frees the GIL."""
-        _encode(*self._layers(block, row, layers), self._shape(layers), self.kind, self.bits, self.unit)
+        _encode(*self._layers(block, row, layers), self._shape(layers), self.kind, self.bits, self.unit, self.fine)
 
     def decode(self, row: Octets, block: Octets, layers: range) -> None:
         """The reverse."""
-        _decode(*self._layers(block, row, layers), self._shape(layers), self.kind, self.bits, self.unit)
+        _decode(*self._layers(block, row, layers), self._shape(layers), self.kind, self.bits, self.unit, self.fine)
 
     def _layers(self, block: Octets, row: Octets, layers: range) -> tuple[Bits, Octets]:
         """Views of these layers: of the block's elements, and of the row."""
@@ -115,7 +122,9 @@ def _head(low_key: Any, high_key: Any, bits: int, unit: int) -> Any:
 
 
 @kernel
-def _encode(block: Bits, row: Octets, shape: tuple[int, int, int, int], kind: int, bits: int, unit: int) -> None:
+def _encode(
+    block: Bits, row: Octets, shape: tuple[int, int, int, int], kind: int, bits: int, unit: int, fine: bool
+) -> None:
     layers, planes, tokens, channels = shape
     values = np.empty((GROUP, channels), np.float32)
     keys = values.view(np.int32)
@@ -123,8 +132,12 @@ def _encode(block: Bits, row: Octets, shape: tuple[int, int, int, int], kind: in
     top = np.float32((1 << bits) - 1)
     count, code_bytes = tokens * channels // GROUP, channels * bits // 8
     plane_bytes = 2 * count + tokens * code_bytes
+    layer_bytes = len(row) // layers
     for plane in range(layers * planes):
-        part = row[plane * plane_bytes : (plane + 1) * plane_bytes]
+        begin = plane // planes * layer_bytes
+        more = row[begin + planes * plane_bytes : begin + layer_bytes]
+        begin += plane % planes * plane_bytes
+        part = row[begin : begin + plane_bytes]
         heads = part[: 2 * count].view(np.uint16)
         along_tokens = planes == 2 and plane % 2 == 0
         for first in range(0, tokens, GROUP):
@@ -152,9 +165,17 @@ def _encode(block: Bits, row: Octets, shape: tuple[int, int, int, int], kind: in
                         heads[((first + t) * channels + c) // GROUP] = head
                         inverse[c : c + GROUP], zero[c : c + GROUP] = one_over, offset
                 codes = part[2 * count + (first + t) * code_bytes : 2 * count + (first + t + 1) * code_bytes]
+                finely = fine and along_tokens and t == 0
                 for c in range(channels):
-                    code = np.rint(values[t, c] * inverse[c]) - zero[c]
-                    code = min(code, top) if code > 0 else np.float32(0)  # NaN: 0
+                    if finely:
+                        code = np.rint((values[t, c] * inverse[c] - zero[c]) * np.float32(16)) + np.float32(8)
+                        sixteenths = np.uint8(min(code, np.float32(255)) if code > 0 else 8 * (inverse[c] == 0))
+                        code = np.float32(sixteenths >> 4)
+                        at = (first // GROUP * channels + c) // 2
+                        more[at] = sixteenths & 15 if c % 2 == 0 else more[at] | (sixteenths & 15) << 4
+                    else:
+                        code = np.rint(values[t, c] * inverse[c]) - zero[c]
+                        code = min(code, top) if code > 0 else np.float32(0)  # NaN: 0
                     if bits == 8:
                         codes[c] = np.uint8(code)
                     elif c % 2 == 0:
@@ -164,13 +185,19 @@ def _encode(block: Bits, row: Octets, shape: tuple[int, int, int, int], kind: in
 
 
 @kernel
-def _decode(block: Bits, row: Octets, shape: tuple[int, int, int, int], kind: int, bits: int, unit: int) -> None:
+def _decode(
+    block: Bits, row: Octets, shape: tuple[int, int, int, int], kind: int, bits: int, unit: int, fine: bool
+) -> None:
     layers, planes, tokens, channels = shape
     scale, zero = np.empty(channels, np.float32), np.empty(channels, np.float32)
     count, code_bytes = tokens * channels // GROUP, channels * bits // 8
     plane_bytes = 2 * count + tokens * code_bytes
+    layer_bytes = len(row) // layers
     for plane in range(layers * planes):
-        part = row[plane * plane_bytes : (plane + 1) * plane_bytes]
+        begin = plane // planes * layer_bytes
+        more = row[begin + planes * plane_bytes : begin + layer_bytes]
+        begin += plane % planes * plane_bytes
+        part = row[begin : begin + plane_bytes]
         heads = part[: 2 * count].view(np.uint16)
         along_tokens = planes == 2 and plane % 2 == 0
         for t in range(tokens):
@@ -186,7 +213,11 @@ def _decode(block: Bits, row: Octets, shape: tuple[int, int, int, int], kind: in
             target = block[(plane * tokens + t) * channels : (plane * tokens + t + 1) * channels]
             for c in range(channels):
                 code = codes[c] if bits == 8 else codes[c // 2] >> 4 * (c % 2) & 15
-                value = (np.float32(code) + zero[c]) * scale[c]
+                value = np.float32(code)
+                if fine and along_tokens and t % GROUP == 0:
+                    sixteenths = more[(t // GROUP * channels + c) // 2] >> 4 * (c % 2) & 15
+                    value += (np.float32(sixteenths) - np.float32(8)) * np.float32(1 / 16)
+                value = (value + zero[c]) * scale[c]
                 if kind == FLOAT16:
                     value = min(max(value, np.float32(-FLOAT16_MAX)), np.float32(FLOAT16_MAX))
                 target[c] = NANS[kind] if np.isnan(scale[c]) else narrow(value, kind)

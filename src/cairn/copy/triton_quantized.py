@@ -35,6 +35,11 @@ def _wider(low, high, other_low, other_high):
 
 
 @triton.jit
+def _most(one, other):
+    return tl.maximum(one, other)
+
+
+@triton.jit
 def _key(bits):
     """int32 bits of floats as numbers ordered as their values are, and the way back."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -69,6 +74,15 @@ def _code(value, inverse, zero, BITS: tl.constexpr):
     code = ((value * inverse + _ROUND) - _ROUND) - zero
     inside = (code > 0.0) & (inverse > 0.0)  # not for NaN
     return tl.where(inside, tl.minimum(code, (1 << BITS) - 1.0), 0.0).to(tl.int32)
+
+
+@triton.jit
+def _sixteenths(value, inverse, zero):
+    """Codes of 8 bits, of which the lower four are `fine`."""
+    code = ((((value * inverse - zero) * 16.0) + _ROUND) - _ROUND) + 8.0
+    return tl.where((code > 0.0) & (inverse > 0.0), tl.minimum(code, 255.0), tl.where(inverse > 0.0, 0.0, 8.0)).to(
+        tl.int32
+    )
 
 
 @triton.jit
@@ -125,6 +139,8 @@ def _move(
     NAN: tl.constexpr,
     BITS: tl.constexpr,
     UNIT: tl.constexpr,
+    FINE: tl.constexpr,
+    LAYER_BYTES: tl.constexpr,
     ALIGN: tl.constexpr,
     INTO_ROWS: tl.constexpr,
     TILE: tl.constexpr,
@@ -143,6 +159,7 @@ def _move(
         word = tile * TILE + tl.arange(0, TILE)
         group = tile * (TILE // 8) + tl.arange(0, TILE // 8)
         token = first + tl.arange(0, _GROUP)
+        finely = (token == first)[:, None]
         slot = tl.load(slots + block * BLOCK_TOKENS + token)
         kept = slot >= 0
         slot = tl.where(kept, slot, 0)
@@ -156,12 +173,13 @@ def _move(
             if ALIGN:
                 base = tl.multiple_of(base, 16)
             outside = base + place
-            row = rows + (block * layers + layer) * (PLANES * plane_bytes) + plane * plane_bytes
+            row = rows + (block * layers + layer) * LAYER_BYTES + plane * plane_bytes
             codes = tl.multiple_of(
                 (row + heads_bytes).to(tl.pointer_type(PAIR)), BITS
             )  # four words a thread, as of the cache
             codes += token[:, None] * words + word[None, :]
             if PLANES == 2 and plane == 0:  # along tokens: a head for each channel
+                more = (row + PLANES * plane_bytes).to(tl.pointer_type(tl.uint8)) + first // _GROUP * words + word
                 heads = tl.multiple_of(row.to(tl.pointer_type(tl.uint32)), 16) + first // _GROUP * words + word
                 if INTO_ROWS:
                     a, b = _split(tl.load(outside, mask=mask, other=0), KIND)
@@ -173,10 +191,20 @@ def _move(
                     tl.store(heads, (a_head | (b_head << 16)).to(tl.uint32, bitcast=True), mask=real)
                     a_code = _code(a, a_inverse[None, :], a_zero[None, :], BITS)
                     b_code = _code(b, b_inverse[None, :], b_zero[None, :], BITS)
+                    if FINE:
+                        a_fine = tl.where(finely, _sixteenths(a, a_inverse[None, :], a_zero[None, :]), 0)
+                        b_fine = tl.where(finely, _sixteenths(b, b_inverse[None, :], b_zero[None, :]), 0)
+                        a_code, b_code = tl.where(finely, a_fine >> 4, a_code), tl.where(finely, b_fine >> 4, b_code)
+                        both = tl.reduce((a_fine & 15) | ((b_fine & 15) << 4), 0, _most)
+                        tl.store(more, both.to(tl.uint8), mask=real)
                 else:
                     head = tl.load(heads, mask=real, other=0).to(tl.int32, bitcast=True)
                     a_scale, a_zero = _scale(head[None, :] & 0xFFFF, UNIT)
                     b_scale, b_zero = _scale((head[None, :] >> 16) & 0xFFFF, UNIT)
+                    if FINE:
+                        both = tl.load(more, mask=real, other=0).to(tl.int32)[None, :]
+                        a_zero += tl.where(finely, ((both & 15) - 8).to(tl.float32) * (1 / 16), 0.0)
+                        b_zero += tl.where(finely, ((both >> 4) - 8).to(tl.float32) * (1 / 16), 0.0)
             else:  # along channels: a head for 8 pairs of a token
                 heads = tl.multiple_of(row.to(tl.pointer_type(tl.uint16)), 16)
                 heads += token[:, None] * (words // 8) + group[None, :]
@@ -257,6 +285,8 @@ def move(
         NAN=NANS[quantizer.kind],
         BITS=quantizer.bits,
         UNIT=quantizer.unit,
+        FINE=quantizer.fine,
+        LAYER_BYTES=quantizer.stored.layer_bytes,
         ALIGN=aligned,
         INTO_ROWS=into_rows,
         TILE=_TILE,
