@@ -4,7 +4,7 @@
 
 kernel: between the paged cache and staged rows in VRAM, by CUDA events. copier: between the paged cache and pinned host
 memory, by the clock. Llama-3.1-8B's geometry (32 layers, 8 KV heads of 128, blocks of 16 tokens), permuted pages, drawn
-values; medians of 15 runs. GB are of the cache's elements, so a bus of 55 GB/s carries 176 of them at 5 bits.
+values; medians of 15 runs. GB are of the cache's elements, so a bus of 55 GB/s carries 172 of them at 5.125 bits.
 
 Needs one GPU with 12 GiB free, 2 GiB of host memory and about a minute (--sweep: one more).
 """
