@@ -74,7 +74,7 @@ def on_cpu(tensors: list[torch.Tensor]) -> list[Any]:
 def check(layout: str, codec: str, dtype: str) -> None:
     """Gather, and scatter with holes and layer by layer, in many parts. Raises AssertionError."""
     planes: Any = 1 if layout == "mla" else 2
-    g = KVGeometry(layers=3, kv_heads=1 if planes == 1 else 3, head_dim=80, dtype=dtype, block_tokens=32, planes=planes)
+    g = KVGeometry(layers=3, kv_heads=1 if planes == 1 else 5, head_dim=64, dtype=dtype, block_tokens=32, planes=planes)
     quantizer = Quantizer(g, codec)
     tensors, pages, blocks = drawn(layout, g, 24, 1), 24, 17
     rng = np.random.default_rng(2)

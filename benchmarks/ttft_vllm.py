@@ -169,10 +169,12 @@ def compare(length: int, by_name: dict[str, Samples], token_bytes: float, h2d: f
     names = {name: samples for name, samples in by_name.items() if samples.cold}
     found: dict[str, Any] = {"tokens": length, "contenders": {name: figures(s) for name, s in names.items()}}
     found["quantized"] = quantized(length, found["contenders"])
+    found["ratios"] = cold_ratios(names)
     if "cairn" not in names or "none" not in names:
         return found
     none, cairn = found["contenders"]["none"], found["contenders"]["cairn"]
     ratios: dict[str, float | None] = dict.fromkeys(("tier_over_floor", "tier_over_offloading"))
+    ratios |= found["ratios"]
     if h2d:
         found["floor_s"] = none["gpu_hit_s"] + length * token_bytes / (h2d * 1e9)
         ratios["tier_over_floor"] = cairn["tier_hit_s"] / found["floor_s"]
@@ -180,8 +182,6 @@ def compare(length: int, by_name: dict[str, Samples], token_bytes: float, h2d: f
         ratios["tier_over_offloading"] = cairn["tier_hit_s"] / found["contenders"]["offloading"]["tier_hit_s"]
     for name in names:
         if name != "none":
-            pairs = zip(names[name].cold, names["none"].cold, strict=False)
-            ratios[f"cold_{name}_over_none"] = statistics.median(mine / its for mine, its in pairs)
             tops = zip(names["none"].tops, names[name].tier_tops, strict=False)
             found["contenders"][name]["tier_diff_to_none"] = max(distance(its, mine)[0] for its, mine in tops)
     floor, other = ratios["tier_over_floor"], ratios["tier_over_offloading"]
@@ -193,6 +193,15 @@ def compare(length: int, by_name: dict[str, Samples], token_bytes: float, h2d: f
         "cold_over_none": ratios["cold_cairn_over_none"] <= BAR_COLD,
         "tier_diff_within_cold_diff": cairn["tier_diff"] <= cairn["cold_diff"],
     }
+    return found
+
+
+def cold_ratios(names: dict[str, Samples]) -> dict[str, float]:
+    """Every contender's cold visits over those of `none`, the median of the rounds."""
+    found = {}
+    for name in names.keys() - {"none"} if "none" in names else ():
+        pairs = zip(names[name].cold, names["none"].cold, strict=False)
+        found[f"cold_{name}_over_none"] = statistics.median(mine / its for mine, its in pairs)
     return found
 
 
