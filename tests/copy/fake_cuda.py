@@ -172,17 +172,18 @@ class FakeCuda:
 
 
 def install(monkeypatch: Any, seed: int = 0) -> FakeCuda:
-    """Puts a fake device in the place of torch's CUDA, the driver and the kernel (Triton's interpreter)."""
+    """Puts a fake device in the place of torch's CUDA, the driver and the kernels (Triton's interpreter)."""
     import importlib
 
     import torch
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # read where the kernel is decorated
-    kernel = importlib.import_module("cairn.copy.triton_kernel")
+    kernels = [importlib.import_module(f"cairn.copy.triton_{name}") for name in ("kernel", "quantized")]
     driver = importlib.import_module("cairn.copy.driver")
     fake = FakeCuda(torch, seed)
-    move = kernel.move
     monkeypatch.setitem(sys.modules, "torch", fake.torch)
     monkeypatch.setattr(driver, "_library", lambda: fake)
-    monkeypatch.setattr(kernel, "move", lambda *a, **k: fake.enqueue(lambda: move(*a, **k)))
+    for kernel in kernels:
+        enqueued = lambda *a, move=kernel.move, **k: fake.enqueue(lambda: move(*a, **k))  # noqa: E731
+        monkeypatch.setattr(kernel, "move", enqueued)
     return fake

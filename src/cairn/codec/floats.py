@@ -20,12 +20,12 @@ BFLOAT16, FLOAT16, FLOAT32 = KINDS.values()
 Bits = npt.NDArray[Any]
 
 
-def kind_of(geometry: KVGeometry) -> int:
-    """The kind of a geometry's elements. Raises GeometryError for those that are quantized already."""
+def kind_of(geometry: KVGeometry, setting: str = "compression.algorithm") -> int:
+    """The kind of a geometry's elements. Raises GeometryError, naming the setting, for those that are quantized
+    already.
+    """
     if geometry.dtype not in KINDS:
-        raise GeometryError(
-            f"dtype={geometry.dtype}: only {', '.join(KINDS)} can be compressed; set compression.algorithm to none"
-        )
+        raise GeometryError(f"dtype={geometry.dtype}: only {', '.join(KINDS)} can be compressed; set {setting} to none")
     return KINDS[geometry.dtype]
 
 

@@ -23,6 +23,7 @@ from cairn.config.types import (
     Policy,
     Port,
     Quality,
+    RowCodec,
     Scheduling,
     Seconds,
     Secret,
@@ -43,6 +44,11 @@ class Cpu(Section):
     """DRAM: one arena, taken and pre-faulted when the engine starts."""
 
     size: Size = Field(default=1 << 30, description="Bytes of the arena.")
+    codec: RowCodec = Field(
+        default="none",
+        description="int8, int4: blocks take 9 or 5.1 bits an element, with loss, here and below: see compression.md. "
+        "Each engine's own, also where a node keeps the blocks.",
+    )
     policy: Policy = Field(default="tenure", description="Eviction policy.")
 
 
@@ -105,7 +111,7 @@ class Remote(Section):
 
 
 class Compression(Section):
-    """How the objects of `storage.remote` are stored; DRAM and disk keep blocks as they are. See compression.md."""
+    """How the objects of `storage.remote` are stored; for DRAM and disk see `storage.cpu.codec`, and compression.md."""
 
     algorithm: Algorithm = Field(
         default="none",
@@ -433,6 +439,21 @@ class Config(Section):
     cluster: Cluster = Cluster()
     node: Node = Node()
     observe: Observe = Observe()
+
+    @model_validator(mode="after")
+    def _quantized_once(self) -> Self:
+        codec = self.storage.cpu.codec
+        if codec != "none" and self.compression.algorithm != "none":
+            raise ValueError(
+                f"storage.cpu.codec={codec} with compression.algorithm={self.compression.algorithm}: what is quantized "
+                "in DRAM goes to lower tiers as it is; set one of them to none"
+            )
+        if codec != "none" and self.storage.vram.size:
+            raise ValueError(
+                f"storage.cpu.codec={codec} with storage.vram.size={self.storage.vram.size}: rows in VRAM are not "
+                "quantized; set codec to none, or size to 0"
+            )
+        return self
 
     def to_yaml(self) -> str:
         """The file that would make this configuration."""

@@ -29,15 +29,17 @@ RowMemory = npt.NDArray[np.uint8] | DeviceRows
 class Copier(ABC):
     """Moves KV blocks between an engine's paged cache and rows of host or device memory.
 
-    memory: [rows, stride], each row at least `geometry.block_bytes`; a row holds a block as
-    [layer, plane, token, head, dim] (or an engine's opaque pages, layer by layer). rows: int32 [n]. slots: int64
+    memory: [rows, stride], each row at least `row_geometry.block_bytes`; a row holds a block as
+    [layer, plane, token, head, dim] (or an engine's opaque pages, layer by layer). row_geometry: of the rows, which is
+    `geometry`, the paged cache's, unless rows are quantized. rows: int32 [n]. slots: int64
     [n * block_tokens], where each token stands in the paged cache; negative: that token is left as it is.
     layers: which layers to move, all by default. Calls return when the bytes have moved. Thread-safe for disjoint rows.
     Raises InputError for memory that the copier cannot reach, StorageError where the device fails.
     """
 
-    def __init__(self, geometry: KVGeometry) -> None:
+    def __init__(self, geometry: KVGeometry, row_geometry: KVGeometry | None = None) -> None:
         self.geometry = geometry
+        self.row_geometry = row_geometry or geometry
 
     @abstractmethod
     def gather(

@@ -147,7 +147,7 @@ class CudaCopier(Copier):
         none, span = np.empty(0, np.int64), range(self.geometry.layers)
         with self._torch.cuda.device(self._device):
             for lane, into_rows in ((self._store, True), (self._load, False)):
-                lane.staging(self.geometry.block_bytes)
+                lane.staging(self.row_geometry.block_bytes)
                 with self._torch.cuda.stream(lane.kernels):
                     self._kernel(kv, none, span, into_rows)(0, 0, lane.buffer()[1])
                     if direct:
@@ -314,7 +314,8 @@ class CudaCopier(Copier):
 
         sizes: bytes of the first part, and of the largest if the staging buffers must be larger for it.
         """
-        tokens, width = self.geometry.block_tokens, len(span) * self.geometry.layer_bytes
+        tokens, layer_bytes = self.geometry.block_tokens, self.row_geometry.layer_bytes
+        width = len(span) * layer_bytes
         holes = (slots.reshape(-1, tokens) < 0).any(axis=1)
         if into_rows and holes.any():
             # A staged row arrives whole: it would overwrite the bytes of tokens that are to be left as they are.
@@ -328,7 +329,7 @@ class CudaCopier(Copier):
             kernel = self._kernel(kv, slots, span, into_rows)
             for first, stop in _parts(len(starts), width, most, sizes[0]):
                 number, staging = lane.buffer()
-                outside = starts[first:stop] + span.start * self.geometry.layer_bytes
+                outside = starts[first:stop] + span.start * layer_bytes
                 inside = staging + np.arange(stop - first, dtype=np.int64) * width
                 copies = merge(inside, outside, np.full(stop - first, width, np.int64))
                 first_stream.wait_event(lane.freed[number])
@@ -375,10 +376,8 @@ class CudaCopier(Copier):
         heads, head_bytes = vector_shape(kv, self.geometry)
         tokens, width = self.geometry.block_tokens, len(span) * self.geometry.layer_bytes
         bases = np.ascontiguousarray(kv.bases[span.start : span.stop].reshape(-1))
-        # Torch reuses the pinned upload buffer only after the event of its copy: the ring is its allocator's.
         scattered = np.empty(0, np.int64) if starts is None else starts
-        upload = self._torch.from_numpy(np.concatenate([bases, scattered, slots])).pin_memory()
-        table = upload.to(self._device, non_blocking=True)
+        table = self._upload(bases, scattered, slots)
         word = word_bytes(kv, np.append(scattered, width), self.geometry)
         lead = len(bases) + len(scattered)
 
@@ -399,6 +398,12 @@ class CudaCopier(Copier):
             )
 
         return run
+
+    def _upload(self, *parts: npt.NDArray[np.int64]) -> Any:
+        """A tensor on the device with these, one behind the other, for kernels on the current stream."""
+        # Torch reuses the pinned upload buffer only after the event of its copy: the ring is its allocator's.
+        upload = self._torch.from_numpy(np.concatenate(parts)).pin_memory()
+        return upload.to(self._device, non_blocking=True)
 
 
 def _placed(memory: npt.NDArray[np.uint8]) -> tuple[int, int]:

@@ -12,9 +12,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
+from msgspec.structs import replace
 
+from cairn.codec.quantized import quantizer_for
 from cairn.config import Config
-from cairn.copy import Copier, CpuCopier, PagedKV, TokenSlots
+from cairn.copy import Copier, PagedKV, TokenSlots
+from cairn.copy.cpu_quantized import cpu_copier
 from cairn.engine.arguments import like, mask_start, slot_array
 from cairn.engine.base import BlockStore
 from cairn.engine.figures import show_figures
@@ -114,7 +117,8 @@ class EngineCore:
     processes map too (`cairn.tier.arena`), for connectors whose workers copy by themselves. `node`: the address of the
     host's node (else `node.address`), which then keeps the blocks instead of this process. `layout`: of the rows, for
     connectors that do not write canonical ones. canonical: whether codecs can read the rows' values; what the namespace
-    and the layout say unless given.
+    and the layout say unless given. With `storage.cpu.codec` rows are quantized: neither matters then, and their
+    geometry is `row_geometry`.
     """
 
     def __init__(
@@ -128,10 +132,14 @@ class EngineCore:
         canonical: bool | None = None,
     ) -> None:
         self.namespace = namespace
+        self.config = config or Config()
+        self.geometry = self.row_geometry = namespace.geometry
+        self._quantizer = quantizer_for(self.geometry, self.config.storage.cpu.codec)
         said = namespace.layout == "canonical" and layout == CANONICAL
         self._canonical = said if canonical is None else canonical
-        self.geometry = namespace.geometry
-        self.config = config or Config()
+        if self._quantizer:
+            # To whatever holds them, quantized rows are bytes.
+            self.row_geometry, layout, self._canonical = self._quantizer.stored, CANONICAL, False
         setup_logging(self.config.engine.log_level, self.config.observe.log_format)
         setup_tracing(self.config.observe, "cairn-engine")
         for policy in {self.config.storage.cpu.policy, self.config.storage.disk.policy}:
@@ -147,18 +155,19 @@ class EngineCore:
                 address, self.config, self.geometry, layout, self.metrics, self.cost, canonical=self._canonical
             )
         else:
-            self._copier = CpuCopier(self.geometry, self.config.engine.copy_threads)
+            threads = self.config.engine.copy_threads
+            self._copier = cpu_copier(self.geometry, self._quantizer, threads)
             if address:
                 self._store = open_node(
-                    address, self.config, self.geometry, layout, self.metrics, self.cost, canonical=self._canonical
+                    address, self.config, self.row_geometry, layout, self.metrics, self.cost, canonical=self._canonical
                 )
             else:
                 self._store = open_local(
-                    self.config, self.geometry, layout, self.metrics, self.cost, arena, canonical=self._canonical
+                    self.config, self.row_geometry, layout, self.metrics, self.cost, arena, canonical=self._canonical
                 )
-        self._probes = Probes(self._store, self.geometry.block_bytes)
+        self._probes = Probes(self._store, self.row_geometry.block_bytes)
         self._layers = ThreadPoolExecutor(_WORKERS, "cairn-layers")
-        self._root = namespace.digest()
+        self._root = self._own(namespace).digest()
         self._kv: PagedKV | None = None
         self._layout = "nhd"
         self._closed = threading.Event()
@@ -318,7 +327,7 @@ class EngineCore:
             done = upto
         wanted = total - start
         if self.config.engine.planner:
-            wanted = plan_load(segments, chain.tokens, self.geometry.token_bytes, self.cost, start=start).tokens
+            wanted = plan_load(segments, chain.tokens, self.row_geometry.token_bytes, self.cost, start=start).tokens
         deadline = self.deadline(timeout)
         if start + wanted <= held.dram * block:
             self._probes.look(keys, held, deadline)
@@ -427,7 +436,7 @@ class EngineCore:
             held = self._store.match(chain.keys)
             return Stored(0, max(held.dram, held.stored) * block)
         most = VRAM_COPY_BYTES if writing.tier == "vram" else COPY_BYTES
-        step = max(1, most // self.geometry.block_bytes)
+        step = max(1, most // self.row_geometry.block_bytes)
         first, rows = writing.first, writing.rows
         new = done = 0
         reason = Reason.TIMEOUT
@@ -441,7 +450,7 @@ class EngineCore:
                         reason = Reason.NODE_AWAY
                         break
                     self._copier.gather(kv, slots[place : place + len(piece) * block], memory, piece)
-                size = len(piece) * self.geometry.block_bytes
+                size = len(piece) * self.row_geometry.block_bytes
                 self.metrics.transferred(writing.tier, "store", size, time.monotonic() - started)
                 new += writing.commit(len(piece))
                 done += len(piece)
@@ -472,7 +481,13 @@ class EngineCore:
         namespace = namespace or self.namespace
         if namespace.geometry != self.geometry:
             raise GeometryError(f"namespace {namespace!r}: its geometry must be the engine's, {self.geometry}")
-        return self._root if namespace == self.namespace else namespace.digest()
+        return self._root if namespace == self.namespace else self._own(namespace).digest()
+
+    def _own(self, namespace: Namespace) -> Namespace:
+        """A namespace for this engine's rows: those of another form are other blocks."""
+        if self._quantizer is None:
+            return namespace
+        return replace(namespace, layout=f"{self._quantizer.layout}:{namespace.layout}")
 
     def _paged(self, kvcaches: KVCaches) -> PagedKV:
         if isinstance(kvcaches, PagedKV):

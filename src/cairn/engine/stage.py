@@ -131,7 +131,7 @@ class Stage:
         while done < stop and not self._hold.abandoned:
             run = self._hold.run(done)
             most = VRAM_COPY_BYTES if run.tier == "vram" else COPY_BYTES
-            step = max(1, most // self._copier.geometry.block_bytes)
+            step = max(1, most // self._copier.row_geometry.block_bytes)
             ready = min(stop, self._hold.wait_beyond(done, self.deadline), done + step, run.stop)
             if ready <= done or (done > first and time.monotonic() > self.deadline):
                 break
@@ -233,7 +233,7 @@ class Stage:
             first = upto
 
     def _copied(self, tier: str, blocks: int, seconds: float) -> None:
-        size = blocks * self._copier.geometry.block_bytes
+        size = blocks * self._copier.row_geometry.block_bytes
         self._metrics.transferred(tier, "load", size, seconds)
         self._cost.observe_load(tier, size, seconds)
 

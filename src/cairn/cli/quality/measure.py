@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from cairn.cli.quality.published import Floats
 from cairn.cli.quality.texts import CONTEXT, Window
 from cairn.codec.base import Codec
+from cairn.codec.quantized import Quantizer
 from cairn.kv import KVGeometry
 
 #: Tokens of one stored object.
@@ -43,6 +44,21 @@ def codec_subject(encode: Callable[[npt.NDArray[np.uint8], bool], Any], codec: C
         if not codec.decode(stored, out):
             raise AssertionError(f"{codec.id} refuses what it has encoded")
         return from_rows(out, codec.geometry), len(stored)
+
+    return run
+
+
+def quantizer_subject(quantizer: Quantizer) -> Subject:
+    """Rows of `storage.cpu.codec`, of a bfloat16 geometry. They keep no token exact."""
+
+    def run(kv: Floats, first: bool) -> tuple[Floats, int]:  # noqa: ARG001 - a row does not know where it stands
+        rows = to_rows(kv, quantizer.geometry)
+        out, stored = np.empty_like(rows), np.empty(quantizer.stored.block_bytes, np.uint8)
+        layers = range(quantizer.geometry.layers)
+        for block, back in zip(rows, out, strict=True):
+            quantizer.encode(block, stored, layers)
+            quantizer.decode(stored, back, layers)
+        return from_rows(out, quantizer.geometry), len(rows) * len(stored)
 
     return run
 

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from cairn.cli.demo.model import NAME, fetch_model
 from cairn.cli.demo.show import Screen
-from cairn.cli.quality.measure import Score, Subject, codec_subject, scores, summary
+from cairn.cli.quality.measure import Score, Subject, codec_subject, quantizer_subject, scores, summary
 from cairn.cli.quality.published import Published
 from cairn.cli.quality.texts import CONTEXT, SCORED, windows
 from cairn.codec.base import SINK_TOKENS
@@ -15,6 +15,7 @@ from cairn.codec.calibration import Calibration, shipped
 from cairn.codec.fixed import Fp8, Int4, Int8
 from cairn.codec.levels import LEVELS, Level
 from cairn.codec.lossless import Lossless
+from cairn.codec.quantized import Quantizer
 from cairn.kv import KVGeometry
 
 #: 20,480 scored tokens.
@@ -34,6 +35,8 @@ def subjects(geometry: KVGeometry, calibration: Calibration | None) -> dict[str,
             lambda rows, first, fixed=fixed: fixed.encode(rows, sinks=SINK_TOKENS if first else 0),  # type: ignore[misc]
             fixed,
         )
+    for name in ("int8", "int4"):
+        found[f"{name} rows"] = quantizer_subject(Quantizer(geometry, name))
     found["published CacheGen"] = lambda kv, first: Published().run(kv)  # noqa: ARG005
     lossless = Lossless(geometry)
     found["lossless"] = codec_subject(lambda rows, first: lossless.encode(rows), lossless)  # noqa: ARG005

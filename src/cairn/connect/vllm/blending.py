@@ -41,6 +41,8 @@ def settings_of(vllm_config: Any, served: Served, config: Config, *, tell: bool 
     if not wanted.enabled:
         return None
     try:
+        if config.storage.cpu.codec != "none":
+            raise GeometryError(f"storage.cpu.codec={config.storage.cpu.codec}: chunks are read as they are")
         _refuse(vllm_config, served, max(wanted.check_layers))
         separator = _separator(vllm_config, wanted.special_str)
     except GeometryError as error:

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cairn.codec.quantized import Quantizer
 from cairn.connect.vllm.movers import Copying, Layers, Mover, Rows, Timer, failed
 from cairn.copy import PagedKV, TokenSlots
 from cairn.copy.cuda import CudaCopier, Enqueued
+from cairn.copy.cuda_quantized import QuantizedCudaCopier
 from cairn.errors import InputError, StorageError
 from cairn.kv import KVGeometry
 from cairn.observe.log import log_once
@@ -117,7 +119,7 @@ class _CudaTimer(Timer):
 class CudaMover(Mover):
     """For a paged cache in a GPU's memory. Pins the arena (up to half a second a GiB) and takes staging memory.
 
-    overlapping: see `mode.steps_overlap`.
+    overlapping: see `mode.steps_overlap`. quantizer: makes the rows, if they are quantized.
     """
 
     def __init__(
@@ -128,12 +130,14 @@ class CudaMover(Mover):
         arena: npt.NDArray[np.uint8],
         *,
         overlapping: bool,
+        quantizer: Quantizer | None = None,
     ) -> None:
         import torch
 
         super().__init__(kv, memory)
         self.torch: Any = torch
         self.overlapping = overlapping
+        self.copier = QuantizedCudaCopier(quantizer, kv.device) if quantizer else CudaCopier(geometry, kv.device)
         layers = geometry.layers
         self.layers_at_once = min(layers, max(-(-layers // _PIECES), -(-_PIECE_BYTES // geometry.layer_bytes)))
         self.spans = [
@@ -141,7 +145,6 @@ class CudaMover(Mover):
         ]
         self._waiter: ThreadPoolExecutor | None = None
         self._latest_store: Enqueued | None = None
-        self.copier = CudaCopier(geometry, kv.device)
         self.copier.register(arena)
         self.copier.prepare(kv)
 

@@ -9,6 +9,7 @@ from typing import Any
 import xxhash
 from msgspec.structs import replace
 
+from cairn.codec.quantized import Quantizer, quantizer_for
 from cairn.config import Config
 from cairn.connect.vllm.layout import layout_of
 from cairn.errors import GeometryError
@@ -28,9 +29,10 @@ class Served:
     shards: the geometry of each rank's blocks, by global rank: pipeline stages one behind the other, and within a stage
     the tensor-parallel ranks. They differ only in their layers. stages: how many pipeline stages there are. name: of
     the arena that the engine's processes share. namespace: of requests without LoRA and salt; its geometry is that of
-    all ranks together. layout: of the rows. apart: why only engines of the same kind and degree of parallelism share
-    its blocks; empty if others do, too. step_tokens: how many tokens a step computes at most. canonical: whether codecs
-    can read the rows' values: on one rank, except on a CPU, whose pages have an order of their own.
+    all ranks together. layout: of the blocks, and of the rows unless these are quantized. apart: why only engines of
+    the same kind and degree of parallelism share its blocks; empty if others do, too. step_tokens: how many tokens a
+    step computes at most. canonical: whether codecs can read the rows' values: on one rank, except on a CPU, whose
+    pages have an order of their own. codec: that the rows are quantized by, or none.
     """
 
     shards: tuple[KVGeometry, ...]
@@ -41,6 +43,7 @@ class Served:
     apart: str
     step_tokens: int
     canonical: bool
+    codec: str
 
     @property
     def ranks(self) -> int:
@@ -52,8 +55,25 @@ class Served:
 
     def part(self, rank: int) -> slice:
         """Where a rank's shard lies in a row of the arena, in bytes: shards stand one behind the other."""
-        begin = sum(shard.block_bytes for shard in self.shards[:rank])
-        return slice(begin, begin + self.shards[rank].block_bytes)
+        sizes = [self._stored(shard).block_bytes for shard in self.shards[: rank + 1]]
+        return slice(sum(sizes[:-1]), sum(sizes))
+
+    @property
+    def row_geometry(self) -> KVGeometry:
+        """Of all ranks together, as the arena holds it."""
+        return self._stored(self.namespace.geometry)
+
+    @property
+    def row_layout(self) -> Layout:
+        return self.layout if self.codec == "none" else CANONICAL
+
+    def quantizer(self, rank: int) -> Quantizer | None:
+        """Of a rank's shard."""
+        return quantizer_for(self.shards[rank], self.codec)
+
+    def _stored(self, geometry: KVGeometry) -> KVGeometry:
+        quantizer = quantizer_for(geometry, self.codec)
+        return quantizer.stored if quantizer else geometry
 
 
 def served_model(vllm_config: Any, kv_cache_config: Any, config: Config) -> Served:
@@ -78,11 +98,15 @@ def served_model(vllm_config: Any, kv_cache_config: Any, config: Config) -> Serv
     shards = tuple(replace(own, layers=count) for count in layers for _ in range(ranks))
     whole = replace(own, layers=sum(layers), kv_heads=own.kv_heads * ranks)
     page = f"{_platform()}:{_layout(vllm_config, kv_cache_config)}"
+    codec = config.storage.cpu.codec
     layout, named, apart = CANONICAL, "canonical", ""
     try:
         layout = layout_of(vllm_config, shards, len(layers), whole, page)
+        if codec != "none" and len(shards) > 1:
+            apart = "quantized rows keep the order of their ranks"
     except GeometryError as error:
         apart = str(error)
+    if apart:
         named = f"vllm:{page}:tp{ranks}:pp{'+'.join(map(str, layers))}"
     served_name = model.served_model_name if isinstance(model.served_model_name, str) else model.model
     namespace = Namespace(
@@ -94,12 +118,12 @@ def served_model(vllm_config: Any, kv_cache_config: Any, config: Config) -> Serv
     name = hashlib.blake2s(str(vllm_config.kv_transfer_config.engine_id).encode(), digest_size=12).hexdigest()
     step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
     canonical = ranks == 1 and _platform() != "cpu"
-    return Served(shards, len(layers), name, namespace, layout, apart, step_tokens, canonical)
+    return Served(shards, len(layers), name, namespace, layout, apart, step_tokens, canonical, codec)
 
 
 def own_arena(served: Served, config: Config) -> Arena:
     """The arena that an engine's processes share where no node keeps the blocks. Raises StorageError."""
-    slots, stride = arena_shape(served.namespace.geometry.block_bytes, config.storage.cpu.size)
+    slots, stride = arena_shape(served.row_geometry.block_bytes, config.storage.cpu.size)
     return Arena.shared(served.name, slots, stride)
 
 

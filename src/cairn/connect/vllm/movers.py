@@ -2,18 +2,21 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from cairn.copy import CpuCopier, PagedKV, TokenSlots
+from cairn.codec.quantized import Quantizer
+from cairn.copy import PagedKV, TokenSlots
+from cairn.copy.base import Copier
+from cairn.copy.cpu_quantized import cpu_copier
 from cairn.engine.layers import LayerLoad
 from cairn.engine.rehearsal import rehearse_copies
 from cairn.errors import GeometryError
-from cairn.kv import KVGeometry
+from cairn.kv import CANONICAL, KVGeometry, Layout
 
 Rows = npt.NDArray[np.int32]
 
@@ -142,10 +145,11 @@ class _CpuTimer(Timer):
 class CpuMover(Mover):
     """For a paged cache in host memory."""
 
-    def __init__(self, geometry: KVGeometry, kv: PagedKV, memory: npt.NDArray[np.uint8], threads: int) -> None:
+    def __init__(self, copier: Copier, kv: PagedKV, memory: npt.NDArray[np.uint8]) -> None:
         super().__init__(kv, memory)
         rehearse_copies()
-        self._copier = CpuCopier(geometry, threads)
+        self._copier = copier
+        copier.prepare(kv)
         self._pool = ThreadPoolExecutor(_THREADS, "cairn-copy")
         self._stores: list[Future[float]] = []
 
@@ -190,23 +194,31 @@ def mover_for(
     threads: int,
     overlapping: bool,
     compressed: bool = False,
+    quantizer: Quantizer | None = None,
+    page: Layout = CANONICAL,
 ) -> Mover:
     """The mover for vLLM's tensors, one a layer. memory: this rank's part of the arena's rows. overlapping: see
-    `mode.steps_overlap`.
+    `mode.steps_overlap`. quantizer: makes the rows of blocks, if they are quantized. page: the order of values in pages
+    of a CPU.
 
     Raises GeometryError for tensors whose order of dimensions is not known, and for such as are moved as opaque pages
-    where blocks are `compressed`.
+    where blocks are `compressed`, or quantized.
     """
     first = kv_caches[0]
+    on_cpu = first.device.type == "cpu"
     layout = {3: "mla", 4: "vllm"}.get(first.dim(), "nhd" if first.shape[0] == 2 else "nhd_paged")
-    kv = PagedKV.from_tensors(kv_caches, layout, geometry)
+    entries: Sequence[Any] = kv_caches
+    if quantizer and layout == "vllm" and not on_cpu:
+        # A head's vector of K and that of V, one behind the other. If they were not, groups would be odd, not wrong.
+        layout, entries = "hnd", [tensor.split(geometry.head_dim, dim=-1) for tensor in kv_caches]
+    kv = PagedKV.from_tensors(entries, layout, geometry)
     if compressed and kv.opaque:
         raise GeometryError("pages of this attention backend are opaque to codecs: set compression.algorithm to none")
-    if first.device.type == "cpu":
-        return CpuMover(geometry, kv, memory, threads)
+    if on_cpu:
+        return CpuMover(cpu_copier(geometry, quantizer, threads, page), kv, memory)
     from cairn.connect.vllm.cuda_mover import CudaMover
 
-    return CudaMover(geometry, kv, memory, arena, overlapping=overlapping)
+    return CudaMover(geometry, kv, memory, arena, overlapping=overlapping, quantizer=quantizer)
 
 
 def token_geometry(geometry: KVGeometry) -> KVGeometry:
@@ -229,16 +241,8 @@ def by_token(
     what is in it need not be known. None for others.
     """
     first, vector = kv_caches[0], geometry.kv_heads * 2 * geometry.head_dim
-    if (
-        first.device.type == "cpu"
-        or first.dim() != 4
-        or tuple(first.stride()[1:])
-        != (
-            2 * geometry.head_dim,
-            vector,
-            1,
-        )
-    ):
+    packed = first.dim() == 4 and first.stride()[1:] == (2 * geometry.head_dim, vector, 1)
+    if first.device.type == "cpu" or not packed:
         return None
     from cairn.connect.vllm.cuda_mover import CudaMover
 

@@ -291,7 +291,7 @@ class SchedulerSide:
         """Whether the next step itself shall load `tokens`, layer by layer."""
         if not self._mode.in_step:
             return False
-        loading = self.engine.cost.load_seconds("dram", tokens * self.engine.geometry.token_bytes)
+        loading = self.engine.cost.load_seconds("dram", tokens * self.engine.row_geometry.token_bytes)
         return not self._busy or loading < _STEP_PATIENCE_S
 
     def _drop_stage(self, tracked: Tracked) -> None:
@@ -398,7 +398,7 @@ class SchedulerSide:
 
     def _loaded(self, tracked: Tracked, failed: bool, seconds: float) -> None:
         assert tracked.stage is not None
-        size = max(0, tracked.stage.loaded_tokens - tracked.stage.span.start) * self.engine.geometry.token_bytes
+        size = max(0, tracked.stage.loaded_tokens - tracked.stage.span.start) * self.engine.row_geometry.token_bytes
         if failed:
             tracked.loads = False
             if tracked.chunks:
@@ -434,7 +434,7 @@ class SchedulerSide:
         if failed:
             self.engine.metrics.failures.add(1, tier="dram", reason=Reason.IO_ERROR)
         else:
-            size = len(writing.rows) * self.engine.geometry.block_bytes
+            size = len(writing.rows) * self.engine.row_geometry.block_bytes
             self.engine.metrics.transferred("dram", "store", size, seconds)
             writing.commit(len(writing.rows))
         writing.end()

@@ -51,11 +51,11 @@ class WorkerSide:
         self._blender: Blender | None = None
         self._node = config.node
         self._own = None if config.node.address else own_arena(served, config)
-        self._whole = served.namespace.geometry
-        self._layout = served.layout
+        self._served = served
         self._part = served.part(rank)
         self._block = served.block_tokens
         self._geometry = served.shards[rank]
+        self._quantizer = served.quantizer(rank)
         self._stages = served.stages
         self._threads = config.engine.copy_threads
         self._compressed = config.compression.algorithm != "none"
@@ -78,7 +78,7 @@ class WorkerSide:
         names = sorted(kv_caches, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
         self._layer_of = {name: i for i, name in enumerate(names)}
         tensors = [kv_caches[name] for name in names]
-        if self._layout.page == "vllm_cpu" and not (tensors[0].dim() == 4 and tensors[0][0].is_contiguous()):
+        if self._served.layout.page == "vllm_cpu" and not (tensors[0].dim() == 4 and tensors[0][0].is_contiguous()):
             raise GeometryError(
                 f"pages of shape {tuple(tensors[0].shape[1:])}, strides {tensors[0].stride()[1:]}: not those of vLLM's "
                 "CPU backend, though its operator writes such; please report this, and serve without CairnConnector"
@@ -94,6 +94,8 @@ class WorkerSide:
                 threads=self._threads,
                 overlapping=self._overlapping,
                 compressed=self._compressed,
+                quantizer=self._quantizer,
+                page=self._served.layout,
             )
             if self._blending and made.kv.opaque:
                 made.by_token = by_token(tensors, self._geometry, rows, arena.memory)
@@ -101,15 +103,16 @@ class WorkerSide:
 
         self._places = Places(mover, self._own)
         if self._node.address:
-            self._places.find(self._node.address, self._whole, self._layout, self._node.timeout_s)
+            served = self._served
+            self._places.find(self._node.address, served.row_geometry, served.row_layout, self._node.timeout_s)
         if self._blending:
             try:
-                attentions = [self._attentions.get(name) for name in names]
+                attentions, layout = [self._attentions.get(name) for name in names], self._served.layout
                 model = model_of(attentions)
-                if self._layout.page != "vllm_cpu":
+                if layout.page != "vllm_cpu":
                     prove_order(tensors[0], self._geometry, attentions[0])
                 self._blender = Blender(
-                    model, self._blending.recipe, self._geometry, self._layout, tensors, self._places, self._timeout
+                    model, self._blending.recipe, self._geometry, layout, tensors, self._places, self._timeout
                 )
                 self._done.blends = True
             except GeometryError as error:

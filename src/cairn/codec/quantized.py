@@ -1,0 +1,223 @@
+"""Quantized rows: a block in a row of fixed size, for a tier of fixed slots that copiers read and write in passing.
+
+Every 16 elements share a head of 16 bits, a scale and a zero point: value = (code + unit * zero) * scale. K is grouped
+along tokens, channel by channel, since its channels differ; V (and an MLA latent) along channels, token by token, since
+its tokens do (KIVI: Liu et al., arXiv 2402.02750). A group is as long as the shortest block, so an element takes 1 bit
+more than its code, 5 or 9. `codec.fixed` groups 32, which a block of 16 tokens has not got along tokens, and its heads
+of 32 bits would take 2 bits an element there.
+
+A plane of a layer (K or V) is heads u16 [groups], then codes [tokens, channels * bits / 8], of 4 bits the even channel
+in the low half. Where codes have 4 bits, the first of every 16 tokens of K has 4 bits more: fine [tokens / 16, channels
+/ 2], behind a layer's planes, in sixteenths of a scale, of which 8 are none. A sequence's first token is among them,
+which attention sinks on (arXiv 2309.17453): most of what 4 bits cost was its K.
+
+A head is the scale in its low byte, and the zero point, signed, in its high one. Scales have 5 bits of
+exponent and 3 of mantissa, 2^-16 to 1.75 * 2^15, and are never too small for their group: an element is off by half a
+scale at most. A scale is the next one above the larger of range / (2^bits - unit) and largest / (127 * unit). The unit
+is 8 for 8 bits, so that a channel far from zero loses nothing; for 4 bits it is 1, as these have no codes to spare.
+The last scale means a group with a value that is not finite, or too large: all of it comes back as NaN.
+"""
+
+from typing import Any, Final
+
+import numpy as np
+from msgspec.structs import replace
+
+from cairn.codec.base import Octets
+from cairn.codec.floats import FLOAT16, Bits, kind_of, narrow, widen
+from cairn.errors import GeometryError
+from cairn.jit import kernel
+from cairn.kv import KVGeometry
+
+#: Elements of a group.
+GROUP: Final = 16
+#: What is added to a scale's byte to make it the upper 12 bits of its float32.
+SCALE_OFFSET: Final = (127 - 16) << 3
+NAN_SCALE: Final = 255
+MOST_ZERO: Final = 127
+FLOAT16_MAX: Final = 65504.0
+#: A NaN of each kind.
+NANS: Final = (0x7FC0, 0x7E00, 0x7FC00000)
+_INFINITY: Final = 0x7F800000
+_BITS: Final = {"int8": 8, "int4": 4}
+_UNITS: Final = {8: 8, 4: 1}
+#: Raised when the meaning of the bytes changes.
+_VERSION: Final = 1
+
+
+class Quantizer:
+    """Blocks of one geometry <-> quantized rows. Immutable, thread-safe.
+
+    stored: the geometry of the rows: as if a vector had (bits + 1) / 8 bytes an element, and 1/64 more with `fine`. All
+    sizes follow from it: of a layer, of a block, of the parts that ranks hold. layout: what stands in a namespace for
+    the rows' form.
+    """
+
+    def __init__(self, geometry: KVGeometry, codec: str) -> None:
+        """Raises GeometryError for blocks whose values cannot be read, or are not whole groups."""
+        self.geometry = geometry
+        self.bits = _BITS[codec]
+        self.unit = _UNITS[self.bits]
+        self.kind = kind_of(geometry, "storage.cpu.codec")
+        for name in ("head_dim", "block_tokens"):
+            if getattr(geometry, name) % GROUP:
+                raise GeometryError(
+                    f"{name}={getattr(geometry, name)}: storage.cpu.codec={codec} needs a multiple of {GROUP}; "
+                    "set it to none"
+                )
+        self.fine = self.bits == 4 and geometry.planes == 2
+        size = geometry.head_dim * (8 * (self.bits + 1) + self.fine)
+        self.stored = replace(geometry, head_dim=-(-size // 64), dtype="int8")
+        self.layout = f"{codec}.{_VERSION}"
+
+    def encode(self, block: Octets, row: Octets, layers: range) -> None:
+        """Writes these layers of a row (uint8 [>= stored.block_bytes]). block: uint8 [geometry.block_bytes], canonical;
+        both contiguous. Frees the GIL."""
+        _encode(*self._layers(block, row, layers), self._shape(layers), self.kind, self.bits, self.unit, self.fine)
+
+    def decode(self, row: Octets, block: Octets, layers: range) -> None:
+        """The reverse."""
+        _decode(*self._layers(block, row, layers), self._shape(layers), self.kind, self.bits, self.unit, self.fine)
+
+    def _layers(self, block: Octets, row: Octets, layers: range) -> tuple[Bits, Octets]:
+        """Views of these layers: of the block's elements, and of the row."""
+        word = np.uint32 if self.geometry.element_bytes == 4 else np.uint16
+        raw, stored = self.geometry.layer_bytes, self.stored.layer_bytes
+        return (
+            block[layers.start * raw : layers.stop * raw].view(word),
+            row[layers.start * stored : layers.stop * stored],
+        )
+
+    def _shape(self, layers: range) -> tuple[int, int, int, int]:
+        g = self.geometry
+        return len(layers), g.planes, g.block_tokens, g.kv_heads * g.head_dim
+
+
+def quantizer_for(geometry: KVGeometry, codec: str) -> Quantizer | None:
+    """By the name that `storage.cpu.codec` has for it; None for none. Raises as `Quantizer`."""
+    return None if codec == "none" else Quantizer(geometry, codec)
+
+
+@kernel
+def _key(bits: Any) -> Any:
+    """A float32's bits as an int32 that is ordered as the values are, NaN beyond infinity; and the way back."""
+    return np.int32(bits ^ (bits >> np.int32(31) & np.int32(0x7FFFFFFF)))
+
+
+@kernel
+def _head(low_key: Any, high_key: Any, bits: int, unit: int) -> Any:
+    """(head, 1 / scale, unit * zero) of a group; 1 / scale is 0 where it comes back as NaN."""
+    if high_key >= _INFINITY or low_key <= ~_INFINITY:
+        return NAN_SCALE, np.float32(0), np.float32(0)
+    low, high = np.int32(_key(low_key)).view(np.float32), np.int32(_key(high_key)).view(np.float32)
+    by_range = (high - low) * np.float32(1 / ((1 << bits) - unit))
+    wanted = max(by_range, max(abs(low), abs(high)) * np.float32(1 / (MOST_ZERO * unit)))
+    code = ((np.int64(np.float32(wanted).view(np.uint32)) + 0xFFFFF) >> 20) - SCALE_OFFSET
+    if code >= NAN_SCALE:
+        return NAN_SCALE, np.float32(0), np.float32(0)
+    code = max(code, np.int64(0))
+    inverse = np.float32(1) / np.uint32((code + SCALE_OFFSET) << 20).view(np.float32)
+    zero = np.rint((low * inverse - np.float32((unit - 1) / 2)) * np.float32(1 / unit))
+    return code | (np.int64(zero) & 255) << 8, inverse, zero * np.float32(unit)
+
+
+@kernel
+def _encode(
+    block: Bits, row: Octets, shape: tuple[int, int, int, int], kind: int, bits: int, unit: int, fine: bool
+) -> None:
+    layers, planes, tokens, channels = shape
+    values = np.empty((GROUP, channels), np.float32)
+    keys = values.view(np.int32)
+    inverse, zero = np.empty(channels, np.float32), np.empty(channels, np.float32)
+    top = np.float32((1 << bits) - 1)
+    count, code_bytes = tokens * channels // GROUP, channels * bits // 8
+    plane_bytes = 2 * count + tokens * code_bytes
+    layer_bytes = len(row) // layers
+    for plane in range(layers * planes):
+        begin = plane // planes * layer_bytes
+        more = row[begin + planes * plane_bytes : begin + layer_bytes]
+        begin += plane % planes * plane_bytes
+        part = row[begin : begin + plane_bytes]
+        heads = part[: 2 * count].view(np.uint16)
+        along_tokens = planes == 2 and plane % 2 == 0
+        for first in range(0, tokens, GROUP):
+            for t in range(GROUP):
+                source = block[(plane * tokens + first + t) * channels : (plane * tokens + first + t + 1) * channels]
+                for c in range(channels):
+                    values[t, c] = widen(source[c], kind)
+            if along_tokens:
+                low = np.full(channels, np.int32(0x7FFFFFFF))
+                high = ~low
+                for t in range(GROUP):
+                    for c in range(channels):
+                        key = _key(keys[t, c])
+                        low[c], high[c] = min(low[c], key), max(high[c], key)
+                for c in range(channels):
+                    heads[first // GROUP * channels + c], inverse[c], zero[c] = _head(low[c], high[c], bits, unit)
+            for t in range(GROUP):
+                if not along_tokens:
+                    for c in range(0, channels, GROUP):
+                        least, most = _key(keys[t, c]), _key(keys[t, c])
+                        for i in range(c + 1, c + GROUP):
+                            key = _key(keys[t, i])
+                            least, most = min(least, key), max(most, key)
+                        head, one_over, offset = _head(least, most, bits, unit)
+                        heads[((first + t) * channels + c) // GROUP] = head
+                        inverse[c : c + GROUP], zero[c : c + GROUP] = one_over, offset
+                codes = part[2 * count + (first + t) * code_bytes : 2 * count + (first + t + 1) * code_bytes]
+                finely = fine and along_tokens and t == 0
+                for c in range(channels):
+                    if finely:
+                        code = np.rint((values[t, c] * inverse[c] - zero[c]) * np.float32(16)) + np.float32(8)
+                        sixteenths = np.uint8(min(code, np.float32(255)) if code > 0 else 8 * (inverse[c] == 0))
+                        code = np.float32(sixteenths >> 4)
+                        at = (first // GROUP * channels + c) // 2
+                        more[at] = sixteenths & 15 if c % 2 == 0 else more[at] | (sixteenths & 15) << 4
+                    else:
+                        code = np.rint(values[t, c] * inverse[c]) - zero[c]
+                        code = min(code, top) if code > 0 else np.float32(0)  # NaN: 0
+                    if bits == 8:
+                        codes[c] = np.uint8(code)
+                    elif c % 2 == 0:
+                        codes[c // 2] = np.uint8(code)
+                    else:
+                        codes[c // 2] |= np.uint8(code) << 4
+
+
+@kernel
+def _decode(
+    block: Bits, row: Octets, shape: tuple[int, int, int, int], kind: int, bits: int, unit: int, fine: bool
+) -> None:
+    layers, planes, tokens, channels = shape
+    scale, zero = np.empty(channels, np.float32), np.empty(channels, np.float32)
+    count, code_bytes = tokens * channels // GROUP, channels * bits // 8
+    plane_bytes = 2 * count + tokens * code_bytes
+    layer_bytes = len(row) // layers
+    for plane in range(layers * planes):
+        begin = plane // planes * layer_bytes
+        more = row[begin + planes * plane_bytes : begin + layer_bytes]
+        begin += plane % planes * plane_bytes
+        part = row[begin : begin + plane_bytes]
+        heads = part[: 2 * count].view(np.uint16)
+        along_tokens = planes == 2 and plane % 2 == 0
+        for t in range(tokens):
+            if not along_tokens or t % GROUP == 0:
+                for c in range(channels):
+                    at = t // GROUP * channels + c if along_tokens else (t * channels + c) // GROUP
+                    number = heads[at] & 255
+                    scale[c] = np.uint32((number + SCALE_OFFSET) << 20).view(np.float32)
+                    zero[c] = np.float32(np.int8(heads[at] >> 8) * unit)
+                    if number == NAN_SCALE:
+                        scale[c] = np.float32(np.nan)
+            codes = part[2 * count + t * code_bytes : 2 * count + (t + 1) * code_bytes]
+            target = block[(plane * tokens + t) * channels : (plane * tokens + t + 1) * channels]
+            for c in range(channels):
+                code = codes[c] if bits == 8 else codes[c // 2] >> 4 * (c % 2) & 15
+                value = np.float32(code)
+                if fine and along_tokens and t % GROUP == 0:
+                    sixteenths = more[(t // GROUP * channels + c) // 2] >> 4 * (c % 2) & 15
+                    value += (np.float32(sixteenths) - np.float32(8)) * np.float32(1 / 16)
+                value = (value + zero[c]) * scale[c]
+                if kind == FLOAT16:
+                    value = min(max(value, np.float32(-FLOAT16_MAX)), np.float32(FLOAT16_MAX))
+                target[c] = NANS[kind] if np.isnan(scale[c]) else narrow(value, kind)

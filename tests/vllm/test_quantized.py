@@ -1,0 +1,41 @@
+"""A real vLLM whose blocks are quantized in DRAM: hits answer nearly what was computed."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.vllm.engine import BLOCK, PROMPTS, connector, no_leak, serving, settle, stats
+
+
+def first_token(llm: Any, prompt: list[int]) -> dict[int, float]:
+    """The log-probabilities of the 20 likeliest first tokens."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=1, temperature=0, logprobs=20, detokenize=False)
+    (output,) = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
+    settle(llm)
+    return {token: one.logprob for token, one in output.outputs[0].logprobs[0].items()}
+
+
+def distance(one: dict[int, float], other: dict[int, float]) -> float:
+    """The mean difference of common tokens; 100 if few are common."""
+    common = one.keys() & other.keys()
+    return float(np.mean([abs(one[token] - other[token]) for token in common])) if len(common) > 10 else 100.0
+
+
+def test_quantized_hits_answer_nearly_the_same(tiny: Path) -> None:
+    prompts = PROMPTS[:5]
+    with serving(tiny, {"storage.cpu.codec": "int8"}, skip_tokenizer_init=True) as llm:
+        computed = [first_token(llm, prompt) for prompt in prompts]
+        hits = stats(llm)["hit_tokens"].get("dram", 0)  # of what prompts share
+        loaded = [first_token(llm, prompt) for prompt in prompts]
+        whole = sum((len(prompt) - 1) // BLOCK * BLOCK for prompt in prompts)
+        assert stats(llm)["hit_tokens"]["dram"] - hits >= whole
+        engine = connector(llm)._scheduler.engine
+        assert engine.row_geometry.token_bytes * 32 == engine.geometry.token_bytes * 9
+        no_leak(llm)
+    off = [distance(one, other) for one, other in zip(computed, loaded, strict=True)]
+    apart = [distance(one, other) for one, other in pairwise(computed)]
+    assert 0 < max(off) < min(apart) / 10, (off, apart)
