@@ -94,7 +94,7 @@ def start(args: argparse.Namespace, home: Path, logs: Path) -> Crew:
             spec = {"llm": engines.cpu_llm(engines.smollm2(), 2048, tier), "seed": None}
             environ = engines.CPU_ENVIRON
         else:
-            kv_tokens = 33792 if args.small else 131072
+            kv_tokens = 33792 if args.small else max(args.lengths or ROUNDS) + 11072
             options: dict[str, Any] = {"max_num_seqs": 8} | ({"max_num_batched_tokens": 8192} if args.small else {})
             if args.tensor_parallel > 1:
                 options |= {"tensor_parallel_size": args.tensor_parallel, "disable_custom_all_reduce": True}
