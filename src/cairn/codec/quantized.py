@@ -24,7 +24,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from cairn.codec.base import Octets
-from cairn.codec.floats import FLOAT16, Bits, kind_of, narrow, widen
+from cairn.codec.floats import BFLOAT16, FLOAT16, Bits, kind_of, narrow, widen
 from cairn.errors import GeometryError
 from cairn.jit import kernel
 from cairn.kv import KVGeometry
@@ -190,6 +190,8 @@ def _decode(
 ) -> None:
     layers, planes, tokens, channels = shape
     scale, zero = np.empty(channels, np.float32), np.empty(channels, np.float32)
+    values = np.empty(channels, np.float32)
+    words = values.view(np.uint32)
     count, code_bytes = tokens * channels // GROUP, channels * bits // 8
     plane_bytes = 2 * count + tokens * code_bytes
     layer_bytes = len(row) // layers
@@ -211,13 +213,25 @@ def _decode(
                         scale[c] = np.float32(np.nan)
             codes = part[2 * count + t * code_bytes : 2 * count + (t + 1) * code_bytes]
             target = block[(plane * tokens + t) * channels : (plane * tokens + t + 1) * channels]
-            for c in range(channels):
-                code = codes[c] if bits == 8 else codes[c // 2] >> 4 * (c % 2) & 15
-                value = np.float32(code)
-                if fine and along_tokens and t % GROUP == 0:
+            if bits == 8:
+                for c in range(channels):
+                    values[c] = codes[c]
+            else:
+                for c in range(channels // 2):
+                    values[2 * c], values[2 * c + 1] = codes[c] & 15, codes[c] >> 4
+            if fine and along_tokens and t % GROUP == 0:
+                for c in range(channels):
                     sixteenths = more[(t // GROUP * channels + c) // 2] >> 4 * (c % 2) & 15
-                    value += (np.float32(sixteenths) - np.float32(8)) * np.float32(1 / 16)
-                value = (value + zero[c]) * scale[c]
+                    values[c] += (np.float32(sixteenths) - np.float32(8)) * np.float32(1 / 16)
+            for c in range(channels):
+                values[c] = (values[c] + zero[c]) * scale[c]
+            if kind == BFLOAT16:  # `narrow` without its case for NaN: there is but one here
+                for c in range(channels):
+                    word = words[c]
+                    target[c] = (word + np.uint32(0x7FFF) + (word >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+                continue
+            for c in range(channels):
+                value = values[c]
                 if kind == FLOAT16:
                     value = min(max(value, np.float32(-FLOAT16_MAX)), np.float32(FLOAT16_MAX))
                 target[c] = NANS[kind] if np.isnan(scale[c]) else narrow(value, kind)
