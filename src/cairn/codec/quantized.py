@@ -24,7 +24,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from cairn.codec.base import Octets
-from cairn.codec.floats import FLOAT16, Bits, kind_of, narrow, widen
+from cairn.codec.floats import BFLOAT16, FLOAT16, Bits, kind_of, narrow, widen
 from cairn.errors import GeometryError
 from cairn.jit import kernel
 from cairn.kv import KVGeometry
@@ -129,6 +129,7 @@ def _encode(
     values = np.empty((GROUP, channels), np.float32)
     keys = values.view(np.int32)
     inverse, zero = np.empty(channels, np.float32), np.empty(channels, np.float32)
+    found = np.empty(channels, np.float32)
     top = np.float32((1 << bits) - 1)
     count, code_bytes = tokens * channels // GROUP, channels * bits // 8
     plane_bytes = 2 * count + tokens * code_bytes
@@ -165,23 +166,22 @@ def _encode(
                         heads[((first + t) * channels + c) // GROUP] = head
                         inverse[c : c + GROUP], zero[c : c + GROUP] = one_over, offset
                 codes = part[2 * count + (first + t) * code_bytes : 2 * count + (first + t + 1) * code_bytes]
-                finely = fine and along_tokens and t == 0
                 for c in range(channels):
-                    if finely:
+                    code = np.rint(values[t, c] * inverse[c]) - zero[c]
+                    found[c] = min(code, top) if code > 0 else np.float32(0)  # NaN: 0
+                if fine and along_tokens and t == 0:
+                    for c in range(channels):
                         code = np.rint((values[t, c] * inverse[c] - zero[c]) * np.float32(16)) + np.float32(8)
                         sixteenths = np.uint8(min(code, np.float32(255)) if code > 0 else 8 * (inverse[c] == 0))
-                        code = np.float32(sixteenths >> 4)
+                        found[c] = np.float32(sixteenths >> 4)
                         at = (first // GROUP * channels + c) // 2
                         more[at] = sixteenths & 15 if c % 2 == 0 else more[at] | (sixteenths & 15) << 4
-                    else:
-                        code = np.rint(values[t, c] * inverse[c]) - zero[c]
-                        code = min(code, top) if code > 0 else np.float32(0)  # NaN: 0
-                    if bits == 8:
-                        codes[c] = np.uint8(code)
-                    elif c % 2 == 0:
-                        codes[c // 2] = np.uint8(code)
-                    else:
-                        codes[c // 2] |= np.uint8(code) << 4
+                if bits == 8:
+                    for c in range(channels):
+                        codes[c] = np.uint8(np.int32(found[c]))
+                else:
+                    for c in range(channels // 2):
+                        codes[c] = np.uint8(np.int32(found[2 * c]) | np.int32(found[2 * c + 1]) << 4)
 
 
 @kernel
@@ -190,6 +190,8 @@ def _decode(
 ) -> None:
     layers, planes, tokens, channels = shape
     scale, zero = np.empty(channels, np.float32), np.empty(channels, np.float32)
+    values = np.empty(channels, np.float32)
+    words = values.view(np.uint32)
     count, code_bytes = tokens * channels // GROUP, channels * bits // 8
     plane_bytes = 2 * count + tokens * code_bytes
     layer_bytes = len(row) // layers
@@ -211,13 +213,25 @@ def _decode(
                         scale[c] = np.float32(np.nan)
             codes = part[2 * count + t * code_bytes : 2 * count + (t + 1) * code_bytes]
             target = block[(plane * tokens + t) * channels : (plane * tokens + t + 1) * channels]
-            for c in range(channels):
-                code = codes[c] if bits == 8 else codes[c // 2] >> 4 * (c % 2) & 15
-                value = np.float32(code)
-                if fine and along_tokens and t % GROUP == 0:
+            if bits == 8:
+                for c in range(channels):
+                    values[c] = codes[c]
+            else:
+                for c in range(channels // 2):
+                    values[2 * c], values[2 * c + 1] = codes[c] & 15, codes[c] >> 4
+            if fine and along_tokens and t % GROUP == 0:
+                for c in range(channels):
                     sixteenths = more[(t // GROUP * channels + c) // 2] >> 4 * (c % 2) & 15
-                    value += (np.float32(sixteenths) - np.float32(8)) * np.float32(1 / 16)
-                value = (value + zero[c]) * scale[c]
+                    values[c] += (np.float32(sixteenths) - np.float32(8)) * np.float32(1 / 16)
+            for c in range(channels):
+                values[c] = (values[c] + zero[c]) * scale[c]
+            if kind == BFLOAT16:  # `narrow` without its case for NaN: there is but one here
+                for c in range(channels):
+                    word = words[c]
+                    target[c] = (word + np.uint32(0x7FFF) + (word >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+                continue
+            for c in range(channels):
+                value = values[c]
                 if kind == FLOAT16:
                     value = min(max(value, np.float32(-FLOAT16_MAX)), np.float32(FLOAT16_MAX))
                 target[c] = NANS[kind] if np.isnan(scale[c]) else narrow(value, kind)
