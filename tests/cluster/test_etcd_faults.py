@@ -397,12 +397,12 @@ def test_closing_leaves_no_task_and_no_thread(shared_etcd: tuple[Cluster, str]) 
             calls = [asyncio.ensure_future(registry.put(f"{prefix}a", b"")) for _ in range(50)]
             calls.append(asyncio.ensure_future(registry.keep_alive(1)))
             await asyncio.sleep(0)  # they begin
-            await asyncio.wait_for(registry.close(), 10)
-            ended = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 10)
+            await asyncio.wait_for(registry.close(), 60)
+            ended = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 60)
         finally:
             cluster.members[0].signal(signal.SIGCONT)
         assert all(isinstance(one, ClosedError) for one in ended), ended
-        assert await asyncio.wait_for(waiting, 10) is None
+        assert await asyncio.wait_for(waiting, 60) is None
         me = asyncio.current_task()
         await until(lambda: asyncio.all_tasks() == {me}, "the tasks' end")
 
