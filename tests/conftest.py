@@ -2,6 +2,8 @@
 
 from importlib.util import find_spec
 
+import pytest
+
 # tests/vllm runs where vLLM is installed: `make test-vllm`. That environment has no hypothesis.
 collect_ignore = [] if find_spec("vllm") else ["vllm"]
 
@@ -11,3 +13,9 @@ if find_spec("hypothesis"):
     # How long an example takes says more about what else runs than about the code.
     settings.register_profile("cairn", deadline=None)
     settings.load_profile("cairn")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that no core is left with one of them when the others are done."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

@@ -12,6 +12,8 @@ from cairn.errors import GeometryError, InputError
 from cairn.kv import KVGeometry
 from tests.codec import samples
 
+pytestmark = pytest.mark.slow
+
 DTYPES = ["bfloat16", "float16", "float32"]
 SHAPES = {
     "mha": KVGeometry(layers=2, kv_heads=4, head_dim=16, block_tokens=16),

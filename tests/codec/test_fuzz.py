@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CHECKOUT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_hostile_streams_are_refused_or_harmless(tmp_path: Path) -> None:
     environment = {
         **os.environ,

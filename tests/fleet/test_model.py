@@ -4,6 +4,7 @@ import hashlib
 from typing import Any, ClassVar
 
 import numpy as np
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -15,6 +16,8 @@ from cairn.fleet.names import slot_at
 from cairn.index.slots import NONE
 
 from .model import Model, blocks_of
+
+pytestmark = pytest.mark.slow
 
 SIZES = (1, 3)
 NAMESPACES = (b"", b"", b"salt", bytes(16))

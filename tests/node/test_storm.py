@@ -21,6 +21,8 @@ from cairn.node.segments import sweep
 from . import storm
 from .rig import ProcessNode, address_in, segments
 
+pytestmark = pytest.mark.slow
+
 SECONDS = float(os.environ.get("CAIRN_STORM_S", "10"))
 CLIENTS = 8
 LEASE_S = 1.0
