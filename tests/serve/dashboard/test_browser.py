@@ -69,8 +69,8 @@ def test_somebody_looks_at_a_cluster(cluster: Cluster, browser: webdriver.Chrome
     for prompt in 3 * PROMPTS:
         cluster.ask(prompt)
     until(lambda: page.hit_rate() > 60, "hits")
-    assert "DRAM" in page.text("#hits .legend")
-    assert "absent" in page.text("#misses .legend")
+    until(lambda: "DRAM" in page.text("#hits .legend"), "what the engines report of their tiers")
+    until(lambda: "absent" in page.text("#misses .legend"), "what they report of their misses")
     assert "Hit" in page.text("#ttft .legend")
     assert "Everybody begins with these words." in page.text("#prefixes")
     assert page.js("document.querySelectorAll('#hits path').length") >= 2
