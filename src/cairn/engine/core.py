@@ -25,12 +25,13 @@ from cairn.engine.layers import LayerStore
 from cairn.engine.local import open_local
 from cairn.engine.probe import Probes
 from cairn.engine.rehearsal import rehearse
+from cairn.engine.shared import open_node, open_vram
 from cairn.engine.stage import COPY_BYTES, VRAM_COPY_BYTES, Span, Stage
 from cairn.engine.writing import Writing
-from cairn.errors import CairnError, ClosedError, ConfigError, GeometryError, InputError, StorageError
+from cairn.errors import CairnError, ClosedError, GeometryError, InputError, StorageError
 from cairn.index import POLICIES
 from cairn.index.journal import JournalReader
-from cairn.kv import CANONICAL, KeyChain, KVGeometry, Layout, Namespace
+from cairn.kv import CANONICAL, KeyChain, Layout, Namespace
 from cairn.observe.layers import LayerTimes
 from cairn.observe.log import log_once, setup_logging
 from cairn.observe.metrics import Figures, Metrics
@@ -50,51 +51,6 @@ KVCaches = PagedKV | Sequence[Any] | None
 _WORKERS = 4
 #: What a lookup may take beyond its own limit, until its thread has had its turn.
 _SEEK_GRACE_S = 0.1
-
-
-def open_node(
-    address: str,
-    config: Config,
-    geometry: KVGeometry,
-    layout: Layout,
-    metrics: Metrics,
-    cost: CostModel,
-    *,
-    canonical: bool,
-) -> BlockStore:
-    """The node's store: see `NodeStore`, whose sockets are loaded only by who has a node."""
-    from cairn.engine.node_store import NodeStore
-
-    return NodeStore(
-        address,
-        geometry,
-        layout,
-        timeout_s=config.node.timeout_s,
-        wait_s=config.engine.timeout_s,
-        metrics=metrics,
-        cost=cost,
-        canonical=canonical,
-    )
-
-
-def open_vram(
-    address: str | None,
-    config: Config,
-    geometry: KVGeometry,
-    layout: Layout,
-    metrics: Metrics,
-    cost: CostModel,
-    *,
-    canonical: bool,
-) -> tuple[BlockStore, Copier]:
-    """The node's store with this process's VRAM before it, and what copies there: see `VramStore`."""
-    from cairn.engine.vram_store import open_vram_store
-
-    if address is None:
-        raise ConfigError(
-            "storage.vram.size: VRAM is shared through the host's node; set node.address, or the size to 0"
-        )
-    return open_vram_store(address, config, geometry, layout, metrics, cost, canonical=canonical)
 
 
 class Stored(NamedTuple):

@@ -29,7 +29,7 @@ _Begun = tuple[_Order, Copying]
 
 
 class WorkerSide:
-    """Lives in one rank's worker. Called by the model runner's thread alone; the copies run on threads of its own.
+    """Lives in one rank's worker. Called by the model runner's thread alone, which never waits for a copy.
 
     A copy that fails is reported, never raised: a load's blocks as invalid, so that vLLM computes them, a store's as
     not stored. While a failed load of a running step has not been heard of, nothing is stored: it may be computed from
