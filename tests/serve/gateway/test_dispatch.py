@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from cairn.cluster import Instance
+from cairn.cluster.directory import Joined, Left
 from cairn.cluster.directory import Member as Reported
 from cairn.config.schema import Serve
 from cairn.plan.schedule import RoundRobin
 from cairn.plan.schedule.base import Ask, Choice, InstanceView, Send, Shed, Wait
 from cairn.serve.gateway.base import Prompt
 from cairn.serve.gateway.dispatch import Dispatch, RefusedError
-from cairn.serve.gateway.members import Member, Members
+from cairn.serve.gateway.members import Members
 
 PROMPT = Prompt(100, {})
 
@@ -36,9 +37,12 @@ class Sheds(OneAtATime):
 def members_of(config: Serve, *names: str) -> Members:
     members = Members(config)
     for name in names:
-        instance = Instance(name=name, incarnation="1", http="http://127.0.0.1:1", model="m")
-        members._members[name] = Member(Reported(instance), config)
+        members._hear(Joined(reported(name)))
     return members
+
+
+def reported(name: str) -> Reported:
+    return Reported(Instance(name=name, incarnation="1", http="http://127.0.0.1:1", model="m"))
 
 
 def shed() -> None: ...
@@ -141,3 +145,29 @@ def test_who_leaves_as_it_is_let_go_lets_the_next_one_go() -> None:
             assert (await second).member.name == "a"
 
     asyncio.run(main())
+
+
+def test_engines_that_all_left_just_now_are_waited_for_and_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registry that lost its leases forgets all engines, and has them back in a moment."""
+
+    async def main() -> None:
+        config = Serve(queue_s=60)
+        members = members_of(config)
+        dispatch = Dispatch(members, OneAtATime(members), config, shed)
+        with pytest.raises(RefusedError, match="no engine is there"):
+            await dispatch.place(ask(0), "m", ())
+
+        members._hear(Joined(reported("a")))
+        members._hear(Left(reported("a")))
+        waits = asyncio.create_task(dispatch.place(ask(1), "m", ()))
+        while not dispatch.waiting:
+            await asyncio.sleep(0)
+        members._hear(Joined(reported("b")))
+        assert (await waits).member.name == "b"
+
+        members._hear(Left(reported("b")))
+        monkeypatch.setattr("cairn.serve.gateway.members._RETURN_S", 0.0)
+        with pytest.raises(RefusedError, match="no engine is there"):
+            await dispatch.place(ask(2), "m", ())
+
+    asyncio.run(asyncio.wait_for(main(), 30))

@@ -12,7 +12,7 @@ from cairn.serve.gateway.asked import Asked
 from cairn.serve.gateway.base import Prompt
 from cairn.serve.gateway.members import Member, Members
 
-#: Waits for an engine to come, or to have rested, seconds.
+#: Waits for an engine to come, seconds; doubled with each that a request has tried before it tries one again.
 _LOOK_S = 0.25
 #: The shortest wait that a scheduler may ask for, seconds.
 _LEAST_WAIT_S = 0.001
@@ -63,17 +63,18 @@ class Dispatch:
 
     async def place(self, ask: Ask, model: str, tried: Sequence[str]) -> Placed:
         """An engine for the request; of those that were tried one only where all were. Raises RefusedError."""
-        until = time.monotonic() + self._config.queue_s
+        begun = time.monotonic()
+        until, again = begun + self._config.queue_s, begun + _LOOK_S * 2 ** len(tried)
         while True:
             now = time.monotonic()
             able = self._members.choices(model, tried, now)
             placed, pause = self._choose(ask, able, now) if able else (None, _LOOK_S)
             if placed is not None:
                 return placed
-            if now >= until or not self._members.members:
+            if now >= until or not self._members.expected(now):
                 self._members.wake()  # the next one may have more luck
                 raise self._too_late(bool(able))
-            if not able and now - ask.arrived > _LOOK_S:
+            if not able and now >= again:
                 tried = ()
             await self._members.changed(min(pause, until - now), ask)
 

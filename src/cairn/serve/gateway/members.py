@@ -2,6 +2,7 @@
 
 import asyncio
 import bisect
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ from cairn.serve.gateway.http1 import Pool
 #: Seconds that an engine rests after a failure: doubled from the first up to the last while it goes on failing.
 _FIRST_REST_S: Final = 0.5
 _LAST_REST_S: Final = 30.0
+#: Seconds for which engines that all left are expected back: a registry that was away for longer than its leases
+#: forgets every engine at once, and those that live register again.
+_RETURN_S: Final = 10.0
 
 
 class Member:
@@ -104,6 +108,7 @@ class Members:
         self._members: dict[str, Member] = {}
         self._waiting: list[_Waiter] = []  # in their order
         self._waited = 0
+        self._last_left = -math.inf
 
     @property
     def members(self) -> Mapping[str, Member]:
@@ -113,6 +118,10 @@ class Members:
     def waiting(self) -> int:
         """Requests that wait for an engine with room."""
         return len(self._waiting)
+
+    def expected(self, now: float) -> bool:
+        """Whether there is an engine, or may be one again soon."""
+        return bool(self._members) or now < self._last_left + _RETURN_S
 
     @contextmanager
     def following(self, directory: Directory) -> Iterator[None]:
@@ -178,6 +187,7 @@ class Members:
                 del self._members[name]
                 known.gone = True
                 known.pool.close()
+                self._last_left = time.monotonic()
             self._on_left(name)
         elif known and isinstance(event, Changed) and known.instance.http == member.instance.http:
             known.update(member)
