@@ -1,7 +1,8 @@
 """Cost models fitted online: what recomputing and what loading a number of tokens takes, in seconds."""
 
+import math
+import operator
 import threading
-from collections import deque
 from collections.abc import Iterable
 from itertools import combinations
 from typing import NamedTuple, Self
@@ -10,36 +11,38 @@ import numpy as np
 import numpy.typing as npt
 
 Vector = npt.NDArray[np.float64]
+Table = npt.NDArray[np.float64]
 
 
 class OnlineFit:
     """Non-negative least squares over the latest observations: y ~ sum of coefficient * feature.
 
-    Weighted by 1 / y, so that a relative error counts alike for short and long calls. With three features at most,
-    trying every subset is the whole of the non-negativity: the best subset whose coefficients are all positive wins.
+    Weighted by 1 / y, so that a relative error counts alike for short and long calls. With few features, trying every
+    subset is the whole of the non-negativity: the best subset whose coefficients are all positive wins.
     Thread-safe. `ready` once enough was seen to trust it.
     """
 
     def __init__(self, features: int, window: int = 64) -> None:
-        self._features = features
-        self._rows: deque[tuple[float, ...]] = deque(maxlen=window)
+        self._table: Table = np.empty((window, features + 1))  # features and seconds, the oldest overwritten
+        self._seen = 0
         self._coefficients: Vector | None = None
         self._lock = threading.Lock()
 
     @property
     def ready(self) -> bool:
-        return len(self._rows) >= 2
+        return self._seen >= 2
 
     def largest(self, feature: int) -> float:
         """The largest value that a feature had in the observations."""
         with self._lock:
-            return max((row[feature] for row in self._rows), default=0.0)
+            return float(self._rows()[:, feature].max(initial=0.0))
 
     def observe(self, features: tuple[float, ...], seconds: float) -> None:
         """One measured call: its features and how long it took (more than 0 seconds, else ignored)."""
         if seconds > 0:
             with self._lock:
-                self._rows.append((*features, seconds))
+                self._table[self._seen % len(self._table)] = (*features, seconds)
+                self._seen += 1
                 self._coefficients = None
 
     def predict(self, features: tuple[float, ...]) -> float:
@@ -49,24 +52,67 @@ class OnlineFit:
     def coefficients(self) -> Vector:
         with self._lock:
             if self._coefficients is None:
-                self._coefficients = self._fit()
+                rows = self._rows()
+                self._coefficients = _fitted(rows[:, :-1] / rows[:, -1:])
             return self._coefficients
 
-    def _fit(self) -> Vector:
-        table = np.array(self._rows)
-        weighted = table[:, :-1] / table[:, -1:]
-        ones = np.ones(len(table))
-        best, best_error = np.zeros(self._features), np.inf
-        for size in range(1, self._features + 1):
-            for columns in combinations(range(self._features), size):
-                chosen = weighted[:, columns]
-                solution = np.linalg.lstsq(chosen, ones, rcond=None)[0]
-                error = float(np.sum((chosen @ solution - ones) ** 2))
-                # A larger subset has to earn its place: a fit through noise extrapolates badly.
-                if (solution >= 0).all() and error < best_error * (1 - 1e-3):
-                    best, best_error = np.zeros(self._features), error
-                    best[list(columns)] = solution
-        return best
+    def _rows(self) -> Table:
+        return self._table[: min(self._seen, len(self._table))]
+
+
+#: A larger subset has to make the squared error smaller by this share, and by this much an observation: a fit through
+#: noise extrapolates badly.
+_EARNS, _EARNS_AT_LEAST = 1e-3, 1e-10
+
+#: A feature that is the sum of others but for this share of its squared length tells nothing that they do not.
+_NEW = 1e-10
+
+
+def _fitted(rows: Table) -> Vector:
+    """The coefficients [n], none negative, with which the columns of `rows` [m, n] best add up to 1.
+
+    By the normal equations, in plain numbers: they are few, and a call of LAPACK takes longer than all of them.
+    """
+    lengths = np.sqrt(np.square(rows).sum(axis=0))
+    lengths[lengths == 0.0] = 1.0
+    scaled = rows / lengths  # pairs of tokens are a million times as many as tokens
+    products, sums = (scaled.T @ scaled).tolist(), scaled.sum(axis=0).tolist()
+    count = rows.shape[1]
+    best, best_error = [0.0] * count, float(len(rows))
+    for size in range(1, count + 1):
+        for chosen in combinations(range(count), size):
+            found = _solved(products, sums, chosen)
+            if found is None:
+                continue
+            # The squared error at a solution of the normal equations.
+            error = len(rows) - sum(map(operator.mul, found, [sums[column] for column in chosen]))
+            if error < best_error * (1 - _EARNS) - _EARNS_AT_LEAST * len(rows):
+                best, best_error = [0.0] * count, error
+                for column, value in zip(chosen, found, strict=True):
+                    best[column] = value
+    coefficients: Vector = np.array(best) / lengths
+    return coefficients
+
+
+def _solved(products: list[list[float]], sums: list[float], chosen: tuple[int, ...]) -> list[float] | None:
+    """The normal equations of the chosen columns, by Cholesky's factors; None: no solution, or a negative one."""
+    size = len(chosen)
+    lower: list[list[float]] = []
+    right: list[float] = []
+    for i, column in enumerate(chosen):
+        row: list[float] = []
+        for j in range(i):
+            row.append((products[column][chosen[j]] - sum(map(operator.mul, row, lower[j]))) / lower[j][j])
+        rest = products[column][column] - sum(map(operator.mul, row, row))
+        if rest <= _NEW:
+            return None
+        right.append((sums[column] - sum(map(operator.mul, row, right))) / math.sqrt(rest))
+        lower.append([*row, math.sqrt(rest)])
+    for i in reversed(range(size)):
+        right[i] = (right[i] - sum(lower[k][i] * right[k] for k in range(i + 1, size))) / lower[i][i]
+        if right[i] < 0.0:
+            return None
+    return right
 
 
 class Work(NamedTuple):
