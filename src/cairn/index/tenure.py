@@ -182,6 +182,21 @@ def _insert(slots: Slots, state: State, ghosts: Ghosts, ids: SlotIds) -> None:
             slots[slot].mark = fresh_kind(0 if parent == NONE else 1 + level_of(slots[parent].uses), 0, False)
 
 
+_WAIT, _LEARN, _START_OVER = 0, 1, 2
+
+
+@kernel
+def _due(state: State) -> int:
+    """Whether it is time to learn again, or to start over, as LRU did better."""
+    doubt = DOUBT * math.sqrt(state[0].spread)
+    if state[0].lead < -doubt:
+        return _START_OVER
+    if state[0].lead > doubt:
+        state[0].trial = START
+    enough = state[0].sampled - state[0].learned >= max(64, min(ROOM // 16, state[0].learned // 2))
+    return _LEARN if enough and state[0].clock >= state[0].resume else _WAIT
+
+
 @kernel
 def _evict(
     slots: Slots,
@@ -263,17 +278,13 @@ class Tenure(EvictionPolicy):
 
     def _relearn(self) -> None:
         """Learns again when enough was sampled since; spreads the samples if they do not reach back far enough."""
+        due = _due(self._state)
+        if due == _START_OVER:
+            self._start_over()
+        if due != _LEARN:
+            return
         state = self._state[0]
         sampled, clock, unit = int(state["sampled"]), float(state["clock"]), float(state["unit"])
-        doubt = DOUBT * float(state["spread"]) ** 0.5
-        if state["lead"] < -doubt:
-            self._start_over()
-            return
-        if state["lead"] > doubt:
-            state["trial"] = START
-        enough = sampled - state["learned"] >= max(64, min(ROOM // 16, int(state["learned"]) // 2))
-        if clock < state["resume"] or not enough:
-            return
         state["learned"] = sampled
         state["lru_reach"] = learn(self._samples, self._widths, clock, unit, self._worth)
         if sampled >= ROOM:

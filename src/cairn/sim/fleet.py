@@ -193,7 +193,8 @@ class FleetSim:
         first, last = self._instances[which].end(now)
         for job in first:
             self._first[job.number] = now
-            self._held.update(job.held)
+            for tier, tokens in job.held.items():
+                self._held[tier] += tokens
             self._prompts += job.prompt
             self._scheduler.first_token(self._asks[job.number], now)
         for job in last:
