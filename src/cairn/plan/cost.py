@@ -80,7 +80,8 @@ def _fitted(rows: Table) -> Vector:
     count = rows.shape[1]
     best, best_error = [0.0] * count, float(len(rows))
     for size in range(1, count + 1):
-        for chosen in combinations(range(count), size):
+        # Of subsets that fit alike, as two observations do, the later features: what grows extrapolates better.
+        for chosen in combinations(reversed(range(count)), size):
             found = _solved(products, sums, chosen)
             if found is None:
                 continue

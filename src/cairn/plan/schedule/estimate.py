@@ -119,3 +119,21 @@ def estimate(
         out[i].known = prompt <= max(book.known, fleet[3])
         out[i].room = book.kv_tokens == 0 or book.kv_used + prompt + answer <= book.kv_tokens
         out[i].idle = book.requests + book.foreign == 0
+
+
+@kernel
+def judge(
+    found: Estimates,
+    left_s: float,
+    tbt_slo_s: float,
+    fits: npt.NDArray[np.bool_],
+    slack: npt.NDArray[np.float64],
+) -> None:
+    """Fills fits[i], whether a request may decode at found[i], and slack[i], by how many seconds its first token would
+    be there before `left_s` are over; infinite where nothing can be said.
+
+    An idle instance always fits: it will not get better, and only what is sent there tells what it can do.
+    """
+    for i in range(len(found)):
+        fits[i] = (found[i].tpot_s <= tbt_slo_s and found[i].room) or found[i].idle
+        slack[i] = left_s - found[i].ttft_s if found[i].known else np.inf

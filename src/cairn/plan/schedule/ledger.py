@@ -80,6 +80,7 @@ class Ledger:
         self._fleet = RecomputeCost(_FLEET_WINDOW)
         self._prefills = 0
         self._fleet_fit: FleetFit = np.zeros(4)
+        self._latest: tuple[str, list[int], Estimates] = "", [], np.empty(0, ESTIMATE)  # of a request, by its slots
 
     def slots(self, view: Sequence[InstanceView]) -> Slots:
         """The slot of each instance, with its latest report taken in."""
@@ -100,8 +101,9 @@ class Ledger:
         """What each of the instances would make of `request` [len(slots)] of ESTIMATE."""
         width = len(TIERS)
         flat = [0] * (len(slots) * width)  # a list is filled faster than an array
+        listed = slots.tolist()
         if request.held:
-            for i, slot in enumerate(slots.tolist()):
+            for i, slot in enumerate(listed):
                 held = request.held.get(self._lives[slot].id)
                 if held:
                     for tier, tokens in held.items():
@@ -109,6 +111,7 @@ class Ledger:
         table = np.array(flat, np.int64).reshape(-1, width)
         out = np.empty(len(slots), ESTIMATE)
         estimate(self._books, slots, table, self._fleet_fit, request.prompt_tokens, request.max_tokens, now, out)
+        self._latest = request.id, listed, out
         return out
 
     def in_flight(self, slots: Slots) -> npt.NDArray[np.int64]:
@@ -120,7 +123,11 @@ class Ledger:
         """Takes in what goes where; a request that is known already begins anew."""
         self.failed(request, now)
         prefill, decode = self._slots[choice.prefill_on or choice.instance_id], self._slots[choice.instance_id]
-        found = self.estimates(request, np.array([prefill], np.int64), now)[0]
+        asked, slots, estimates = self._latest
+        if asked == request.id and prefill in slots:  # it was chosen just now
+            found = estimates[slots.index(prefill)]
+        else:
+            found = self.estimates(request, np.array([prefill], np.int64), now)[0]
         queue = self._lives[prefill].queue
         flight = _Flight(
             prefill=prefill,

@@ -38,17 +38,17 @@ def nobody(retry_after_s: float = 1.0) -> Shed:
 
 
 @kernel
-def least(scores: npt.NDArray[np.float64], turn: int, tie: float = 0.0) -> int:
-    """The index of the least score; of those no more than `tie` above it the first from `turn` on, cyclically.
-
-    -1: all are infinite.
+def least(scores: npt.NDArray[np.float64], allowed: npt.NDArray[np.bool_], turn: int, tie: float = 0.0) -> int:
+    """The index of the least score that is allowed; of those no more than `tie` above it the first from `turn` on,
+    cyclically. -1: none is allowed, or all are infinite.
     """
     low = np.inf
-    for score in scores:
-        low = min(low, score)
+    for i in range(len(scores)):
+        if allowed[i]:
+            low = min(low, scores[i])
     for step in range(len(scores)):
         i = (turn + step) % len(scores)
-        if scores[i] <= low + tie and scores[i] < np.inf:
+        if allowed[i] and scores[i] <= low + tie and scores[i] < np.inf:
             return i
     return -1
 
@@ -97,4 +97,4 @@ class Picking(Booked, ABC):
 
     def _pick(self, request: Ask, view: Sequence[InstanceView]) -> InstanceView:
         slots = self._ledger.slots(view)
-        return view[least(self.scores(request, view, slots), self._turn)]
+        return view[least(self.scores(request, view, slots), np.ones(len(view), np.bool_), self._turn)]

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cairn.plan.schedule.base import Ask, Choice, InstanceView, Send, Shed, Wait
-from cairn.plan.schedule.estimate import Estimates
+from cairn.plan.schedule.estimate import Estimates, judge
 from cairn.plan.schedule.picking import Booked, least, nobody
 from cairn.plan.schedule.sides import Sides
 
@@ -54,10 +54,9 @@ class SloAware(Booked):
         if not here:
             return nobody()
         found = self._ledger.estimates(request, self._ledger.slots(here), now)
-        # An idle instance always fits: it will not get better, and only what is sent there tells what it can do.
-        fits = (found["tpot_s"] <= request.tbt_slo_s) & found["room"] | found["idle"]
+        fits, slack = np.empty(len(here), np.bool_), np.empty(len(here))
         left = (request.ttft_slo_s - (now - request.arrived)) / self._settings.margin
-        slack = np.where(found["known"], left - found["ttft_s"], np.inf)
+        judge(found, left, request.tbt_slo_s, fits, slack)
         send = self._send(request, here, found, fits, slack, now)
         if send:
             return send
@@ -89,7 +88,7 @@ class SloAware(Booked):
         self, request: Ask, here: Sequence[InstanceView], found: Estimates, fits: Mask, slack: Seconds, now: float
     ) -> Send | None:
         """The soonest way that is in time. fits: where it may decode; slack: by how much it would be early."""
-        ttft = found["ttft_s"]
+        ttft = found["ttft_s"].copy()  # contiguous, as `least` is compiled for
         sides = self._sides.of(here, found, request, now)
         if sides is None:
             best = self._least(ttft, fits & (slack >= 0))
@@ -105,4 +104,4 @@ class SloAware(Booked):
         return Send(here[then].id, here[first].id, float(apart))
 
     def _least(self, seconds: Seconds, allowed: Mask) -> int:
-        return least(np.where(allowed, seconds, np.inf), self._turn, _TIE_S)
+        return least(seconds, allowed, self._turn, _TIE_S)
