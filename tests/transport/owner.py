@@ -10,6 +10,12 @@ import numpy as np
 from cairn.tier.arena import Arena
 from cairn.transport.mooncake import MooncakeTransport
 
+
+def say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
 if __name__ == "__main__":
     name, size = sys.argv[1], int(sys.argv[2])
     arena = Arena.shared(name, 2, size)
@@ -17,7 +23,7 @@ if __name__ == "__main__":
     transport = MooncakeTransport("127.0.0.1")
     first, second = Arena.attach(name, 2, size, writable=not transport.guarded).memory
     transport.serve(first)
-    print(transport.endpoint, first.ctypes.data, flush=True)
+    say(f"{transport.endpoint} {first.ctypes.data}")
     for line in sys.stdin:
         {"serve": transport.serve, "withdraw": transport.withdraw}[line.strip()](second)
-        print("done", flush=True)
+        say("done")

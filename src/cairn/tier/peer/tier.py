@@ -100,6 +100,8 @@ class PeerTier(Tier):
         self, keys: Keys, first: int, rows: Rows, *, deadline: float, cancel: Event | None = None
     ) -> "Future[Outcomes]":
         check_span(keys, first, rows)
+        if self._closed:
+            return self._tally.refused(len(rows.ids), Reason.CLOSED)
         future: Future[Outcomes] = Future()
         future.set_running_or_notify_cancel()
         wanted = keys[first : first + len(rows.ids)].copy()
