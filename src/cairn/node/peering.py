@@ -65,7 +65,7 @@ class Peering:
         assert settings.address is not None
         self._service = PeerService(settings.address, self._keypair, Lending(self._transport, node.open_pools))
         address = self._service.address
-        node.counted()[""].watch("peers", self._service.lending.figures)
+        node.counted()[""].watch("lending", self._service.lending.figures)
         if self._config.cluster.etcd_addr:
             self._discovery = Discovery(self._config, address, self._peers)
         return address
