@@ -237,9 +237,9 @@ def test_an_arena_is_served_while_its_pool_is_there(rig: Rig) -> None:
     [
         (b"", ""),
         (b"\x01garbage", ""),
-        (b"\x63" + encode(Find(NAME, bytes(16)))[1:], ""),
-        (encode(Find(NAME, bytes(15))), ""),
-        (encode(Find(NAME, bytes(16))), "another secret than theirs"),
+        (b"\x63" + encode(Find(NAME, bytearray(16)))[1:], ""),
+        (encode(Find(NAME, bytearray(15))), ""),
+        (encode(Find(NAME, bytearray(16))), "another secret than theirs"),
     ],
     ids=["empty", "malformed", "another version", "half a key", "another secret"],
 )
@@ -252,7 +252,7 @@ def test_who_is_not_understood_gets_no_answer(rig: Rig, frame: bytes, secret: st
             socket.connect(rig.service.address)
         sockets[0].send(frame)
         for _ in range(3):  # the others are answered, and by then he would have been
-            sockets[1].send(encode(Find(NAME, bytes(16))))
+            sockets[1].send(encode(Find(NAME, bytearray(16))))
             assert sockets[1].poll(30_000)
             assert decode_reply(sockets[1].recv()) == Found(0)
         assert not sockets[0].poll(50)

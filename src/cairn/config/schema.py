@@ -400,6 +400,8 @@ class Peers(Section):
     def _among_friends(self) -> Self:
         if self.address is not None and (self.secret is None or len(self.secret.get_secret_value()) < 16):
             raise ValueError("address needs a secret of at least 16 characters, the same on all hosts; set secret")
+        if self.address is not None and self.address.startswith(("tcp://0.0.0.0:", "tcp://[")):
+            raise ValueError(f"address={self.address}: must be the IPv4 address by which peers reach this host")
         return self
 
 

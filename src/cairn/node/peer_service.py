@@ -5,14 +5,14 @@ import threading
 import time
 from typing import Final
 
-import numpy as np
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from cairn.errors import StorageError
 from cairn.node.lending import Lending
+from cairn.node.wire import keys_of
 from cairn.observe.log import log_once
-from cairn.tier.peer.wire import MAX_FRAME, Find, Found, GiveBack, Keypair, Reply, decode_request, encode
+from cairn.tier.peer.wire import MAX_FRAME, Find, Found, GiveBack, Keypair, Lend, Reply, decode_request, encode
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +37,9 @@ class PeerService:
         front: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         back: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         keypair.guard(front, server=True)
-        for option, value in (
-            (zmq.MAXMSGSIZE, MAX_FRAME),
-            (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS),
-            (zmq.LINGER, 0),
-        ):
-            front.setsockopt(option, value)
+        front.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
+        front.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+        front.setsockopt(zmq.LINGER, 0)
         try:
             front.bind(address)
         except zmq.ZMQError as error:
@@ -86,18 +83,17 @@ class PeerService:
 
     def _answer(self, frame: bytes) -> Reply | None:
         """None: nothing is to be answered."""
-        request = decode_request(frame)
         try:
-            if request is None:
-                log_once(log, "malformed", "a peer's frame was not understood; run the same release of Cairn there")
-                return None
+            request = decode_request(frame)
+            if isinstance(request, Find):
+                return Found(self.lending.find(request.pool, keys_of(request.keys)))
+            if isinstance(request, Lend):
+                return self.lending.lend(request.pool, keys_of(request.keys), request.seconds)
             if isinstance(request, GiveBack):
                 self.lending.give_back(request.lease)
-                return None
-            keys = np.frombuffer(request.keys, np.uint64).reshape(-1, 2)
-            if isinstance(request, Find):
-                return Found(self.lending.find(request.pool, keys))
-            return self.lending.lend(request.pool, keys, request.seconds)
+            else:
+                log_once(log, "malformed", "a peer's frame was not understood; run the same release of Cairn there")
+            return None
         except Exception as error:  # noqa: BLE001 - a bug costs one call, which is the peer's counted timeout: logged
             log_once(log, f"call {type(error).__name__}", f"a peer's call failed: {error!r}")
             return None

@@ -1,7 +1,6 @@
 """A node among those of other hosts: what it answers them, how it finds them, and the tier that reads from them."""
 
 import asyncio
-import contextlib
 import logging
 import secrets
 import threading
@@ -13,7 +12,7 @@ from urllib.parse import urlsplit
 from cairn.cluster import HostNode, HostNodes, Registration, open_registry
 from cairn.cluster import Keys as ClusterKeys
 from cairn.config import Config
-from cairn.errors import ClusterError
+from cairn.errors import CairnError, ClusterError
 from cairn.kv import KVGeometry, Layout
 from cairn.node.lending import Lending
 from cairn.node.peer_service import PeerService
@@ -45,7 +44,7 @@ class Peering:
         self._keypair = Keypair(settings.secret.get_secret_value())
         self._transport = MooncakeTransport(host, protocol=settings.protocol, device=settings.device)
         self._peers = Peers(self._keypair)
-        self._peers.replace(settings.known)
+        self._peers.replace(one for one in settings.known if one != settings.address)
         self._service: PeerService | None = None
         self._discovery: Discovery | None = None
         if not is_loopback(host):
@@ -104,8 +103,12 @@ class Discovery:
         self._thread.join(_CLOSE_S)
 
     def _wait(self) -> None:
-        with contextlib.suppress(asyncio.CancelledError):
+        try:
             self._loop.run_until_complete(self._task)
+        except asyncio.CancelledError:
+            pass
+        except CairnError as error:
+            log.error("other nodes are not looked for: %s", error)
         self._loop.close()
 
     async def _run(self) -> None:
@@ -117,13 +120,11 @@ class Discovery:
                 try:
                     async with Registration(registry, keys.node(name), me, cluster.lease_s) as registration:
                         await registration.superseded.wait()
-                        return
+                        await asyncio.Event().wait()  # the younger one has the name; the others are followed still
                 except ClusterError as error:
-                    log_once(
-                        log, "registration", f"the registry does not answer, so peers do not find this node: {error}"
-                    )
+                    log_once(log, "registration", f"peers cannot find this node: {error}")
                 await asyncio.sleep(_RETRY_S)
 
     def _found(self, nodes: Mapping[str, HostNode]) -> None:
-        others = (node.peers for node in nodes.values() if node.peers != self._address)
-        self._peers.replace([*self._config.node.peers.known, *others])
+        addresses = [*self._config.node.peers.known, *(node.peers for node in nodes.values())]
+        self._peers.replace(one for one in addresses if one != self._address)

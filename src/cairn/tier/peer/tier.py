@@ -156,7 +156,7 @@ class PeerTier(Tier):
         try:
             begun, raw = time.monotonic(), keys.tobytes()
             deadline = min(deadline, begun + self._limits.lookup_timeout_s)
-            answers = self._peers.ask(self._peers.all(), Find(self._pool, raw), deadline)
+            answers = self._peers.ask(self._peers.all(), Find(self._pool, bytearray(raw)), deadline)
             found = [(reply.blocks, peer) for peer, reply in answers.items() if isinstance(reply, Found)]
             self._tally.add(lookups_total=1, failed_lookups_total=int(len(found) < len(answers)))
             if not found:
@@ -199,7 +199,7 @@ class PeerTier(Tier):
         now = time.monotonic()
         seconds = min(deadline - now, self._limits.timeout_s, MAX_LEASE_S)
         deadline = now + seconds
-        lent = self._peers.call(peer, Lend(self._pool, keys.tobytes(), seconds), deadline)
+        lent = self._peers.call(peer, Lend(self._pool, bytearray(keys), seconds), deadline)
         if not isinstance(lent, Lent):
             return [lent if isinstance(lent, Reason) else Reason.FOREIGN] * len(keys)
         count = len(lent.sums) // SUM_BYTES

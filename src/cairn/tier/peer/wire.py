@@ -24,7 +24,7 @@ SUM_BYTES: Final = 16
 #: Seconds for which rows may be lent at most.
 MAX_LEASE_S: Final = 60.0
 
-_Keys = Annotated[bytes, msgspec.Meta(max_length=MAX_BLOCKS * KEY_BYTES)]
+_Keys = Annotated[bytearray, msgspec.Meta(max_length=MAX_BLOCKS * KEY_BYTES)]
 _Number = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 _Text = Annotated[str, msgspec.Meta(max_length=256)]
 

@@ -98,6 +98,7 @@ class RemoteTier(Tier):
         self._store = store
         self._limits = limits
         self._tally = Tally()
+        self._tally.add(failed_lookups_total=0)
         self._breaker = breaker or Breaker()
         if ladder and layout != CANONICAL:
             raise InputError(f"codecs for rows of layout {layout}: they read canonical rows only")
