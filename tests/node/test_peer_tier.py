@@ -1,9 +1,11 @@
 """The peer tier and who answers it, in one process, over a transport that fails as it is told."""
 
 import ctypes
+import math
 import random
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +14,15 @@ import pytest
 import zmq
 
 from cairn.config import load_config
+from cairn.engine.local import open_local
 from cairn.engine.pool import open_pool
 from cairn.kv import CANONICAL, Keys
 from cairn.node.lending import Lending
 from cairn.node.peer_service import PeerService
 from cairn.node.pools import Pool, directory_of
+from cairn.observe.metrics import Metrics
 from cairn.observe.reasons import Reason
+from cairn.plan import CostModel
 from cairn.tier.base import Outcomes, Rows
 from cairn.tier.peer import Limits, Peers, PeerTier
 from cairn.tier.peer.wire import Find, Found, Keypair, Lent, decode_reply, encode
@@ -270,6 +275,31 @@ def test_nonsense_of_a_peer_is_a_miss(rig: Rig, monkeypatch: pytest.MonkeyPatch)
         assert read(rig.tier, keys) == [Reason.FOREIGN] * 4
     monkeypatch.setattr(rig.lending, "lend", lambda *_: Lent(1, "here", 4096, PAGE, bytes(16), bytes(64)))
     assert read(rig.tier, keys) == [Reason.IO_ERROR] * 4
+
+
+@pytest.mark.parametrize(("protocol", "order"), [("tcp", "disk peer remote"), ("rdma", "peer disk remote")])
+def test_the_faster_one_is_searched_first(rig: Rig, tmp_path: Path, protocol: str, order: str) -> None:
+    """And a lookup waits for all who can be asked."""
+    overrides = {
+        "storage.cpu.size": SLOTS * PAGE,
+        "storage.disk.path": tmp_path / "disk",
+        "storage.disk.size": "1MiB",
+        "storage.remote.url": f"file://{tmp_path}/remote",
+        "node.peers.protocol": protocol,
+    }
+    config, keys = load_config(environ={}, overrides=overrides), prompt(1, 3)
+    rig.store(keys)
+    store = open_local(config, GEOMETRY, CANONICAL, Metrics(), CostModel(), None, rig.tier)
+    try:
+        answer = store.ask(keys, deadline=soon(), worth_s=math.inf)
+        assert answer is not None
+        answer.result(30)
+        assert store.match(keys).below[order.split().index("peer")] == ("peer", 3)
+        assert [tier for tier, _ in store.match(keys).below] == order.split()
+        remote = dict(store._metrics.tiers()["remote"])
+        assert (remote["lookups_total"], remote["round_trips_total"] > 0) == (1, True)
+    finally:
+        store.close(10)
 
 
 def test_what_begins_too_late_is_not_begun(rig: Rig) -> None:

@@ -3,9 +3,11 @@
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 
 import numpy as np
 import numpy.typing as npt
@@ -38,9 +40,15 @@ class Owner:
         self.process.stdin.flush()
         assert self.process.stdout.readline() == "done\n"
 
-    def close(self) -> None:
+    def freeze(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+
+    def close(self) -> None:
+        self.kill()
         Arena.unlink(self.name)
 
 
@@ -97,14 +105,10 @@ def test_reads(transport: Transport, owner: Owner) -> None:
 
 def test_who_is_frozen_costs_the_deadline_and_touches_nothing_after_it(transport: Transport, owner: Owner) -> None:
     target = some(SIZE)
-    assert transport.read(owner.endpoint, [Read(owner.address, target.data)], deadline=soon()) is None
-    owner.process.send_signal(signal.SIGSTOP)
-    begun = time.monotonic()
-    assert transport.read(owner.endpoint, [Read(owner.address, target.data)], deadline=soon(0.3)) is Reason.TIMEOUT
-    assert time.monotonic() - begun < 5
+    assert reads_until(owner.freeze, transport, owner, target, 1.0) is Reason.TIMEOUT
     target[:] = 0
     owner.process.send_signal(signal.SIGCONT)
-    again = some()
+    again, begun = some(), time.monotonic()
     while transport.read(owner.endpoint, [Read(owner.address, again.data)], deadline=soon()) is not None:
         assert time.monotonic() - begun < WAIT_S
     assert np.array_equal(again, owner.memory[0, : 1 << 20])
@@ -112,11 +116,30 @@ def test_who_is_frozen_costs_the_deadline_and_touches_nothing_after_it(transport
 
 
 def test_who_is_killed_is_an_error(transport: Transport, owner: Owner) -> None:
-    read = Read(owner.address, some(SIZE).data)
-    assert transport.read(owner.endpoint, [read], deadline=soon()) is None
-    owner.process.kill()
-    owner.process.wait()
-    assert transport.read(owner.endpoint, [read], deadline=soon()) is Reason.IO_ERROR
+    assert reads_until(owner.kill, transport, owner, some(SIZE), WAIT_S) is Reason.IO_ERROR
+
+
+def reads_until(
+    event: Callable[[], None], transport: Transport, owner: Owner, target: npt.NDArray[np.uint8], seconds: float
+) -> Reason:
+    """Reads all that is served again and again, while something happens; how it failed, in time."""
+    some_came, failed = threading.Event(), Future[Reason]()
+
+    def run() -> None:
+        reads = [Read(owner.address, target.data)]
+        while (reason := transport.read(owner.endpoint, reads, deadline=soon(seconds))) is None:
+            right = np.array_equal(target, owner.memory[0])
+            target[:] = 0
+            some_came.set()
+            if not right:
+                failed.set_exception(AssertionError("wrong bytes"))
+                return
+        failed.set_result(reason)
+
+    threading.Thread(target=run).start()
+    assert some_came.wait(WAIT_S)
+    event()
+    return failed.result(2 * WAIT_S)
 
 
 def test_nobody_writes_into_guarded_memory(transport: Transport, owner: Owner) -> None:
