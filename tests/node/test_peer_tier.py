@@ -277,6 +277,17 @@ def test_nonsense_of_a_peer_is_a_miss(rig: Rig, monkeypatch: pytest.MonkeyPatch)
     assert read(rig.tier, keys) == [Reason.IO_ERROR] * 4
 
 
+def test_the_answer_to_another_question_is_none(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right bytes with right checksums, of other blocks."""
+    keys, others = prompt(1, 4), prompt(2, 4)
+    rig.store(keys)
+    rig.store(others)
+    assert ask(rig.tier, keys) == 4
+    lend = rig.lending.lend
+    monkeypatch.setattr(rig.lending, "lend", lambda pool, _, seconds: lend(pool, others, seconds))
+    assert read(rig.tier, keys) == [Reason.CORRUPT] * 4
+
+
 @pytest.mark.parametrize(("protocol", "order"), [("tcp", "disk peer remote"), ("rdma", "peer disk remote")])
 def test_the_faster_one_is_searched_first(rig: Rig, tmp_path: Path, protocol: str, order: str) -> None:
     """And a lookup waits for all who can be asked."""

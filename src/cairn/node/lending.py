@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple
 
-from cairn.codec.frame import checksum_of
 from cairn.errors import StorageError
 from cairn.index.slots import SlotIds
 from cairn.kv import Keys
@@ -18,7 +17,7 @@ from cairn.node.wire import raw_of
 from cairn.observe.log import log_once
 from cairn.tier.arena import Arena
 from cairn.tier.dram import DramTier
-from cairn.tier.peer.wire import Lent
+from cairn.tier.peer.wire import Lent, sum_of
 from cairn.transport import Transport
 
 log = logging.getLogger(__name__)
@@ -66,7 +65,7 @@ class Lending:
             number = next(self._numbers)
             self._leases[number] = _Lease(dram, rows, time.monotonic() + seconds)
             self._lent_blocks += len(rows)
-        sums = b"".join(checksum_of(memory[row, : dram.block_bytes]) for row in rows)
+        sums = b"".join(sum_of(key, memory[row, : dram.block_bytes]) for key, row in zip(keys, rows, strict=False))
         return Lent(number, self._transport.endpoint, memory.ctypes.data, found.stride, bytes(raw_of(rows)), sums)
 
     def give_back(self, number: int) -> None:

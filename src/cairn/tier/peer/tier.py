@@ -12,14 +12,13 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from cairn.codec.frame import checksum_of
 from cairn.kv import Keys
 from cairn.kv.keys import KEY_BYTES
 from cairn.observe.reasons import Reason
 from cairn.tier.base import Outcomes, Rows, Tier, check_span
 from cairn.tier.known import Known
 from cairn.tier.peer.peers import Peer, Peers
-from cairn.tier.peer.wire import MAX_BLOCKS, MAX_LEASE_S, SUM_BYTES, Find, Found, GiveBack, Lend, Lent
+from cairn.tier.peer.wire import MAX_BLOCKS, MAX_LEASE_S, SUM_BYTES, Find, Found, GiveBack, Lend, Lent, sum_of
 from cairn.tier.tally import Tally
 from cairn.tier.workers import Workers
 from cairn.transport import Read, Transport
@@ -207,12 +206,16 @@ class PeerTier(Tier):
             return [Reason.FOREIGN] * len(keys)
         if count < len(keys):
             self._known.note([keys[count].tobytes(), keys[-1].tobytes()], False)
-        outcomes: Outcomes = [Reason.EVICTED] * len(keys)
-        if count:
-            reason = self._move(peer, lent, rows, deadline)
-            self._peers.tell(peer, GiveBack(lent.lease))
-            outcomes[:count] = [reason or self._prove(lent, i, rows) for i in range(count)]
-        return outcomes
+        if not count:
+            return [Reason.EVICTED] * len(keys)
+        reason = self._move(peer, lent, rows, deadline)
+        self._peers.tell(peer, GiveBack(lent.lease))
+        outcomes: Outcomes = [reason] * count
+        for i in range(count if reason is None else 0):
+            told = lent.sums[i * SUM_BYTES : (i + 1) * SUM_BYTES]
+            if sum_of(keys[i], rows.memory[rows.ids[i], : self._block_bytes]) != told:
+                outcomes[i] = Reason.CORRUPT
+        return outcomes + [Reason.EVICTED] * (len(keys) - count)
 
     def _move(self, peer: Peer, lent: Lent, rows: Rows, deadline: float) -> Reason | None:
         """Reads rows of a node into rows here."""
@@ -229,7 +232,3 @@ class PeerTier(Tier):
         else:
             peer.reads.failure()
         return reason
-
-    def _prove(self, lent: Lent, i: int, rows: Rows) -> Reason | None:
-        told = lent.sums[i * SUM_BYTES : (i + 1) * SUM_BYTES]
-        return None if checksum_of(rows.memory[rows.ids[i], : self._block_bytes]) == told else Reason.CORRUPT

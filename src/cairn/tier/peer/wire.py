@@ -9,6 +9,9 @@ import hashlib
 from typing import Annotated, Final
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
+import xxhash
 import zmq
 from zmq.utils import z85
 
@@ -61,8 +64,8 @@ class Found(_Message, tag=1):
 class Lent(_Message, tag=2):
     """The leading blocks of those asked for, as many as could be had, are pinned under `lease`.
 
-    endpoint: of the transport that reads them; address: of row 0 of `stride` bytes each. rows: int32 [n]. sums:
-    xxh3-128 of each block's bytes.
+    endpoint: of the transport that reads them; address: of row 0 of `stride` bytes each. rows: int32 [n]. sums: of each
+    block (`sum_of`).
     """
 
     lease: _Number
@@ -100,6 +103,11 @@ def decode_reply(frame: bytes) -> Reply | None:
         return _replies.decode(memoryview(frame)[1:]) if frame[:1] == _HEAD else None
     except (msgspec.MsgspecError, RecursionError):
         return None
+
+
+def sum_of(key: npt.NDArray[np.uint64], block: npt.NDArray[np.uint8]) -> bytes:
+    """What proves a block: xxh3-128 of its bytes, seeded with its key [2], so that no other's can be taken for it."""
+    return xxhash.xxh3_128_digest(block.data, int(key[0]))
 
 
 class Keypair:
