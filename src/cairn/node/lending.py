@@ -77,9 +77,10 @@ class Lending:
     def tidy(self) -> None:
         """Ends leases whose time is over; serves the arenas of pools that have come, and no more of those gone."""
         now = time.monotonic()
-        for number, lease in list(self._leases.items()):
-            if now > lease.until:
-                self.give_back(number)
+        with self._lock:
+            over = [number for number, lease in self._leases.items() if now > lease.until]
+        for number in over:
+            self.give_back(number)
         pools = list(self._pools())
         with self._lock:
             for name in self._served.keys() - {pool.arena for pool in pools}:
