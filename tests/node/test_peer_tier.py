@@ -315,6 +315,8 @@ def test_the_faster_one_is_searched_first(rig: Rig, tmp_path: Path, protocol: st
 
 def test_what_begins_too_late_is_not_begun(rig: Rig) -> None:
     keys = prompt(1, 2)
+    rig.store(keys)
+    assert ask(rig.tier, keys) == 2
     rows = Rows(memory(2), np.arange(2, dtype=np.int32))
     assert rig.tier.read(keys, 0, rows, deadline=0.0).result(10) == [Reason.TIMEOUT] * 2
     assert rig.tier.write(keys, 0, rows, namespace=bytes(16), deadline=soon()).result(10) == [Reason.NOT_ADMITTED] * 2

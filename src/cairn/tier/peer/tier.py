@@ -100,12 +100,14 @@ class PeerTier(Tier):
         self, keys: Keys, first: int, rows: Rows, *, deadline: float, cancel: Event | None = None
     ) -> "Future[Outcomes]":
         check_span(keys, first, rows)
-        if self._closed:
-            return self._tally.refused(len(rows.ids), Reason.CLOSED)
+        wanted = keys[first : first + len(rows.ids)].copy()
+        # Who has the last has those before it. Found now: by its turn what is known may be too old.
+        peer = self._holder(wanted[-1].tobytes()) if len(wanted) else None
+        if self._closed or peer is None:
+            return self._tally.refused(len(wanted), Reason.CLOSED if self._closed else Reason.EVICTED)
         future: Future[Outcomes] = Future()
         future.set_running_or_notify_cancel()
-        wanted = keys[first : first + len(rows.ids)].copy()
-        self._readers.submit(partial(self._read, future, wanted, rows, deadline, cancel), urgent=True)
+        self._readers.submit(partial(self._read, future, peer, wanted, rows, deadline, cancel), urgent=True)
         return future
 
     def write(
@@ -172,10 +174,18 @@ class PeerTier(Tier):
 
     # --- reads ---------------------------------------------------------------------------------------------------
 
-    def _read(self, future: "Future[Outcomes]", keys: Keys, rows: Rows, deadline: float, cancel: Event | None) -> None:
+    def _read(
+        self,
+        future: "Future[Outcomes]",
+        peer: Peer,
+        keys: Keys,
+        rows: Rows,
+        deadline: float,
+        cancel: Event | None,
+    ) -> None:
         try:
             late = self._too_late(deadline, cancel)
-            outcomes: Outcomes = [late] * len(keys) if late else self._fetch(keys, rows, deadline)
+            outcomes: Outcomes = [late] * len(keys) if late else self._fetch(peer, keys, rows, deadline)
         except Exception:
             log.exception("reading from a node failed in a way it should not have; please report this")
             outcomes = [Reason.INTERNAL] * len(keys)
@@ -191,11 +201,8 @@ class PeerTier(Tier):
             return Reason.CANCELLED
         return Reason.TIMEOUT if time.monotonic() > deadline else None
 
-    def _fetch(self, keys: Keys, rows: Rows, deadline: float) -> Outcomes:
+    def _fetch(self, peer: Peer, keys: Keys, rows: Rows, deadline: float) -> Outcomes:
         """Has the rows lent, reads them, and proves what came."""
-        peer = self._holder(keys[-1].tobytes())  # who has the last has those before it
-        if peer is None:
-            return [Reason.EVICTED] * len(keys)
         now = time.monotonic()
         seconds = min(deadline - now, self._limits.timeout_s, MAX_LEASE_S)
         deadline = now + seconds
