@@ -131,6 +131,7 @@ def test_what_a_node_holds_is_found_and_read(rig: Rig) -> None:
     assert [rig.tier.match(keys[:n]) for n in (0, 1, 5, 12)] == [0, 1, 5, 12]
     assert rig.tier.ask(keys, deadline=soon()) is None  # it is known for a while
     assert read(rig.tier, keys[:12]) == [None] * 12
+    at_rest(rig)  # more than a quarter is not lent
     assert read(rig.tier, keys[:12], 7) == [None] * 5
     assert read(rig.tier, keys[:13]) == [Reason.EVICTED] * 13
     assert ask(rig.tier, prompt(2, 3)) == 0
