@@ -171,6 +171,7 @@ def test_whatever_the_transport_does_no_block_is_wrong(rig: Rig) -> None:
         assert ask(tier, keys) == 10
         seen.update(read(tier, keys))
         tier.close(10)
+        at_rest(rig)
     assert seen == {None, Reason.CORRUPT, Reason.IO_ERROR, Reason.TIMEOUT}
 
     def reused(reads: Sequence[Read]) -> None:
