@@ -128,6 +128,14 @@ def test_what_kubernetes_makes_of_a_service_is_left_alone() -> None:
     [
         ("storage: {cpu: {sise: 1}}", "storage.cpu.sise (in cairn.yaml): unknown key; did you mean storage.cpu.size?"),
         ("storge: {cpu: 1}", "storge (in cairn.yaml): unknown key; did you mean storage?"),
+        (
+            "node: {peers: {address: tcp://10.0.0.1:8700}}",
+            "node.peers: address needs a secret of at least 16 characters, the same on all hosts; set secret",
+        ),
+        (
+            "node: {peers: {address: tcp://0.0.0.0:8700, secret: 0123456789abcdefg}}",
+            "node.peers: address=tcp://0.0.0.0:8700: must be the IPv4 address by which peers reach this host",
+        ),
         ("storage: 5", "storage=5 (in cairn.yaml): must be a section with the keys vram, cpu, disk, remote"),
         (
             "qqq: 5",

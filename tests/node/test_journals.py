@@ -69,7 +69,7 @@ def held(node: ThreadNode, tier: str) -> set[bytes]:
     """What a tier of the node's only pool really holds, read from its index."""
     (pool,) = node.node._pools
     store: Any = pool.store
-    slots = (store._dram.index if tier == "dram" else store._lower[0]._index)._slots
+    slots = (store.dram.index if tier == "dram" else store._lower[0]._index)._slots
     live = slots[slots["state"] == RESIDENT]
     return {key.tobytes() for key in np.stack([live["key0"], live["key1"]], axis=1)}
 

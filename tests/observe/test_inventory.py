@@ -23,8 +23,9 @@ from tests.serve.gateway.running import Engine, Gateway
 from tests.serve.running import Service, until
 
 DOCS = Path(__file__).parents[2] / "docs"
-#: Of stores that no test has here, and of VRAM.
+#: Of stores that no test has here, of VRAM, and of nodes that have peers.
 ELSEWHERE = {"connects_total", "abandoned_calls_total", "free_lanes", "segments", "dead_segments_total"}
+ELSEWHERE |= {"peers", "resting_peers", "leases", "lent_blocks_total"}
 
 Page = dict[str, Metric]
 

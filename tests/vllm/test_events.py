@@ -58,7 +58,7 @@ class Told:
     def held(self, tier: str) -> set[bytes]:
         """What a tier really holds, read from its index."""
         store = self.engine._store
-        slots = (store._dram.index if tier == "dram" else store._lower[0]._index)._slots
+        slots = (store.dram.index if tier == "dram" else store._lower[0]._index)._slots
         live = slots[slots["state"] == RESIDENT]
         return {key.tobytes() for key in np.stack([live["key0"], live["key1"]], axis=1)}
 

@@ -63,7 +63,7 @@ def missed(llm: Any, reason: str) -> float:
 def only_on_disk(llm: Any) -> None:
     """Empties DRAM once everything is written."""
     assert connector(llm)._scheduler.engine._store._writers[0].drain(30)
-    index = connector(llm)._scheduler.engine._store._dram.index
+    index = connector(llm)._scheduler.engine._store.dram.index
     index.free(index.reserve(index.capacity))
     assert stats(llm)["tiers"]["dram"]["resident_blocks"] == 0
 
@@ -127,7 +127,7 @@ def test_disk_that_does_not_answer(llm: Any, tiny_plain: list[list[int]]) -> Non
 @pytest.mark.parametrize("taken", ["reserved", "pinned"])
 def test_full_dram(llm: Any, tiny_plain: list[list[int]], tiny_other: list[int], taken: str) -> None:
     engine = connector(llm)._scheduler.engine
-    index, before = engine._store._dram.index, missed(llm, "no_slot")
+    index, before = engine._store.dram.index, missed(llm, "no_slot")
     if taken == "reserved":
         only_on_disk(llm)
     pins = index.pin(engine.chain(ASKED[0]).keys)

@@ -11,6 +11,7 @@ from cairn.cli.config import Settings, load
 
 if TYPE_CHECKING:
     from cairn.config import Config
+    from cairn.node.peering import Peering
     from cairn.node.server import Node
     from cairn.observe.http import FiguresServer
 
@@ -64,6 +65,7 @@ def _serve(config: "Config", address: str) -> None:
     import gc
     import logging
     import signal
+    from functools import partial
 
     from cairn.engine.pool import open_pool, prepare
     from cairn.node.notify import tell_ready
@@ -75,7 +77,8 @@ def _serve(config: "Config", address: str) -> None:
     setup_logging("DEBUG" if config.engine.log_level == "DEBUG" else "INFO", config.observe.log_format)
     log = logging.getLogger("cairn.node")
     prepare(config)
-    node = Node(config, address, open_pool)
+    peering = _peering(config)
+    node = Node(config, address, partial(open_pool, peers=peering.tier) if peering else open_pool)
     shown = ExitStack()
     previous = {number: signal.signal(number, lambda *_: node.stop()) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -83,6 +86,8 @@ def _serve(config: "Config", address: str) -> None:
             log.info("dashboard at %s", shown.enter_context(_dashboard(config, node, address)))
         if config.observe.metrics_port is not None:
             shown.enter_context(_figures(config, node))
+        if peering is not None:
+            log.info("answering peers at %s", peering.serve(node))
         log.info("listening at %s; up to %d bytes of DRAM", address, config.storage.cpu.size)
         tell_ready()
         gc.freeze()  # what is there now stays: a collection that looked at it would hold up calls for milliseconds
@@ -92,8 +97,20 @@ def _serve(config: "Config", address: str) -> None:
             signal.signal(number, handler)
         shown.close()
         log.info("stopping; flushing for up to %g s", config.node.stop_timeout_s)
+        if peering is not None:
+            peering.leave()
         node.close(config.node.stop_timeout_s)
+        if peering is not None:
+            peering.close()
         log.info("stopped")
+
+
+def _peering(config: "Config") -> "Peering | None":
+    if config.node.peers.address is None:
+        return None
+    from cairn.node.peering import Peering
+
+    return Peering(config)
 
 
 def _dashboard(config: "Config", node: "Node", address: str) -> AbstractContextManager[str]:

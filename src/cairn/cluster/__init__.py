@@ -7,12 +7,12 @@ from cairn.cluster.base import Registry
 from cairn.cluster.directory import Changed, Directory, Joined, Left, Member
 from cairn.cluster.election import Election, Leadership
 from cairn.cluster.keys import Keys
+from cairn.cluster.listed import HostNodes, Replicas
 from cairn.cluster.memory import MemoryRegistry
 from cairn.cluster.open import open_registry
 from cairn.cluster.registration import Registration
-from cairn.cluster.replicas import Replicas
 from cairn.cluster.shared import Shared, put_setting
-from cairn.cluster.values import CacheState, Events, Instance, Load, Replica, TierState
+from cairn.cluster.values import CacheState, Events, HostNode, Instance, Load, Replica, TierState
 from cairn.plan.role import Role
 
 __all__ = [
@@ -21,6 +21,8 @@ __all__ = [
     "Directory",
     "Election",
     "Events",
+    "HostNode",
+    "HostNodes",
     "Instance",
     "Joined",
     "Keys",

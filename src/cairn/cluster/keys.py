@@ -21,6 +21,10 @@ class Keys(NamedTuple):
         return self._folder("replicas")
 
     @property
+    def nodes(self) -> str:
+        return self._folder("nodes")
+
+    @property
     def settings(self) -> str:
         return self._folder("settings")
 
@@ -30,6 +34,9 @@ class Keys(NamedTuple):
 
     def replica(self, name: str) -> str:
         return self.replicas + checked_name(name)
+
+    def node(self, name: str) -> str:
+        return self.nodes + checked_name(name)
 
     def setting(self, name: str) -> str:
         return self.settings + checked_name(name)

@@ -106,6 +106,14 @@ class Replica(Versioned, frozen=True, kw_only=True):
     started: Seconds = 0.0
 
 
+class HostNode(Versioned, frozen=True, kw_only=True):
+    """A host's node. peers: where it answers other nodes, as tcp://10.0.0.1:8700."""
+
+    name: Name
+    peers: Text
+    started: Seconds = 0.0
+
+
 V = TypeVar("V", bound=Versioned)
 
 

@@ -32,6 +32,7 @@ from cairn.config.types import (
     Size,
     SizeOrNone,
     StoreUrl,
+    TcpAddress,
     Threads,
     Worth,
 )
@@ -378,6 +379,32 @@ class Cluster(Section):
         return self
 
 
+class Peers(Section):
+    """Nodes of other hosts, which read from each other's DRAM: see node.md."""
+
+    address: TcpAddress | None = Field(
+        default=None,
+        description="Where this node answers its peers, tcp:// and the address of this host's that they reach and a "
+        "port, 0: a free one; null: it neither reads from peers nor do they from it.",
+    )
+    known: Addresses = Field(
+        default=(), description="Peers' addresses. Those registered in cluster.etcd_addr are found without."
+    )
+    secret: Secret | None = Field(default=None, description="What all of them know, and nobody else.")
+    protocol: Literal["tcp", "rdma"] = Field(default="tcp", description="How bytes are read.")
+    device: str = Field(default="", description="RDMA devices, comma-separated; empty: all that there are.")
+    timeout_s: Seconds = Field(default=2.0, le=60, description="Seconds that reading 16 MiB may take.")
+    lookup_timeout_s: Seconds = Field(default=0.1, description="Seconds that a request waits for peers' answers.")
+
+    @model_validator(mode="after")
+    def _among_friends(self) -> Self:
+        if self.address is not None and (self.secret is None or len(self.secret.get_secret_value()) < 16):
+            raise ValueError("address needs a secret of at least 16 characters, the same on all hosts; set secret")
+        if self.address is not None and self.address.startswith(("tcp://0.0.0.0:", "tcp://[")):
+            raise ValueError(f"address={self.address}: must be the IPv4 address by which peers reach this host")
+        return self
+
+
 class Node(Section):
     """The host's node: see node.md."""
 
@@ -402,6 +429,7 @@ class Node(Section):
         default=10.0, ge=0.2, description="Seconds until what a silent client holds is taken back."
     )
     stop_timeout_s: Seconds = Field(default=30.0, description="Seconds that the node may flush when it is stopped.")
+    peers: Peers = Peers()
 
 
 class Observe(Section):

@@ -82,6 +82,8 @@ Addresses = Annotated[
     WithJsonSchema({"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "string"}]}),
 ]
 NodeAddress = Annotated[str, Field(pattern=r"^ipc:///.+", max_length=106)]
+#: By which others reach a socket.
+TcpAddress = Annotated[str, Field(pattern=r"^tcp://[^/*\s]+:\d{1,5}$", max_length=200)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Threads = Annotated[int, Field(ge=1, le=64)]
 Port = Annotated[int, Field(ge=0, le=65535)]

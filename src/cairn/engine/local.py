@@ -1,5 +1,6 @@
 """The embedded store: DRAM and the tiers below it, in the inference process itself."""
 
+import itertools
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -59,7 +60,7 @@ class LocalStore(BlockStore):
         self.memory = dram.memory
         self.asks = any(type(tier).ask is not Tier.ask for tier, _ in lower)
         self._geometry = geometry
-        self._dram = dram
+        self.dram = dram
         self._lower = [tier for tier, _ in lower]
         self._metrics = metrics
         self._cost = cost
@@ -73,7 +74,7 @@ class LocalStore(BlockStore):
             self._syncer.start()
 
     def match(self, keys: Keys) -> Held:
-        dram = upto = self._dram.index.match(keys)
+        dram = upto = self.dram.index.match(keys)
         below = []
         for tier in self._lower:
             if upto < len(keys):
@@ -84,13 +85,13 @@ class LocalStore(BlockStore):
     def ask(self, keys: Keys, *, deadline: float, worth_s: float) -> "Future[None] | None":
         if self.match(keys).total == len(keys):
             return None
-        answers = (tier.ask(keys, deadline=deadline, worth_s=worth_s) for tier in self._lower)
-        return next((answer for answer in answers if answer is not None), None)
+        answers = [tier.ask(keys, deadline=deadline, worth_s=worth_s) for tier in self._lower]
+        return _all([answer for answer in answers if answer is not None])
 
     def hold(self, keys: Keys, *, deadline: float, use: bool = True) -> LocalHold:
         """use: whether it counts as a use of the blocks now; else the caller says so by `used`, once he has time."""
-        resident = self._dram.index.pin(keys, use=use)
-        hold = LocalHold(self._dram.index, keys, resident, self._landed, self.memory)
+        resident = self.dram.index.pin(keys, use=use)
+        hold = LocalHold(self.dram.index, keys, resident, self._landed, self.memory)
         upto = len(resident)
         for tier in self._lower:
             if use:
@@ -104,12 +105,12 @@ class LocalStore(BlockStore):
 
     def used(self, keys: Keys) -> None:
         """Counts a use of a chain's blocks in every tier."""
-        self._dram.index.touch(keys)
+        self.dram.index.touch(keys)
         for tier in self._lower:
             tier.touch(keys)
 
     def write(self, keys: Keys, *, namespace: bytes) -> Writing:
-        index = self._dram.index
+        index = self.dram.index
         writing = LocalWriting(index, keys, lambda upto, new: self._committed(keys[:upto], new, namespace), self.memory)
         for tier, writer in zip(self._lower, self._writers, strict=True):
             tier.touch(keys)
@@ -118,13 +119,13 @@ class LocalStore(BlockStore):
         return writing
 
     def watch(self) -> dict[str, Journal]:
-        tiers = [self._dram.name, *(tier.name for tier in self._lower)]
+        tiers = [self.dram.name, *(tier.name for tier in self._lower)]
         return {tier: journal for tier in tiers if (journal := self.journal(tier)) is not None}
 
     def journal(self, tier: str) -> Journal | None:
         """Another journal of one tier, until its `end`; None where there is no such tier, or others come and go."""
-        if tier == self._dram.name:
-            return self._dram.index.watch()
+        if tier == self.dram.name:
+            return self.dram.index.watch()
         return next((one.watch() for one in self._lower if one.name == tier), None)
 
     def flush(self, timeout: float) -> bool:
@@ -149,7 +150,7 @@ class LocalStore(BlockStore):
             self._syncer.join(timeout)
 
     def _writer(self, tier: Tier, writes: Writes) -> WriteBehind:
-        limit = max(1, int(writes.share * self._dram.index.capacity)) if writes.share else 0
+        limit = max(1, int(writes.share * self.dram.index.capacity)) if writes.share else 0
         block, token_bytes = self._geometry.block_tokens, self._geometry.token_bytes
 
         def worth(first: int, stop: int) -> bool:
@@ -157,7 +158,7 @@ class LocalStore(BlockStore):
             return not writes.choosy or worth_writing(tier.name, first * block, tokens, token_bytes, self._cost)
 
         return WriteBehind(
-            self._dram,
+            self.dram,
             tier,
             limit_blocks=limit,
             block_tokens=self._geometry.block_tokens,
@@ -175,7 +176,7 @@ class LocalStore(BlockStore):
         while first < below:
             # Batches end where the tier's groups do, so that no group is read in two parts.
             wanted = min(first // pack * pack + step, below) - first
-            ids = self._dram.index.reserve(wanted)
+            ids = self.dram.index.reserve(wanted)
             if len(ids):
                 future = tier.read(hold.keys, first, Rows(self.memory, ids), deadline=deadline, cancel=cancel)
                 hold.expect(tier.name, first, ids, future)
@@ -187,7 +188,7 @@ class LocalStore(BlockStore):
 
     def _committed(self, keys: Keys, new: int, namespace: bytes) -> None:
         if new:
-            self._metrics.stored_tokens.add(new * self._geometry.block_tokens, tier=self._dram.name)
+            self._metrics.stored_tokens.add(new * self._geometry.block_tokens, tier=self.dram.name)
         for writer in self._writers:
             writer.offer(keys, namespace)
 
@@ -203,6 +204,22 @@ class LocalStore(BlockStore):
                 writer.pump()
 
 
+def _all(answers: "list[Future[None]]") -> "Future[None] | None":
+    """Done when all are; None for none."""
+    if len(answers) < 2:
+        return answers[0] if answers else None
+    done: Future[None] = Future()
+    left = itertools.count(len(answers) - 1, -1)  # each number is given to one thread
+
+    def count(_: "Future[None]") -> None:
+        if next(left) == 0:
+            done.set_result(None)
+
+    for answer in answers:
+        answer.add_done_callback(count)
+    return done
+
+
 def _figures(tier: Tier, writer: WriteBehind) -> Mapping[str, float]:
     return {**tier.stats(), "write_queue_blocks": writer.waiting_blocks}
 
@@ -214,10 +231,13 @@ def open_local(
     metrics: Metrics,
     cost: CostModel,
     arena: Arena | None = None,
+    peers: Tier | None = None,
     *,
     canonical: bool = True,
 ) -> LocalStore:
     """The tiers that the configuration asks for, for rows of `layout`; DRAM in `arena` if one is given.
+
+    peers: the tier of other hosts' nodes, if there is one. RDMA is faster than an SSD, TCP is not.
 
     canonical: whether blocks are bytes of the canonical layout. Raises StorageError or ConfigError when the tiers
     cannot be had, GeometryError or InputError where blocks cannot be compressed as is asked for.
@@ -225,6 +245,8 @@ def open_local(
     storage, share = config.storage, config.engine.write_behind
     ladder = ladder_for(geometry, config.compression, canonical=canonical)
     lower: list[tuple[Tier, Writes]] = []
+    if peers:
+        lower.append((peers, Writes(0.0)))
     try:
         if storage.disk.path is not None:
             disk = DiskTier(
@@ -237,7 +259,8 @@ def open_local(
                 write_budget_bytes_per_day=storage.disk.write_budget_per_day,
                 lossy=ladder is not None and ladder.lossy,
             )
-            lower.append((disk, Writes(share, choosy=config.engine.planner)))
+            place = len(lower) if config.node.peers.protocol == "rdma" else 0
+            lower.insert(place, (disk, Writes(share, choosy=config.engine.planner)))
         if storage.remote.url is not None:
             at_once = config.engine.enable_disagg_pd  # somebody waits for what is stored now
             absent_s = HANDOVER_ABSENT_S if at_once else ABSENT_S

@@ -1,5 +1,7 @@
 """What the host's node keeps its blocks in: an embedded store, in an arena of the node's."""
 
+from collections.abc import Callable
+
 from cairn.config import Config
 from cairn.engine.local import open_local
 from cairn.engine.rehearsal import rehearse
@@ -9,6 +11,7 @@ from cairn.node.base import Opened
 from cairn.observe.metrics import Metrics
 from cairn.plan import CostModel
 from cairn.tier.arena import Arena
+from cairn.tier.base import Tier
 
 
 def prepare(config: Config) -> None:
@@ -17,8 +20,18 @@ def prepare(config: Config) -> None:
         rehearse(POLICIES[policy])
 
 
-def open_pool(config: Config, geometry: KVGeometry, layout: Layout, arena: Arena) -> Opened:
-    """The tiers that the configuration asks for, DRAM in `arena`. Raises StorageError or ConfigError."""
+def open_pool(
+    config: Config,
+    geometry: KVGeometry,
+    layout: Layout,
+    arena: Arena,
+    peers: Callable[[KVGeometry, Layout], Tier] | None = None,
+) -> Opened:
+    """The tiers that the configuration asks for, DRAM in `arena`. peers: makes the tier of other hosts' nodes.
+
+    Raises StorageError or ConfigError.
+    """
     prepare(config)
     metrics = Metrics()
-    return Opened(open_local(config, geometry, layout, metrics, CostModel(), arena), metrics)
+    tier = peers(geometry, layout) if peers else None
+    return Opened(open_local(config, geometry, layout, metrics, CostModel(), arena, tier), metrics)

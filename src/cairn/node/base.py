@@ -13,6 +13,7 @@ from cairn.kv import Keys, KVGeometry, Layout
 from cairn.observe.metrics import Metrics
 from cairn.observe.reasons import Reason
 from cairn.tier.arena import Arena
+from cairn.tier.dram import DramTier
 
 #: An arena, uint8 [rows, stride].
 Memory = npt.NDArray[np.uint8]
@@ -73,6 +74,7 @@ class PoolStore(Protocol):
     """DRAM and what is below it, for the blocks of one geometry: see `cairn.engine.local.LocalStore`."""
 
     asks: bool
+    dram: DramTier
 
     def match(self, keys: Keys) -> HeldBlocks: ...
 

@@ -19,7 +19,7 @@ from cairn.node.address import Address
 from cairn.node.base import OpenStore
 from cairn.node.bell import Bell
 from cairn.node.gate import Entrance, Gate
-from cairn.node.pools import VRAM, Pools, directory_of
+from cairn.node.pools import VRAM, Pool, Pools, directory_of
 from cairn.node.segments import HOME, Segments, sweep
 from cairn.node.session import Held, Session, Written
 from cairn.node.wire import keys_of, raw_of, rows_of
@@ -143,6 +143,10 @@ class Node:
     def pools(self) -> dict[str, PoolFigures]:
         """How each pool stands, by the name that its directory has. From any thread."""
         return {directory_of(*pool.kind): PoolFigures(pool.sessions, pool.metrics.tiers()) for pool in self._pools}
+
+    def open_pools(self) -> list[Pool]:
+        """Those there are now. From any thread."""
+        return list(self._pools)
 
     def figures(self) -> dict[str, float]:
         """What the node says of itself."""

@@ -60,8 +60,8 @@ class Arena:
         return arena
 
     @classmethod
-    def attach(cls, name: str, slots: int, stride: int) -> Self:
-        """The shared arena that another process has made, while others may be at work in it.
+    def attach(cls, name: str, slots: int, stride: int, *, writable: bool = True) -> Self:
+        """The shared arena that somebody has made, while others may be at work in it.
 
         Raises StorageError if there is none of that size.
         """
@@ -75,7 +75,7 @@ class Arena:
             if found != size:
                 raise StorageError(f"arena {name}: has {found} bytes, not {size}")
             arena = cls.__new__(cls)
-            arena._map = mmap.mmap(descriptor, size, mmap.MAP_SHARED)
+            arena._map = mmap.mmap(descriptor, size, prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0))
         except (OSError, OverflowError) as error:
             raise error if isinstance(error, StorageError) else _refused(size, error) from None
         finally:

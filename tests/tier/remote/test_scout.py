@@ -11,7 +11,7 @@ from cairn.codec import Raw
 from cairn.codec.frame import Framer
 from cairn.observe.reasons import Reason
 from cairn.tier.breaker import Breaker
-from cairn.tier.remote.known import Known
+from cairn.tier.known import Known
 from cairn.tier.remote.packing import BLOCKS_LIMIT, Packing, Span, blocks_of
 from cairn.tier.remote.scout import Scout
 from cairn.tier.remote.share import Share

@@ -94,8 +94,8 @@ def test_passwords_are_not_shown(url: str, shown: str) -> None:
 
 
 def test_a_configuration_for_people_has_no_password_and_one_for_machines_has() -> None:
-    config = load_config(environ={"CAIRN_STORAGE__REMOTE__URL": "valkey://:secret@host"})
-    assert "secret" not in config.to_yaml() + config.model_dump_json(context="masked")
+    config = load_config(environ={"CAIRN_STORAGE__REMOTE__URL": "valkey://:hush@host"})
+    assert "hush" not in config.to_yaml() + config.model_dump_json(context="masked")
     assert Config.model_validate(config.model_dump(mode="json")) == config
 
 

@@ -136,7 +136,7 @@ class CairnConnector(KVConnectorBase_V1):  # type: ignore[misc]
         from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
         # vLLM knows nothing farther than a disk.
-        source = {"dram": CacheHitSource.HOST, "disk": CacheHitSource.DISK, "remote": CacheHitSource.DISK}
+        source = {"dram": CacheHitSource.HOST, **dict.fromkeys(("disk", "peer", "remote"), CacheHitSource.DISK)}
         tokens = self._schedulers.sources(request, num_external_tokens)
         found: Counter[Any] = Counter()
         for tier, count in tokens.items():

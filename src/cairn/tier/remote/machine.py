@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from cairn.observe.reasons import Reason
 from cairn.tier.breaker import Breaker
 from cairn.tier.flights import Batch
+from cairn.tier.known import Known
 from cairn.tier.remote.base import ObjectStore
-from cairn.tier.remote.known import Known
 from cairn.tier.remote.packing import Packing
 from cairn.tier.remote.scout import FAIR_S, Scout
 from cairn.tier.remote.share import Share
@@ -27,7 +27,7 @@ class Machine:
 
     store: ObjectStore
     packing: Packing
-    known: Known
+    known: Known[bool]
     scout: Scout
     breaker: Breaker
     write_breaker: Breaker

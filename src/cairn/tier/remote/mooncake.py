@@ -8,10 +8,8 @@ that never were give the same answers; what comes is proved by its frames.
 
 import http.client
 import logging
-import queue
 import socket
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
@@ -19,8 +17,8 @@ from urllib.parse import urlsplit
 from cairn.observe.log import log_once
 from cairn.observe.reasons import Reason
 from cairn.tier.remote.base import Get, ObjectStore, Put
-from cairn.tier.remote.lanes import Call, Client, Lane, close_client
-from cairn.tier.remote.scatter import scatter
+from cairn.transport.lanes import Call, Client, Lane, Lanes, close_client
+from cairn.transport.scatter import scatter
 
 log = logging.getLogger(__name__)
 
@@ -62,11 +60,8 @@ class MooncakeStore(ObjectStore):
         self._make = make
         self._client: Client | None = None
         self._connecting = threading.Lock()
-        self._free: queue.LifoQueue[Lane] = queue.LifoQueue()  # warm memory first
         self._closed = False
-        self._abandoned = 0
-        for number in range(_LANES):
-            self._free.put(Lane(number, self._free))
+        self._lanes = Lanes(_LANES, "cairn-mooncake")
 
     def exists(self, names: Sequence[bytes], *, deadline: float) -> list[bool] | Reason:
         def ask(client: Any, *_: Any) -> list[bool] | Reason:
@@ -98,14 +93,13 @@ class MooncakeStore(ObjectStore):
         return answer if isinstance(answer, Reason) else None
 
     def stats(self) -> Mapping[str, float]:
-        return {"abandoned_calls_total": self._abandoned, "free_lanes": self._free.qsize()}
+        return {"abandoned_calls_total": self._lanes.abandoned, "free_lanes": self._lanes.free}
 
     def close(self) -> None:
         if self._closed:
             return
         self._closed = True
-        for _ in range(self._free.qsize()):
-            self._free.get().start(None)
+        self._lanes.close()
         client, self._client = self._client, None
         closed = client.retire() if client is not None else None
         if client is not None and not (closed and closed.wait(_CLOSE_S)):
@@ -114,15 +108,7 @@ class MooncakeStore(ObjectStore):
     # --- parts ---------------------------------------------------------------------------------------------------
 
     def _do(self, work: "Callable[[Any, Lane, Call], Any]", deadline: float) -> Any:
-        try:
-            lane = self._free.get(timeout=max(0.0, deadline - time.monotonic()))
-        except queue.Empty:
-            return Reason.TIMEOUT
-        if time.monotonic() > deadline:
-            self._free.put(lane)
-            return Reason.TIMEOUT
-
-        def run(call: Call) -> Any:
+        def run(lane: Lane, call: Call) -> Any:
             client = self._connected()
             if client is None or not client.enter():
                 return Reason.IO_ERROR
@@ -131,12 +117,7 @@ class MooncakeStore(ObjectStore):
             finally:
                 client.leave()
 
-        call = Call(run)
-        lane.start(call)
-        answer = call.wait(deadline)
-        if answer is Reason.TIMEOUT:
-            self._abandoned += 1
-        return answer
+        return self._lanes.run(run, deadline)
 
     def _connected(self) -> Client | None:
         """The client; None if the cluster cannot be had."""

@@ -19,7 +19,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from cairn.observe.log import log_once
 from cairn.observe.reasons import Reason
 from cairn.tier.remote.base import Get, ObjectStore, Put
-from cairn.tier.remote.scatter import scatter
+from cairn.transport.scatter import scatter
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from cairn.kv import Keys
 from cairn.kv.keys import KEY_BYTES
 from cairn.observe.reasons import Reason
 from cairn.tier.breaker import Breaker
+from cairn.tier.known import Known
 from cairn.tier.remote.base import ObjectStore
-from cairn.tier.remote.known import Known
 from cairn.tier.remote.packing import Packing, Span
 
 #: An answer that took less than this is not late by the store's fault.
@@ -27,7 +27,7 @@ class Scout:
     only when it is read, as a miss. Thread-safe.
     """
 
-    def __init__(self, store: ObjectStore, packing: Packing, breaker: Breaker, known: Known) -> None:
+    def __init__(self, store: ObjectStore, packing: Packing, breaker: Breaker, known: Known[bool]) -> None:
         self._store = store
         self._packing = packing
         self._breaker = breaker

@@ -23,8 +23,8 @@ from cairn.tier.admission import Sightings
 from cairn.tier.base import Outcomes, Rows, Tier, check_span
 from cairn.tier.breaker import Breaker
 from cairn.tier.flights import Batch, Flights
+from cairn.tier.known import Known
 from cairn.tier.remote.base import ObjectStore
-from cairn.tier.remote.known import Known
 from cairn.tier.remote.machine import Machine
 from cairn.tier.remote.packing import Packing, blocks_of
 from cairn.tier.remote.reads import Fetches, ReadBatch
@@ -98,6 +98,7 @@ class RemoteTier(Tier):
         self._store = store
         self._limits = limits
         self._tally = Tally()
+        self._tally.add(failed_lookups_total=0)
         self._breaker = breaker or Breaker()
         if ladder and layout != CANONICAL:
             raise InputError(f"codecs for rows of layout {layout}: they read canonical rows only")
@@ -108,7 +109,7 @@ class RemoteTier(Tier):
             blocks_of(liked, geometry.block_bytes),
             streams.family if streams else "",
         )
-        known = Known(present_s=min(PRESENT_S, (limits.ttl_s or PRESENT_S * 2) / 2), absent_s=limits.absent_s)
+        known = Known[bool](present_s=min(PRESENT_S, (limits.ttl_s or PRESENT_S * 2) / 2), absent_s=limits.absent_s)
         self._machine = Machine(
             store=store,
             packing=packing,

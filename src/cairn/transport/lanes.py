@@ -47,13 +47,13 @@ class Call:
 class Lane:
     """A thread, and memory that a client may move bytes to and from: grown and registered as needed."""
 
-    def __init__(self, number: int, free: "queue.LifoQueue[Lane]") -> None:
+    def __init__(self, name: str, free: "queue.LifoQueue[Lane]") -> None:
         self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
         self._free = free
         self._client: Any = None
         self._map: mmap.mmap | None = None
         self.address = 0
-        threading.Thread(target=self._run, name=f"cairn-mooncake-{number}", daemon=True).start()
+        threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def start(self, call: Call | None) -> None:
         """Runs a call; None: ends the thread."""
@@ -76,9 +76,48 @@ class Lane:
             try:
                 call.answer = call.work(call)
             except Exception:
-                log.exception("a call to mooncake failed in a way it should not have; please report this")
+                log.exception("a call of a native client failed in a way it should not have; please report this")
             call.finish()
             self._free.put(self)
+
+
+class Lanes:
+    """Lanes for as many calls at a time, and so the threads and memory that hanging ones can keep. Thread-safe.
+
+    abandoned: calls whose callers have left before they returned.
+    """
+
+    def __init__(self, count: int, name: str) -> None:
+        self._free: queue.LifoQueue[Lane] = queue.LifoQueue()  # warm memory first
+        self.abandoned = 0
+        for number in range(count):
+            self._free.put(Lane(f"{name}-{number}", self._free))
+
+    @property
+    def free(self) -> int:
+        """Lanes in which nothing is under way."""
+        return self._free.qsize()
+
+    def run(self, work: Callable[[Lane, Call], Any], deadline: float) -> Any:
+        """What `work` answers, done in a lane; TIMEOUT past the deadline, IO_ERROR if it raises."""
+        try:
+            lane = self._free.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            return Reason.TIMEOUT
+        if time.monotonic() > deadline:
+            self._free.put(lane)
+            return Reason.TIMEOUT
+        call = Call(lambda call: work(lane, call))
+        lane.start(call)
+        answer = call.wait(deadline)
+        if answer is Reason.TIMEOUT:
+            self.abandoned += 1
+        return answer
+
+    def close(self) -> None:
+        """Ends the threads of all lanes that are free; no call begins any more."""
+        for _ in range(self._free.qsize()):
+            self._free.get().start(None)
 
 
 class Client:
