@@ -1,6 +1,7 @@
 """Two pipeline stages, each in a process of its own: the answers are those of one process, and so are the blocks."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,6 @@ import pytest
 
 from cairn.connect.vllm.scheduler import SchedulerSide
 from tests.vllm.engine import BLOCK, LONGER, OTHER, PROMPTS, answers, connector, no_leak, serving, settle, stats
-from tests.vllm.mirror import Mirror
 from tests.vllm.test_ranks import break_loads, hits, mend_loads, on_disk, ranks, shared
 
 #: Each shares nothing with the others, nor with PROMPTS.
@@ -82,15 +82,24 @@ def check_answers(llm: Any, plain: list[list[int]], longer: list[list[int]]) -> 
         assert stats(llm)["failures"]["dram"]["io_error"] > failures
 
 
-def check_events(llm: Any, mirror: Mirror) -> None:
-    """Each block is told once (the mirror sees to it), and all are told."""
-    assert connector(llm)._scheduler.engine.flush(60)
-    answers(llm, [[1, 2, 3]], tokens=1)  # events ride on steps
-    settle(llm)
-    publisher = llm.llm_engine.engine_core.engine_core.scheduler.kv_event_publisher
-    publisher._event_queue.join()
-    mirror.catch_up(len(publisher._buffer))
-    assert len(mirror.blocks["CPU"]) == stats(llm)["tiers"]["dram"]["resident_blocks"] > 0
+@contextmanager
+def each_told_once(llm: Any) -> Iterator[None]:
+    """What comes to DRAM meanwhile is told once, by the scheduler, and not once a rank."""
+    events, told = connector(llm)._scheduler.events, Counter[Any]()
+    take = events.take
+
+    def counting() -> list[Any]:
+        taken: list[Any] = take()
+        told.update(key for event in taken if event.medium == "CPU" for key in event.block_hashes)
+        return taken
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(events, "take", counting)
+        yield
+        answers(llm, [[1, 2, 3]], tokens=1)  # events ride on steps
+        settle(llm)
+    assert set(told.values()) == {1}
+    assert len(told) == stats(llm)["tiers"]["dram"]["resident_blocks"]
 
 
 def check_half_a_store(llm: Any, other: list[int]) -> None:
@@ -122,20 +131,17 @@ def test_stages_answer_as_one(
         told = prefill(llm, HANDED_TO_STAGES)
         assert connector(llm)._scheduler.engine.flush(60)
         handed = answers(llm, [HANDED_TO_STAGES, HANDED_BY_STAGES], 4)
-    wishes = remote | {"blending.enabled": True, "blending.special_str": None}
-    with (
-        Mirror(tmp_path) as mirror,
-        caplog.at_level(logging.WARNING, "cairn"),
-        stages(tiny, tmp_path, monkeypatch, wishes, kv_events_config=mirror.options) as llm,
-    ):
-        assert answers(llm, PROMPTS[1:2]) == tiny_plain[1:2]
-        settle(llm)
-        assert stats(llm)["hit_tokens"] == {"disk": len(PROMPTS[1]) // BLOCK * BLOCK}
-        assert decode(llm, HANDED_TO_STAGES, told) == handed[0]
-        check_answers(llm, tiny_plain, tiny_longer)
-        told = prefill(llm, HANDED_BY_STAGES)
-        check_events(llm, mirror)
+    wishes = remote | {"enable_service_routing": True, "blending.enabled": True, "blending.check_layers": [1]}
+    with caplog.at_level(logging.WARNING, "cairn"), stages(tiny, tmp_path, monkeypatch, wishes) as llm:
+        with each_told_once(llm):
+            assert answers(llm, PROMPTS[1:2]) == tiny_plain[1:2]
+            settle(llm)
+            assert stats(llm)["hit_tokens"] == {"disk": len(PROMPTS[1]) // BLOCK * BLOCK}
+            assert decode(llm, HANDED_TO_STAGES, told) == handed[0]
+            check_answers(llm, tiny_plain, tiny_longer)
+            told = prefill(llm, HANDED_BY_STAGES)
         check_half_a_store(llm, tiny_other)
+        assert connector(llm)._scheduler.engine.flush(60)
         no_leak(llm)
         assert sum("no blending" in message and "pipeline" in message for message in caplog.messages) == 1
     with serving(tiny, disk, skip_tokenizer_init=True) as llm:
