@@ -5,11 +5,14 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from cairn.connect.vllm.model import stage_layers
 from cairn.connect.vllm.scheduler import SchedulerSide
+from cairn.errors import GeometryError
 from tests.vllm.engine import BLOCK, LONGER, OTHER, PROMPTS, answers, connector, no_leak, serving, settle, stats
 from tests.vllm.test_ranks import break_loads, hits, mend_loads, on_disk, ranks, shared
 
@@ -150,3 +153,13 @@ def test_stages_answer_as_one(
     with serving(tiny, remote, skip_tokenizer_init=True) as llm:
         assert decode(llm, HANDED_BY_STAGES, told) == handed[1]
         assert stats(llm)["hit_tokens"].keys() == {"remote"}
+
+
+def test_stages_are_cut_as_vllm_cuts_them() -> None:
+    """Who has other layers than expected, as where a draft model adds its own to the last stage, is refused."""
+    model = SimpleNamespace(model="m", get_total_num_hidden_layers=lambda: 7)
+    for rank, own in enumerate((2, 2, 3, 3, 2, 2)):
+        parallel = SimpleNamespace(pipeline_parallel_size=3, tensor_parallel_size=2, rank=rank)
+        assert stage_layers(model, parallel, own) == [2, 3, 2]
+    with pytest.raises(GeometryError, match="stage 2 has 3 layers with KV, 2 expected"):
+        stage_layers(model, parallel, 3)

@@ -107,8 +107,9 @@ def served_model(vllm_config: Any, kv_cache_config: Any, config: Config) -> Serv
     except GeometryError as error:
         apart = str(error)
     if apart:
-        # One rank a stage: a row is its layers in their order, wherever they are cut.
-        named = f"vllm:{page}:tp{ranks}" + (f":pp{'+'.join(map(str, layers))}" if ranks > 1 else "")
+        # With one rank a stage a row is the layers in their order, wherever they are cut.
+        cuts = layers if ranks > 1 else [whole.layers]
+        named = f"vllm:{page}:tp{ranks}:pp{'+'.join(map(str, cuts))}"
     served_name = model.served_model_name if isinstance(model.served_model_name, str) else model.model
     namespace = Namespace(
         model=config.engine.model_name or served_name,
