@@ -1,6 +1,7 @@
 """Two pipeline stages, each in a process of its own: the answers are those of one process, and so are the blocks."""
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,10 +22,11 @@ HANDED_TO_STAGES, HANDED_BY_STAGES = PROMPTS[1][::-2], PROMPTS[1][1::2]
 
 
 def break_stores(worker: Any, rank: int) -> None:
-    """From now on this rank's stores fail."""
+    """From now on this rank's stores fail, long after the others' are done."""
     from cairn.copy import CpuCopier
 
     def broken(*args: Any, **kwargs: Any) -> None:
+        time.sleep(0.5)
         raise OSError("injected")
 
     if worker.rank == rank:
