@@ -146,6 +146,17 @@ def test_a_long_prompt_takes_several_steps() -> None:
     assert not cost.knows(4096)
 
 
+def test_steps_follow_one_another_through_a_pipeline() -> None:
+    """One that fills a step passes through all stages; of longer ones a step follows the other, a stage behind it."""
+    cost = RecomputeCost()
+    cost.step_tokens, cost.stages = 1024, 4
+    for tokens, context in [(256, 0), (1024, 0), (1024, 1024), (1024, 2048)]:
+        cost.observe(Work.of([(tokens, context)]), 0.1 + 1e-3 * tokens)
+    assert cost.seconds(512, 0) == pytest.approx(4 * 0.612, rel=1e-3)
+    assert cost.seconds(8 * 1024, 0) == pytest.approx((8 + 3) * 1.124, rel=1e-3)
+    assert cost.seconds(0, 512) == 0
+
+
 def test_a_slow_tier_is_left_alone() -> None:
     cost = model(0.0, 1e-4, 0.0)
     for size in (10_000, 20_000):

@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from tests.vllm.engine import BLOCK, PROMPTS, connector, no_leak, serving, settle, stats
+from tests.vllm.test_ranks import on_disk
+from tests.vllm.test_stages import stages
 
 
 def first_token(llm: Any, prompt: list[int]) -> dict[int, float]:
@@ -25,9 +28,10 @@ def distance(one: dict[int, float], other: dict[int, float]) -> float:
     return float(np.mean([abs(one[token] - other[token]) for token in common])) if len(common) > 10 else 100.0
 
 
-def test_quantized_hits_answer_nearly_the_same(tiny: Path) -> None:
-    prompts = PROMPTS[:5]
-    with serving(tiny, {"storage.cpu.codec": "int8"}, skip_tokenizer_init=True) as llm:
+def test_quantized_hits_answer_nearly_the_same(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that one process has stored, and the same from its disk in a pipeline of two stages."""
+    prompts, quantized = PROMPTS[:5], {"storage.cpu.codec": "int8"}
+    with serving(tiny, on_disk(tmp_path) | quantized, skip_tokenizer_init=True) as llm:
         computed = [first_token(llm, prompt) for prompt in prompts]
         hits = stats(llm)["hit_tokens"].get("dram", 0)  # of what prompts share
         loaded = [first_token(llm, prompt) for prompt in prompts]
@@ -35,7 +39,15 @@ def test_quantized_hits_answer_nearly_the_same(tiny: Path) -> None:
         assert stats(llm)["hit_tokens"]["dram"] - hits >= whole
         engine = connector(llm)._scheduler.engine
         assert engine.row_geometry.token_bytes * 32 == engine.geometry.token_bytes * 9
+        assert engine.flush(60)
         no_leak(llm)
+    with stages(tiny, tmp_path, monkeypatch, quantized) as llm:
+        staged = [first_token(llm, prompt) for prompt in prompts]
+        found = stats(llm)["hit_tokens"]
+        assert found["disk"] > 0
+        assert found["disk"] + found.get("dram", 0) >= whole
+        no_leak(llm)
+    assert max(distance(one, other) for one, other in zip(loaded, staged, strict=True)) < 1e-3
     off = [distance(one, other) for one, other in zip(computed, loaded, strict=True)]
     apart = [distance(one, other) for one, other in pairwise(computed)]
     assert 0 < max(off) < min(apart) / 10, (off, apart)

@@ -137,11 +137,13 @@ class RecomputeCost:
 
     Linear, so that a step's requests add up: steps shared by several prefills and decodes are as good to learn from as
     one prefill alone. step_tokens: how many tokens one step of the engine computes at most; longer prompts take several
-    steps. None: no limit.
+    steps. None: no limit. stages: of a pipeline that a step passes through, the next one a stage behind it; what is
+    observed is then the time of one stage.
     """
 
     def __init__(self, window: int = 64) -> None:
         self.step_tokens: int | None = None
+        self.stages = 1
         self._fit = OnlineFit(3, window)
 
     @property
@@ -160,9 +162,8 @@ class RecomputeCost:
         """Whether a prefill of so many tokens behind `context` others can be predicted: each of its steps, also the
         last, which attends to most; up to four times the pairs of the largest one measured.
         """
-        step = min(tokens, self.step_tokens or tokens)
-        last = Work.of([(step, context + tokens - step)])
-        return self.ready and step <= self.horizon and last.pairs <= 4 * self._fit.largest(2)
+        last = self._last_step(tokens, context)
+        return self.ready and last.tokens <= self.horizon and last.pairs <= 4 * self._fit.largest(2)
 
     def coefficients(self) -> Vector:
         """a, b and c [3]. Call only when `ready`."""
@@ -177,7 +178,15 @@ class RecomputeCost:
         if not tokens:
             return 0.0
         steps = -(-tokens // self.step_tokens) if self.step_tokens else 1
-        return self._fit.predict((float(steps), *Work.of([(tokens, context)])))
+        seconds = self._fit.predict((float(steps), *Work.of([(tokens, context)])))
+        if self.stages > 1:  # all steps pass through the first stage, the dearest then through the others
+            seconds += (self.stages - 1) * self._fit.predict((1.0, *self._last_step(tokens, context)))
+        return seconds
+
+    def _last_step(self, tokens: int, context: int) -> Work:
+        """A prefill's dearest step: as full as any, behind all others."""
+        step = min(tokens, self.step_tokens or tokens)
+        return Work.of([(step, context + tokens - step)])
 
 
 class LoadCost:

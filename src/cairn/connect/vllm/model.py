@@ -31,8 +31,8 @@ class Served:
     the arena that the engine's processes share. namespace: of requests without LoRA and salt; its geometry is that of
     all ranks together. layout: of the blocks, and of the rows unless these are quantized. apart: why only engines of
     the same kind and degree of parallelism share its blocks; empty if others do, too. step_tokens: how many tokens a
-    step computes at most. canonical: whether codecs can read the rows' values: on one rank, except on a CPU, whose
-    pages have an order of their own. codec: that the rows are quantized by, or none.
+    step computes at most. canonical: whether codecs can read the rows' values: with one rank a stage, except on a
+    CPU, whose pages have an order of their own. codec: that the rows are quantized by, or none.
     """
 
     shards: tuple[KVGeometry, ...]
@@ -102,12 +102,14 @@ def served_model(vllm_config: Any, kv_cache_config: Any, config: Config) -> Serv
     layout, named, apart = CANONICAL, "canonical", ""
     try:
         layout = layout_of(vllm_config, shards, len(layers), whole, page)
-        if codec != "none" and len(shards) > 1:
+        if codec != "none" and ranks > 1:
             apart = "quantized rows keep the order of their ranks"
     except GeometryError as error:
         apart = str(error)
     if apart:
-        named = f"vllm:{page}:tp{ranks}:pp{'+'.join(map(str, layers))}"
+        # With one rank a stage a row is the layers in their order, wherever they are cut.
+        cuts = layers if ranks > 1 else [whole.layers]
+        named = f"vllm:{page}:tp{ranks}:pp{'+'.join(map(str, cuts))}"
     served_name = model.served_model_name if isinstance(model.served_model_name, str) else model.model
     namespace = Namespace(
         model=config.engine.model_name or served_name,
@@ -183,9 +185,6 @@ def _refuse(vllm_config: Any, kv_cache_config: Any) -> None:
             len(groups) != 1 or kinds[0] not in ("FullAttentionSpec", "MLAAttentionSpec")
         ),
         "it has an encoder": model.is_encoder_decoder,
-        f"pipeline_parallel_size={parallel.pipeline_parallel_size} is built, but its tests do not pass yet": (
-            parallel.pipeline_parallel_size > 1
-        ),
         "its ranks are on several hosts, which needs a remote tier": getattr(parallel, "nnodes", 1) > 1,
         "decode context parallelism splits blocks between ranks": (
             getattr(parallel, "decode_context_parallel_size", 1) > 1

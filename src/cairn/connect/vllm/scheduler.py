@@ -52,6 +52,7 @@ class SchedulerSide:
             served.namespace, config, arena=arena, layout=served.layout, canonical=served.canonical
         )
         self.engine.cost.recompute.step_tokens = served.step_tokens
+        self.engine.cost.recompute.stages = served.stages
         if served.apart and (config.storage.remote.url or config.node.address):
             logger.warning(
                 "engines of another kind or degree of parallelism do not share this one's blocks: %s", served.apart

@@ -56,7 +56,7 @@ class WorkerSide:
         self._block = served.block_tokens
         self._geometry = served.shards[rank]
         self._quantizer = served.quantizer(rank)
-        self._stages = served.stages
+        self._first_stage = rank < served.ranks // served.stages
         self._threads = config.engine.copy_threads
         self._compressed = config.compression.algorithm != "none"
         self._overlapping = overlapping
@@ -125,7 +125,7 @@ class WorkerSide:
         self._orders = orders
         self._unheard -= orders.forgiven
         mover = self._all_places.mover
-        if orders.work and mover:
+        if orders.work and mover and self._first_stage:  # later ones would measure how they wait for it
             self._timed = orders.work, mover.timer()
 
     def settle_stores(self) -> None:
@@ -190,8 +190,7 @@ class WorkerSide:
     def report(self) -> Done | None:
         """What was done since the last call."""
         if self._timed and (seconds := self._timed[1].seconds()) is not None:
-            # The stages of a pipeline take turns, and share the layers equally.
-            self._done.work, self._done.work_seconds = self._timed[0], seconds * self._stages
+            self._done.work, self._done.work_seconds = self._timed[0], seconds
             self._timed = None
         done, self._done = self._done, Done()
         return done if done.copies or done.work or done.blends else None
