@@ -12,7 +12,7 @@ from cairn.serve.gateway.asked import Asked
 from cairn.serve.gateway.base import Prompt
 from cairn.serve.gateway.members import Member, Members
 
-#: Waits for an engine to come, seconds; doubled with each that a request has tried before it tries one again.
+#: Waits for an engine to come, seconds, and for another one, so long for each that was tried, before one is tried again.
 _LOOK_S = 0.25
 #: The shortest wait that a scheduler may ask for, seconds.
 _LEAST_WAIT_S = 0.001
@@ -64,7 +64,7 @@ class Dispatch:
     async def place(self, ask: Ask, model: str, tried: Sequence[str]) -> Placed:
         """An engine for the request; of those that were tried one only where all were. Raises RefusedError."""
         begun = time.monotonic()
-        until, again = begun + self._config.queue_s, begun + _LOOK_S * 2 ** len(tried)
+        until, again = begun + self._config.queue_s, begun + _LOOK_S * len(tried)
         while True:
             now = time.monotonic()
             able = self._members.choices(model, tried, now)

@@ -62,17 +62,20 @@ class _Passage:
             self._transcript = sse.Transcript()
 
     async def run(self) -> None:
-        attempts = self._config.attempts
+        attempts, failure = self._config.attempts, None
         for attempt in range(1, attempts + 1):
             try:
                 placed = await self._place()
                 await self._attempt(placed, last=attempt == attempts)
                 break
             except UpstreamError as error:
+                failure = error
                 if not self._goes_on(last=attempt == attempts):
                     return await self._give_up(error)
             except (RequestError, DivergedError) as error:
                 if not self._client.started:
+                    if failure is not None:  # it was not refused because of what it asks, but because nobody else is left
+                        return await self._give_up(failure)
                     raise
                 return await self._give_up(UpstreamError("resume", str(error)))
         self._metrics.timed(self._ask.arrived, self._first, self._latest, self._tokens)
