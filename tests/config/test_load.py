@@ -127,6 +127,8 @@ def test_what_kubernetes_makes_of_a_service_is_left_alone() -> None:
     ("text", "message"),
     [
         ("storage: {cpu: {sise: 1}}", "storage.cpu.sise (in cairn.yaml): unknown key; did you mean storage.cpu.size?"),
+        ("node: {http_port: 1}", "node.http_port (in cairn.yaml): is called observe.http_port now"),
+        ("observe: {metrics_token: x}", "observe.metrics_token (in cairn.yaml): is called observe.http_token now"),
         ("storge: {cpu: 1}", "storge (in cairn.yaml): unknown key; did you mean storage?"),
         ("storage: 5", "storage=5 (in cairn.yaml): must be a section with the keys vram, cpu, disk, remote"),
         (

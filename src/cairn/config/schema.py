@@ -385,13 +385,6 @@ class Node(Section):
         default=None,
         description="Where the node listens, ipc:// and a socket's path; null: engines keep their blocks themselves.",
     )
-    http_host: str = Field(
-        default="127.0.0.1", description="Address of the node's dashboard; any but loopback needs `http_token`."
-    )
-    http_port: Port | None = Field(
-        default=None, description="Port of the dashboard, which needs `cairn-kv[index]`; 0: a free one; null: none."
-    )
-    http_token: Secret | None = Field(default=None, description="Bearer token for the dashboard; null: none.")
     pools: int = Field(
         default=1, ge=1, le=64, description="Geometries (models) that share DRAM and disk, in equal parts."
     )
@@ -407,15 +400,15 @@ class Node(Section):
 class Observe(Section):
     """What is shown of a process: figures, traces, logs. See observability.md."""
 
-    metrics_host: str = Field(
-        default="127.0.0.1", description="Where an engine or a node shows figures; any but loopback needs a token."
+    http_host: str = Field(
+        default="127.0.0.1", description="Where an engine or a node is shown; any but loopback needs `http_token`."
     )
-    metrics_port: Port | None = Field(
+    http_port: Port | None = Field(
         default=None,
-        description="Port of `/metrics` and `/api/v1/layerwise/stats` at an engine or a node, for each process its "
-        "own; 0: a free one, which the log tells; null: none.",
+        description="Port of `/metrics`, `/health`, an engine's `/api/v1/layerwise/stats` and a node's `/dashboard/`, "
+        "for each process its own; 0: a free one, which the log tells; null: none.",
     )
-    metrics_token: Secret | None = Field(default=None, description="Bearer token that scrapers must carry; null: none.")
+    http_token: Secret | None = Field(default=None, description="Bearer token for it, `/health` aside; null: none.")
     otlp_endpoint: str | None = Field(
         default=None,
         pattern="^https?://.+",
