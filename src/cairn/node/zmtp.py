@@ -184,11 +184,11 @@ class Caller:
             self._epoll.modify(self._socket, select.EPOLLIN)
 
     def take(self, buffer: memoryview) -> Iterator[memoryview]:
-        """What he says. Raises OSError, ProtocolError."""
+        """What he says, see `_Messages`. Raises OSError, ProtocolError."""
         size = self._socket.recv_into(buffer)
         if not size:
             raise ConnectionResetError
-        yield from self._messages.take(buffer[:size])
+        return self._messages.take(buffer[:size])
 
     def hang_up(self) -> None:
         self._socket.close()
