@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cairn.config import Config, load_config, parse_assignment
-from cairn.config.schema import settings, variable
+from cairn.config.keys import settings, variable
 from cairn.config.sizes import format_size, parse_size
 from cairn.errors import CairnError, ConfigError
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
-from cairn.config.schema import Config, KeyPath, default_text, is_secret, sections, settings, variable
+from cairn.config.keys import KeyPath, default_text, is_secret, sections, settings, variable
+from cairn.config.schema import Config
 from cairn.errors import ConfigError
 
 _OVERRIDE = ""
