@@ -255,6 +255,11 @@ def test_finds_arena_prompt(doctor: Doctor, model: Path) -> None:
     assert doctor("--set", "storage.cpu.size=1MiB", "--model", model) == {}
     found = doctor("--set", "storage.cpu.size=512KiB", "--model", model)
     assert found == {"arena-prompt": "a prompt of 1,024 tokens takes 1.0 MiB, storage.cpu.size is 0.5 MiB"}
+    # Rows of 9 KiB take three pages.
+    quantized = ("--set", "storage.cpu.codec=int8", "--model", model)
+    assert doctor("--set", "storage.cpu.size=768KiB", *quantized) == {}
+    found = doctor("--set", "storage.cpu.size=704KiB", *quantized)
+    assert found == {"arena-prompt": "a prompt of 1,024 tokens takes 0.8 MiB, storage.cpu.size is 0.7 MiB"}
 
 
 def test_finds_separator_text(doctor: Doctor, tmp_path: Path) -> None:
@@ -262,11 +267,17 @@ def test_finds_separator_text(doctor: Doctor, tmp_path: Path) -> None:
     sample.write_text("Title # # and more\nnothing here\n\n# # first in its line # # and again")
     found = doctor(*SMALL, "--sample", sample, "--separator", "# #")
     assert found == {"separator-text": "'# #' stands 3 times in the sample, in line 1, 4, 4"}
+    configured = (*SMALL, "--sample", sample, "--set", "blending.special_str='# #'")
+    assert doctor(*configured) == {}
+    configured += ("--set", "blending.enabled=true")
+    assert doctor(*configured) == found
+    assert doctor(*configured, "--separator", "<chunk>") == {}
 
 
 def test_finds_separator_tokens(doctor: Doctor, model: Path) -> None:
     found = doctor(*SMALL, "--model", model, "--separator", MERGED)
     assert found == {"separator-tokens": f"{MERGED!r} loses its own tokens in 'The end.{MERGED}Begin'"}
+    assert doctor(*SMALL, "--model", model, "--set", "blending.enabled=true") == found  # its default is MERGED
 
 
 def test_finds_block_prompt(doctor: Doctor, model: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cairn.config import Config, load_config, parse_assignment
-from cairn.config.schema import settings, variable
+from cairn.config.keys import settings, variable
 from cairn.config.sizes import format_size, parse_size
 from cairn.errors import CairnError, ConfigError
 
@@ -127,6 +127,8 @@ def test_what_kubernetes_makes_of_a_service_is_left_alone() -> None:
     ("text", "message"),
     [
         ("storage: {cpu: {sise: 1}}", "storage.cpu.sise (in cairn.yaml): unknown key; did you mean storage.cpu.size?"),
+        ("node: {http_port: 1}", "node.http_port (in cairn.yaml): is called observe.http_port now"),
+        ("observe: {metrics_token: x}", "observe.metrics_token (in cairn.yaml): is called observe.http_token now"),
         ("storge: {cpu: 1}", "storge (in cairn.yaml): unknown key; did you mean storage?"),
         (
             "node: {peers: {address: tcp://10.0.0.1:8700}}",

@@ -8,7 +8,8 @@ from jsonschema import Draft202012Validator
 
 from cairn.cli.config_docs import render
 from cairn.config import Config
-from cairn.config.schema import Policy, Scheduling, sections, settings
+from cairn.config.keys import sections, settings
+from cairn.config.schema import Policy, Scheduling
 from cairn.index import DEFAULT_POLICY, POLICIES
 from cairn.plan.schedule import DEFAULT_SCHEDULER, SCHEDULERS
 

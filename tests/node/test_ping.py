@@ -29,7 +29,7 @@ def test_a_node_answers_until_it_is_stopped_or_gone(tmp_path: Path) -> None:
     ping(address, TIMEOUT_S)
     node.kill()  # its socket stays
     assert (tmp_path / "node.sock").exists()
-    with pytest.raises(StorageError, match="has not answered"):
+    with pytest.raises(StorageError, match="does not run"):
         ping(address, 0.2)
     with pytest.raises(InputError, match="node's address is ipc://"):
         ping("tcp://127.0.0.1:1", 1.0)

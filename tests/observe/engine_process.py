@@ -35,7 +35,7 @@ def answer(engine: CacheEngine, prompt: str) -> int:
 
 
 def main() -> None:
-    overrides = {"storage.cpu.size": 64 * SLOT, "observe.metrics_port": 0}
+    overrides = {"storage.cpu.size": 64 * SLOT, "observe.http_port": 0}
     engine = CacheEngine(namespace(), load_config(overrides=overrides))
 
     class Handler(BaseHTTPRequestHandler):
@@ -61,7 +61,7 @@ def main() -> None:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     assert engine._figures is not None
-    sys.stdout.write(f"engine: http://127.0.0.1:{server.server_address[1]} {engine._figures.port}\n")
+    sys.stdout.write(f"engine: http://127.0.0.1:{server.server_address[1]} {engine._figures.url}\n")
     sys.stdout.flush()
     server.serve_forever()
 

@@ -44,18 +44,18 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, Pag
     home, port = tmp_path_factory.mktemp("pages"), free_ports(1)[0]
     remote: dict[str, Any] = {"storage.remote.url": f"file://{home}/remote", "storage.remote.linger_s": 0.01}
     address = f"ipc://{home}/node"
-    node = ProcessNode(address, **{"storage.cpu.size": 64 * SLOT, "observe.metrics_port": port})
+    node = ProcessNode(address, **{"storage.cpu.size": 64 * SLOT, "observe.http_port": port})
     try:
         with (
-            make_engine(32, home / "disk", **remote, **{"observe.metrics_port": 0}) as engine,
-            make_engine(32, **{"observe.metrics_port": 0, "node.address": address, "node.timeout_s": 2}) as client,
+            make_engine(32, home / "disk", **remote, **{"observe.http_port": 0}) as engine,
+            make_engine(32, **{"observe.http_port": 0, "node.address": address, "node.timeout_s": 2}) as client,
         ):
             for one in (engine, client):
                 until(lambda one=one: reused(one) == 40, "a hit")  # type: ignore[misc]  # a node may be late, loaded
             assert engine.flush(30)
             yield {
-                "engine": scraped(f"http://127.0.0.1:{engine._figures.port}/metrics"),  # type: ignore[union-attr]
-                "client": scraped(f"http://127.0.0.1:{client._figures.port}/metrics"),  # type: ignore[union-attr]
+                "engine": scraped(engine._figures.url + "/metrics"),  # type: ignore[union-attr]
+                "client": scraped(client._figures.url + "/metrics"),  # type: ignore[union-attr]
                 "node": scraped(f"http://127.0.0.1:{port}/metrics"),
                 **served(),
             }

@@ -23,7 +23,7 @@ REQUESTS_PER_S, REQUEST_BLOCKS, REQUEST_SECONDS = 200, 256, 10
 def run_node() -> dict[str, Any]:
     """Everything but the node's own part in processes of their own, as engines are.
 
-    `match_and_pin`: a hold of 512 blocks and its answer, 4 clients, `floor` in turns with it: a bare ZeroMQ round trip
+    `match_and_pin`: a hold of 512 blocks and its answer, 4 clients, `floor` in turns with it: a bare round trip
     of the same sizes through a process that only answers. `saturated`: the same without pauses, so that clients wait
     for one another. `disk_busy`: `match_and_pin` while blocks of 2 MiB of another model go to the disk and come from it
     as fast as they can. `retrieve`: from the node's arena, beside memcpy, as `cairn bench engine` does it. `cpu`: what
@@ -161,13 +161,13 @@ def _stored(engine: Any, seed: int, blocks: int) -> Any:
 
 def calls(address: str, floor: str, pause: str, seed: str) -> dict[str, Any]:
     """Holds, and bare round trips of the same sizes, in turns."""
-    import zmq
+    from cairn.node.address import socket_path
+    from cairn.node.zmtp import Dealer
 
     with _engine(address) as engine:
         store = engine._store
         keys = _stored(engine, int(seed), BLOCKS)
-        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        socket.connect(floor)
+        dealer = Dealer(socket_path(floor), 5.0)
         frame = bytes(BLOCKS * 16 + 32)
 
         def hold() -> float:
@@ -181,8 +181,8 @@ def calls(address: str, floor: str, pause: str, seed: str) -> dict[str, Any]:
 
         def trip() -> float:
             started = time.perf_counter()
-            socket.send(frame)
-            socket.recv()
+            dealer.send(frame)
+            dealer.recv()
             return time.perf_counter() - started
 
         taken: dict[str, list[float]] = {"node": [], "floor": []}
@@ -198,22 +198,23 @@ def calls(address: str, floor: str, pause: str, seed: str) -> dict[str, Any]:
                     taken[name].append(call())
                     if float(pause):
                         time.sleep(float(pause))
-        socket.close(linger=0)
+        dealer.close()
     return taken
 
 
 def echo(address: str) -> None:
     """Answers everything with as many bytes as a hold's answer has."""
-    import zmq
+    from cairn.node.address import Address
+    from cairn.node.bell import Bell
+    from cairn.node.zmtp import Router
 
-    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
-    socket.bind(address)
+    router = Router(Address(address).bind(), Bell())
     sys.stderr.write("listening\n")
     sys.stderr.flush()
     answer = bytes(BLOCKS * 4 + 32)
     while True:
-        sender, _ = socket.recv_multipart()
-        socket.send_multipart([sender, answer])
+        for sender, _ in router.messages(1.0):
+            sender.send(answer)
 
 
 def load(address: str) -> None:

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from cairn.config.schema import Config, default_text, sections, settings, variable
+from cairn.config.keys import default_text, sections, settings, variable
+from cairn.config.schema import Config
 
 _HEAD = """\
 # Configuration

@@ -10,7 +10,7 @@ from urllib.parse import urlencode, urlsplit
 import yaml
 
 from cairn.config import load_config
-from cairn.config.schema import settings
+from cairn.config.keys import settings
 from cairn.config.sizes import format_size
 from cairn.config.urls import mask_url
 from cairn.errors import InputError

@@ -79,7 +79,7 @@ Made from the processes' own registries by `make docs`; do not edit. What to loo
 [observability.md](observability.md).
 
 Every process shows its metrics at `/metrics`, in Prometheus' text format: `cairn serve` and `cairn index` at their HTTP
-ports, engines and `cairn node` at `observe.metrics_port`, vLLM at its own page, where Cairn's metrics have the labels
+ports, engines and `cairn node` at `observe.http_port`, vLLM at its own page, where Cairn's metrics have the labels
 `model_name` and `engine` beside their own. A counter that has counted nothing under a label's value shows no sample.
 """
 _TITLES: Final = {

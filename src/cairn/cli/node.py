@@ -1,7 +1,8 @@
 """`cairn node`: the host's node, in this terminal or in the background."""
 
 import sys
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from cairn.config import Config
     from cairn.node.peering import Peering
     from cairn.node.server import Node
-    from cairn.observe.http import FiguresServer
 
 _SWITCH_S = 0.0005
 #: How long a node may take until it listens, seconds.
@@ -82,10 +82,8 @@ def _serve(config: "Config", address: str) -> None:
     shown = ExitStack()
     previous = {number: signal.signal(number, lambda *_: node.stop()) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        if config.node.http_port is not None:
-            log.info("dashboard at %s", shown.enter_context(_dashboard(config, node, address)))
-        if config.observe.metrics_port is not None:
-            shown.enter_context(_figures(config, node))
+        if config.observe.http_port is not None:
+            shown.enter_context(_shown(config, node, address))
         if peering is not None:
             log.info("answering peers at %s", peering.serve(node))
         log.info("listening at %s; up to %d bytes of DRAM", address, config.storage.cpu.size)
@@ -113,17 +111,19 @@ def _peering(config: "Config") -> "Peering | None":
     return Peering(config)
 
 
-def _dashboard(config: "Config", node: "Node", address: str) -> AbstractContextManager[str]:
-    from cairn.serve.dashboard.node import NodeShown
-    from cairn.serve.dashboard.service import dashboard
+@contextmanager
+def _shown(config: "Config", node: "Node", address: str) -> Iterator[None]:
+    """Metrics and dashboard over HTTP."""
+    import logging
 
-    told = config.node
-    token = told.http_token.get_secret_value() if told.http_token else None
-    return dashboard(NodeShown(address, node), told.http_host, told.http_port or 0, token, "CAIRN_NODE__HTTP_TOKEN")
+    from cairn.observe.http import PagesServer
+    from cairn.observe.prometheus import PoolsCollector, metrics_page
+    from cairn.serve.dashboard import PAGE, STATE, page_files
+    from cairn.serve.dashboard.node import NodeShown, state_page
 
-
-def _figures(config: "Config", node: "Node") -> "FiguresServer":
-    from cairn.observe.http import FiguresServer
-    from cairn.observe.prometheus import CONTENT_TYPE, PoolsCollector, exposition
-
-    return FiguresServer(config.observe, {"/metrics": lambda: (CONTENT_TYPE, exposition(PoolsCollector(node.counted)))})
+    with state_page(NodeShown(address, node)) as state:
+        pages = {"/metrics": metrics_page(PoolsCollector(node.counted)), STATE: state}
+        files = {path: lambda _, file=file: file for path, file in page_files().items()}
+        with PagesServer(config.observe, pages, files) as server:
+            logging.getLogger("cairn.node").info("dashboard at %s%s", server.url, PAGE)
+            yield

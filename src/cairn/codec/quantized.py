@@ -122,6 +122,18 @@ def _head(low_key: Any, high_key: Any, bits: int, unit: int) -> Any:
 
 
 @kernel
+def _plane(row: Octets, plane: int, shape: tuple[int, int, int, int], bits: int) -> Any:
+    """A plane's heads and codes, its layer's fine codes, and whether it is grouped along tokens."""
+    layers, planes, tokens, channels = shape
+    count, code_bytes = tokens * channels // GROUP, channels * bits // 8
+    plane_bytes, layer_bytes = 2 * count + tokens * code_bytes, len(row) // layers
+    layer = row[plane // planes * layer_bytes : (plane // planes + 1) * layer_bytes]
+    part = layer[plane % planes * plane_bytes : (plane % planes + 1) * plane_bytes]
+    heads, codes = part[: 2 * count].view(np.uint16), part[2 * count :].reshape(tokens, code_bytes)
+    return heads, codes, layer[planes * plane_bytes :], planes == 2 and plane % 2 == 0
+
+
+@kernel
 def _encode(
     block: Bits, row: Octets, shape: tuple[int, int, int, int], kind: int, bits: int, unit: int, fine: bool
 ) -> None:
@@ -131,16 +143,8 @@ def _encode(
     inverse, zero = np.empty(channels, np.float32), np.empty(channels, np.float32)
     found = np.empty(channels, np.float32)
     top = np.float32((1 << bits) - 1)
-    count, code_bytes = tokens * channels // GROUP, channels * bits // 8
-    plane_bytes = 2 * count + tokens * code_bytes
-    layer_bytes = len(row) // layers
     for plane in range(layers * planes):
-        begin = plane // planes * layer_bytes
-        more = row[begin + planes * plane_bytes : begin + layer_bytes]
-        begin += plane % planes * plane_bytes
-        part = row[begin : begin + plane_bytes]
-        heads = part[: 2 * count].view(np.uint16)
-        along_tokens = planes == 2 and plane % 2 == 0
+        heads, every, more, along_tokens = _plane(row, plane, shape, bits)
         for first in range(0, tokens, GROUP):
             for t in range(GROUP):
                 source = block[(plane * tokens + first + t) * channels : (plane * tokens + first + t + 1) * channels]
@@ -165,7 +169,7 @@ def _encode(
                         head, one_over, offset = _head(least, most, bits, unit)
                         heads[((first + t) * channels + c) // GROUP] = head
                         inverse[c : c + GROUP], zero[c : c + GROUP] = one_over, offset
-                codes = part[2 * count + (first + t) * code_bytes : 2 * count + (first + t + 1) * code_bytes]
+                codes = every[first + t]
                 for c in range(channels):
                     code = np.rint(values[t, c] * inverse[c]) - zero[c]
                     found[c] = min(code, top) if code > 0 else np.float32(0)  # NaN: 0
@@ -192,16 +196,8 @@ def _decode(
     scale, zero = np.empty(channels, np.float32), np.empty(channels, np.float32)
     values = np.empty(channels, np.float32)
     words = values.view(np.uint32)
-    count, code_bytes = tokens * channels // GROUP, channels * bits // 8
-    plane_bytes = 2 * count + tokens * code_bytes
-    layer_bytes = len(row) // layers
     for plane in range(layers * planes):
-        begin = plane // planes * layer_bytes
-        more = row[begin + planes * plane_bytes : begin + layer_bytes]
-        begin += plane % planes * plane_bytes
-        part = row[begin : begin + plane_bytes]
-        heads = part[: 2 * count].view(np.uint16)
-        along_tokens = planes == 2 and plane % 2 == 0
+        heads, every, more, along_tokens = _plane(row, plane, shape, bits)
         for t in range(tokens):
             if not along_tokens or t % GROUP == 0:
                 for c in range(channels):
@@ -211,7 +207,7 @@ def _decode(
                     zero[c] = np.float32(np.int8(heads[at] >> 8) * unit)
                     if number == NAN_SCALE:
                         scale[c] = np.float32(np.nan)
-            codes = part[2 * count + t * code_bytes : 2 * count + (t + 1) * code_bytes]
+            codes = every[t]
             target = block[(plane * tokens + t) * channels : (plane * tokens + t + 1) * channels]
             if bits == 8:
                 for c in range(channels):

@@ -17,12 +17,19 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
-from cairn.config.schema import Config, KeyPath, default_text, is_secret, sections, settings, variable
+from cairn.config.keys import KeyPath, default_text, is_secret, sections, settings, variable
+from cairn.config.schema import Config
 from cairn.errors import ConfigError
 
 _OVERRIDE = ""
 #: Variables that may be written shorter; the long form wins.
 _SHORT: dict[str, KeyPath] = {"CAIRN_LOG_LEVEL": ("engine", "log_level")}
+#: Keys that have another name now.
+_RENAMED: dict[KeyPath, KeyPath] = {
+    (section, f"{word}_{what}"): ("observe", f"http_{what}")
+    for section, word in (("node", "http"), ("observe", "metrics"))
+    for what in ("host", "port", "token")
+}
 #: How Kubernetes tells of a service. A port without a URL is meant for us: CAIRN_INDEX_HTTP_PORT=8600 is a mistake.
 _OF_A_SERVICE = re.compile(
     r"_SERVICE_(HOST|PORT(_\w+)?)=|_PORT(_\d+_[A-Z]+)?=[a-z]+://|_PORT_\d+_[A-Z]+_(PROTO|PORT|ADDR)="
@@ -154,13 +161,18 @@ def _misplaced(key: KeyPath, value: _Value) -> str:
     if key in groups:
         return f"{name}={value}: must be a section with the keys {', '.join(groups[key].model_fields)}"
     found = f"{name} (in {value.origin})" if value.origin else name
+
+    def written(other: KeyPath) -> str:
+        return variable(other) if value.origin.startswith("CAIRN_") else ".".join(other)
+
+    if key in _RENAMED:
+        return f"{found}: is called {written(_RENAMED[key])} now"
     # Compared with every separator alike, so that storage_cpu_size finds storage.cpu.size.
     alike = {".".join(other).replace("_", "."): other for other in (*dict(settings()), *groups)}
     near = difflib.get_close_matches(name.replace("_", "."), alike, n=1, cutoff=0.5)
     if not near:
         return f"{found}: unknown key; the sections are {', '.join(Config.model_fields)}"
-    nearest = variable(alike[near[0]]) if value.origin.startswith("CAIRN_") else ".".join(alike[near[0]])
-    return f"{found}: unknown key; did you mean {nearest}?"
+    return f"{found}: unknown key; did you mean {written(alike[near[0]])}?"
 
 
 def _broken(error: ValidationError, values: _Values) -> str:

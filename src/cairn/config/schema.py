@@ -3,7 +3,6 @@
 File, environment, overrides, JSON schema and docs/configuration.md all follow from it: a new setting is one line here.
 """
 
-from collections.abc import Iterator
 from typing import Literal, Self
 
 import yaml
@@ -11,7 +10,6 @@ from pydantic import (
     Field,
     model_validator,
 )
-from pydantic.fields import FieldInfo
 
 from cairn.config.types import (
     Addresses,
@@ -36,9 +34,6 @@ from cairn.config.types import (
     Threads,
     Worth,
 )
-
-#: A key as its parts: ("storage", "cpu", "size").
-KeyPath = tuple[str, ...]
 
 
 class Cpu(Section):
@@ -412,13 +407,6 @@ class Node(Section):
         default=None,
         description="Where the node listens, ipc:// and a socket's path; null: engines keep their blocks themselves.",
     )
-    http_host: str = Field(
-        default="127.0.0.1", description="Address of the node's dashboard; any but loopback needs `http_token`."
-    )
-    http_port: Port | None = Field(
-        default=None, description="Port of the dashboard, which needs `cairn-kv[index]`; 0: a free one; null: none."
-    )
-    http_token: Secret | None = Field(default=None, description="Bearer token for the dashboard; null: none.")
     pools: int = Field(
         default=1, ge=1, le=64, description="Geometries (models) that share DRAM and disk, in equal parts."
     )
@@ -435,15 +423,15 @@ class Node(Section):
 class Observe(Section):
     """What is shown of a process: figures, traces, logs. See observability.md."""
 
-    metrics_host: str = Field(
-        default="127.0.0.1", description="Where an engine or a node shows figures; any but loopback needs a token."
+    http_host: str = Field(
+        default="127.0.0.1", description="Where an engine or a node is shown; any but loopback needs `http_token`."
     )
-    metrics_port: Port | None = Field(
+    http_port: Port | None = Field(
         default=None,
-        description="Port of `/metrics` and `/api/v1/layerwise/stats` at an engine or a node, for each process its "
-        "own; 0: a free one, which the log tells; null: none.",
+        description="Port of `/metrics`, `/health`, an engine's `/api/v1/layerwise/stats` and a node's `/dashboard/`, "
+        "for each process its own; 0: a free one, which the log tells; null: none.",
     )
-    metrics_token: Secret | None = Field(default=None, description="Bearer token that scrapers must carry; null: none.")
+    http_token: Secret | None = Field(default=None, description="Bearer token for it, `/health` aside; null: none.")
     otlp_endpoint: str | None = Field(
         default=None,
         pattern="^https?://.+",
@@ -486,38 +474,3 @@ class Config(Section):
     def to_yaml(self) -> str:
         """The file that would make this configuration."""
         return str(yaml.safe_dump(self.model_dump(mode="json", context="text"), sort_keys=False))
-
-
-def sections(section: type[Section] = Config, prefix: KeyPath = ()) -> Iterator[tuple[KeyPath, type[Section]]]:
-    """Every section with its key, `Config` itself (the empty key) first."""
-    yield prefix, section
-    for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from sections(field.annotation, (*prefix, name))
-
-
-def settings() -> Iterator[tuple[KeyPath, FieldInfo]]:
-    """Every setting with its key, section by section."""
-    every = dict(sections())
-    for prefix, section in every.items():
-        for name, field in section.model_fields.items():
-            if (*prefix, name) not in every:
-                yield (*prefix, name), field
-
-
-def is_secret(key: KeyPath) -> bool:
-    """Whether a setting's value must not be shown."""
-    return "SecretStr" in str(dict(settings())[key].annotation)
-
-
-def variable(key: KeyPath) -> str:
-    """The environment variable of a key."""
-    return "CAIRN_" + "__".join(key).upper()
-
-
-def default_text(key: KeyPath) -> str:
-    """A setting's default as one would write it."""
-    tree = Config().model_dump(mode="json", context="text")
-    for part in key:
-        tree = tree[part]
-    return str(yaml.safe_dump(tree)).removesuffix("...\n").strip()

@@ -41,7 +41,7 @@ from cairn.plan import CostModel, Segment, Work, plan_load
 from cairn.tier.arena import Arena
 
 if TYPE_CHECKING:
-    from cairn.observe.http import FiguresServer
+    from cairn.observe.http import PagesServer
 
 logger = logging.getLogger(__name__)
 
@@ -127,8 +127,8 @@ class EngineCore:
         self._kv: PagedKV | None = None
         self._layout = "nhd"
         self._closed = threading.Event()
-        self._figures: FiguresServer | None = None
-        if self.config.observe.metrics_port is not None:
+        self._figures: PagesServer | None = None
+        if self.config.observe.http_port is not None:
             try:
                 self._figures = show_figures(self.config.observe, self.metrics, self.layer_times)
             except CairnError:

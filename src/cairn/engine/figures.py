@@ -7,16 +7,13 @@ from cairn.observe.layers import LayerTimes
 from cairn.observe.metrics import Metrics
 
 if TYPE_CHECKING:
-    from cairn.observe.http import FiguresServer
+    from cairn.observe.http import PagesServer
 
 
-def show_figures(config: Observe, metrics: Metrics, times: LayerTimes) -> "FiguresServer":
-    """Serves `/metrics` and `/api/v1/layerwise/stats`. Raises ConfigError or InputError, see `FiguresServer`."""
-    from cairn.observe.http import FiguresServer, json_page
-    from cairn.observe.prometheus import CONTENT_TYPE, exposition
+def show_figures(config: Observe, metrics: Metrics, times: LayerTimes) -> "PagesServer":
+    """Serves `/metrics` and `/api/v1/layerwise/stats`. Raises ConfigError or InputError, see `PagesServer`."""
+    from cairn.observe.http import PagesServer, json_page
+    from cairn.observe.prometheus import metrics_page
 
-    pages = {
-        "/metrics": lambda: (CONTENT_TYPE, exposition(metrics)),
-        "/api/v1/layerwise/stats": json_page(times.stats),
-    }
-    return FiguresServer(config, pages)
+    pages = {"/metrics": metrics_page(metrics), "/api/v1/layerwise/stats": json_page(times.stats)}
+    return PagesServer(config, pages)

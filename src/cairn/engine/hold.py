@@ -4,7 +4,6 @@ import logging
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
@@ -185,7 +184,7 @@ class LocalHold(Hold):
         self._batches: list[_Batch] = []
         self._started = 0.0
         self._next = 0
-        self._brought: Counter[str] = Counter()
+        self._brought: dict[str, int] = {}
         self._released = False
         self._cancel: threading.Event | None = None
 
@@ -267,4 +266,4 @@ class LocalHold(Hold):
             self.ready += len(pinned)
             if len(pinned) < good:
                 self.stop_short(Reason.EVICTED)
-        self._brought[batch.tier] += good
+        self._brought[batch.tier] = self._brought.get(batch.tier, 0) + good

@@ -3,11 +3,10 @@
 import contextlib
 import fcntl
 import os
+import socket
 import stat
 from pathlib import Path
 from typing import Final
-
-import zmq
 
 from cairn.errors import InputError, LockedError, StorageError
 
@@ -53,16 +52,19 @@ class Address:
                 raise
             raise StorageError(f"{address}: {error.strerror}; give a path in a directory that can be written") from None
 
-    def bind(self, socket: "zmq.Socket[bytes]") -> None:
-        """Lets a socket listen here, for this user alone."""
-        before = os.umask(0o177)
+    def bind(self) -> socket.socket:
+        """A socket that can listen here, for this user alone."""
+        made, before = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), os.umask(0o177)
         try:
-            socket.bind(self.address)
-        except zmq.ZMQError as error:
+            self.path.unlink(missing_ok=True)  # a dead node's
+            made.bind(str(self.path))
+        except OSError as error:
+            made.close()
             raise StorageError(f"{self.address}: cannot be bound: {error.strerror}; give another address") from None
         finally:
             os.umask(before)
         self.path.chmod(0o600)
+        return made
 
     def release(self) -> None:
         """Takes the socket away and gives up the lock, whose file stays: taking it away would let two have it."""

@@ -7,20 +7,21 @@ Nobody waits for a node that is gone: the background thread looks for it, and ca
 import itertools
 import logging
 import math
-import os
+import select
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, closing, suppress
 from typing import Final
-
-import zmq
 
 from cairn.kv import CANONICAL, KVGeometry, Layout
 from cairn.node import wire
 from cairn.node.address import socket_path
 from cairn.node.base import Home, Memory
+from cairn.node.bell import Bell
 from cairn.node.gate import Entrance, Passage
 from cairn.node.segments import path_of
+from cairn.node.zmtp import Dealer, ProtocolError
 from cairn.observe.log import log_once
 from cairn.tier.arena import Arena
 
@@ -35,18 +36,21 @@ _REFUSED_S: Final = 5.0
 _OVER: Final = (wire.Gone, wire.Refused)
 _NEWS: Final = (wire.Progress, wire.Answered, wire.Flushed, wire.Changed, wire.Retired)
 
+#: What ends a connection, with its reason.
+_BROKEN: Final = (wire.WireError, ProtocolError, OSError)
+
 #: Told of what the node says about a number (None: the session is over, and nothing more will come). Called by the
 #: client's thread, which it must not keep.
 Told = Callable[[wire.Reply | None], None]
 
 
 class Link:
-    """One session: sockets, arena, gate. Thread-safe but for `follow` and `dispose`, which are the client's thread's.
+    """One session: connection, arena, gate. Thread-safe but for `follow` and `dispose`, the client's thread's.
 
     memory: the arena, uint8 [slots, stride]; touched only inside of `passage`.
     """
 
-    def __init__(self, client: "NodeClient", welcome: wire.Welcome, arena: Arena, calls: "zmq.Socket[bytes]") -> None:
+    def __init__(self, client: "NodeClient", welcome: wire.Welcome, arena: Arena, calls: Dealer) -> None:
         """Raises StorageError or OSError where the gate is not to be had."""
         self.welcome = welcome
         self.arena = arena
@@ -82,16 +86,16 @@ class Link:
             return None
         try:
             return self._answer(request) if self.alive else None
-        except zmq.Again:
+        except TimeoutError:
             self._lost(f"no answer within {timeout:g} s")
-        except (wire.WireError, zmq.ZMQError) as error:
+        except _BROKEN as error:
             self._lost(str(error))
         finally:
             self._lock.release()
         return None
 
     def _answer(self, request: wire.Request) -> wire.Reply | None:
-        self._calls.send(wire.encode(request), zmq.NOBLOCK)
+        self._calls.send(wire.encode(request))
         while True:
             reply = wire.decode_reply(self._calls.recv())
             if isinstance(reply, _OVER):
@@ -112,10 +116,8 @@ class Link:
             return
         try:
             if self.alive:
-                self._calls.send(wire.encode(message), zmq.NOBLOCK)
-        except zmq.Again:
-            self._lost("it is not connected any more")
-        except zmq.ZMQError as error:
+                self._calls.send(wire.encode(message))
+        except OSError as error:
             self._lost(str(error))
         finally:
             self._lock.release()
@@ -135,9 +137,9 @@ class Link:
             told(None)
 
     def dispose(self) -> None:
-        """Gives back the socket. What is still read or written through the gate keeps arena and gate until it ends."""
+        """Hangs up. What is still read or written through the gate keeps arena and gate until it ends."""
         with self._lock:  # nobody keeps it for longer than a call's timeout
-            self._calls.close(linger=0)
+            self._calls.close()
 
     def _lost(self, why: str) -> None:
         if self.alive:
@@ -174,10 +176,9 @@ class NodeClient:
         self._layout = layout
         self._canonical = canonical
         self._on_link = on_link
-        self._context = zmq.Context()
         self._ids = itertools.count(1)
         self._arena: tuple[str, Arena] | None = None
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake = Bell()
         self._closing = threading.Event()
         self._found = threading.Event()
         self._thread = threading.Thread(target=self._run, name="cairn-node-client", daemon=True)
@@ -196,57 +197,58 @@ class NodeClient:
         """The session that stands is over. From any thread."""
         self.losses += 1
         log_once(log, f"lost {self.address}", f"node at {self.address}: {why}; going on without until it is back")
-        os.eventfd_write(self._wake, 1)
+        self._wake.ring()
 
     def close(self) -> None:
         """Ends the session. Idempotent."""
         if self._closing.is_set():
             return
         self._closing.set()
-        os.eventfd_write(self._wake, 1)
+        self._wake.ring()
         self._thread.join()
-        self._context.destroy(linger=0)
-        os.close(self._wake)
 
     # --- the client's thread -------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._wake, zmq.POLLIN)
+        poller = select.poll()
+        poller.register(self._wake, select.POLLIN)
         while not self._closing.is_set():
-            calls, hears = self._socket(), self._socket()
-            try:
-                link, pause = self._connect(calls, hears)
-                if link:
-                    self.link = link
-                    self.links += 1
-                    if self._on_link:
-                        self._on_link(link)
-                    self._found.set()
-                    self._follow(link, hears)
-                    self._part(link, hears)
-            finally:
-                calls.close(linger=0)
-                hears.close(linger=100)
+            pause = _RETRY_S
+            with ExitStack() as stack:
+                dealers = self._dealers(stack)
+                if dealers:
+                    link, pause = self._connect(*dealers)
+                    if link:
+                        self._serve(link, dealers[1])
             if not self._closing.is_set() and poller.poll(int(pause * 1000)):
-                os.eventfd_read(self._wake)
+                self._wake.heard()
 
-    def _socket(self) -> "zmq.Socket[bytes]":
-        socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME)
-        socket.setsockopt(zmq.RCVTIMEO, int(self.timeout_s * 1000))
-        socket.setsockopt(zmq.IMMEDIATE, 1)  # a call that cannot be sent now is not sent later
-        return socket
-
-    def _connect(self, calls: "zmq.Socket[bytes]", hears: "zmq.Socket[bytes]") -> tuple[Link | None, float]:
-        """A session, or how long to wait before the next attempt."""
-        if not self.path.exists():
-            return None, _RETRY_S
+    def _dealers(self, stack: ExitStack) -> tuple[Dealer, Dealer] | None:
+        """Connections for calls and for what comes by itself, if a node listens."""
         try:
-            for socket in (calls, hears):
-                socket.connect(self.address)
+            calls, hears = (stack.enter_context(closing(Dealer(self.path, self.timeout_s))) for _ in range(2))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return None
+        except _BROKEN as error:
+            self._failed(error)
+            return None
+        return calls, hears
+
+    def _serve(self, link: Link, hears: Dealer) -> None:
+        """The life of a session."""
+        self.link = link
+        self.links += 1
+        if self._on_link:
+            self._on_link(link)
+        self._found.set()
+        self._follow(link, hears)
+        self._part(link, hears)
+
+    def _connect(self, calls: Dealer, hears: Dealer) -> tuple[Link | None, float]:
+        """A session, or how long to wait before the next attempt."""
+        try:
             hello = wire.Hello(self.number(), 0, self._geometry, self._layout, self._canonical)
-            reply = _first(calls, hello, self.timeout_s)
+            reply = _first(calls, hello)
             if isinstance(reply, wire.Wait):
                 return None, _SOON_S
             if isinstance(reply, wire.Refused):
@@ -256,14 +258,17 @@ class NodeClient:
             link = Link(self, reply, self._attach(reply), calls)
             link._entrance.enter()  # has its kernels compiled
             link._entrance.leave()
-            if isinstance(_first(hears, wire.Beat(reply.session), self.timeout_s), wire.Beaten):
+            if isinstance(_first(hears, wire.Beat(reply.session)), wire.Beaten):
                 self.refusal = None
                 return link, 0.0
         except wire.VersionError as error:
             return self._refused(str(error))
-        except (wire.WireError, zmq.ZMQError, OSError) as error:
-            log_once(log, f"connect {type(error).__name__} {self.address}", f"node at {self.address}: {error}")
+        except _BROKEN as error:
+            self._failed(error)
         return None, _RETRY_S
+
+    def _failed(self, error: Exception) -> None:
+        log_once(log, f"connect {type(error).__name__} {self.address}", f"node at {self.address}: {error}")
 
     def _refused(self, why: str) -> tuple[None, float]:
         self.refusal = why
@@ -278,19 +283,20 @@ class NodeClient:
             self._arena = welcome.arena, Arena.attach(welcome.arena, welcome.slots, welcome.stride)
         return self._arena[1]
 
-    def _follow(self, link: Link, hears: "zmq.Socket[bytes]") -> None:
+    def _follow(self, link: Link, hears: Dealer) -> None:
         """Beats, and tells what comes, until the session is over."""
-        poller = zmq.Poller()
-        poller.register(hears, zmq.POLLIN)
-        poller.register(self._wake, zmq.POLLIN)
+        poller = select.poll()
+        poller.register(hears, select.POLLIN)
+        poller.register(self._wake, select.POLLIN)
         lease = link.welcome.lease_s
         beat, unanswered = time.monotonic() + lease / 4, 0.0
+        self._hear(link, hears)  # what came with the first answer
         while link.alive and not self._closing.is_set():
             looked = time.monotonic()
             ready = dict(poller.poll(max(0, math.ceil((beat - looked) * 1000))))
-            if self._wake in ready:
-                os.eventfd_read(self._wake)
-            if hears in ready:
+            if self._wake.fileno() in ready:
+                self._wake.heard()
+            if hears.fileno() in ready:
                 unanswered = 0.0
                 self._hear(link, hears)
             # By when the socket was last looked at: this thread may not have run for longer than a lease.
@@ -301,20 +307,20 @@ class NodeClient:
                 unanswered = unanswered or time.monotonic()
                 beat = time.monotonic() + lease / 4
 
-    def _hear(self, link: Link, hears: "zmq.Socket[bytes]") -> None:
+    def _hear(self, link: Link, hears: Dealer) -> None:
         try:
             while True:
-                reply = wire.decode_reply(hears.recv(zmq.NOBLOCK))
+                reply = wire.decode_reply(hears.recv(wait=False))
                 if isinstance(reply, wire.Gone):
                     link._lost("it has ended the session")
                     return
                 link.told(reply)
-        except zmq.Again:
+        except BlockingIOError:
             return
-        except wire.WireError as error:
+        except _BROKEN as error:
             link._lost(str(error))
 
-    def _part(self, link: Link, hears: "zmq.Socket[bytes]") -> None:
+    def _part(self, link: Link, hears: Dealer) -> None:
         self.link = None
         link.alive = False
         _send(hears, wire.Bye(link.welcome.session))
@@ -322,27 +328,26 @@ class NodeClient:
         link.dispose()
         # Whoever closes has given everything back when it returns, unless the node is gone.
         deadline = time.monotonic() + self.timeout_s
-        while self._closing.is_set() and hears.poll(max(0, int((deadline - time.monotonic()) * 1000))):
+        while self._closing.is_set() and time.monotonic() < deadline:
             try:
                 if isinstance(wire.decode_reply(hears.recv()), wire.Gone):
                     return
-            except wire.WireError:
+            except _BROKEN:
                 return  # nothing of sense comes from there any more
 
 
 def _nobody(_: wire.Reply | None) -> None: ...
 
 
-def _send(socket: "zmq.Socket[bytes]", message: wire.Request) -> None:
+def _send(dealer: Dealer, message: wire.Request) -> None:
+    with suppress(OSError):  # what was not said in time is known by the lease
+        dealer.send(wire.encode(message))
+
+
+def _first(dealer: Dealer, request: wire.Request) -> wire.Reply | None:
+    """The answer to the first request, or None if none comes in time. Raises one of _BROKEN."""
     try:
-        socket.send(wire.encode(message), zmq.NOBLOCK)
-    except zmq.ZMQError:
-        return  # what was not said in time is known by the lease
-
-
-def _first(socket: "zmq.Socket[bytes]", request: wire.Request, timeout: float) -> wire.Reply | None:
-    """The answer to a socket's first request, or None. Raises WireError."""
-    if not socket.poll(int(timeout * 1000), zmq.POLLOUT):
+        dealer.send(wire.encode(request))
+        return wire.decode_reply(dealer.recv())
+    except TimeoutError:
         return None
-    socket.send(wire.encode(request), zmq.NOBLOCK)
-    return wire.decode_reply(socket.recv()) if socket.poll(int(timeout * 1000)) else None

@@ -1,10 +1,9 @@
 """Whether a node answers: for probes and health checks, which run as its user."""
 
-import zmq
-
 from cairn.errors import StorageError
 from cairn.node import wire
 from cairn.node.address import socket_path
+from cairn.node.zmtp import Dealer, ProtocolError
 
 
 def ping(address: str, timeout: float) -> None:
@@ -12,19 +11,16 @@ def ping(address: str, timeout: float) -> None:
 
     Raises StorageError, in one line, unless it answers within `timeout` seconds, and InputError for what is no address.
     """
-    path = socket_path(address)
-    if not path.exists():
-        raise StorageError(f"node at {address}: does not run")
-    context = zmq.Context()
-    socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
     try:
-        socket.setsockopt(zmq.RCVTIMEO, int(timeout * 1000))
-        socket.connect(address)
-        socket.send(wire.encode(wire.Stats(1, 0)))
-        wire.decode_reply(socket.recv())
-    except zmq.Again:
+        dealer = Dealer(socket_path(address), timeout)
+        try:
+            dealer.send(wire.encode(wire.Stats(1, 0)))
+            wire.decode_reply(dealer.recv())
+        finally:
+            dealer.close()
+    except (FileNotFoundError, ConnectionRefusedError):
+        raise StorageError(f"node at {address}: does not run") from None
+    except TimeoutError:
         raise StorageError(f"node at {address}: has not answered within {timeout:g} s; is it stopped?") from None
-    except wire.WireError as error:
+    except (wire.WireError, ProtocolError, OSError) as error:
         raise StorageError(f"node at {address}: {error}") from None
-    finally:
-        context.destroy(linger=0)

@@ -9,8 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Final, NamedTuple
 
-import zmq
-
 from cairn.codec.choice import refuse_opaque
 from cairn.config import Config
 from cairn.errors import CairnError
@@ -23,6 +21,7 @@ from cairn.node.pools import VRAM, Pool, Pools, directory_of
 from cairn.node.segments import HOME, Segments, sweep
 from cairn.node.session import Held, Session, Written
 from cairn.node.wire import keys_of, raw_of, rows_of
+from cairn.node.zmtp import Caller, Router
 from cairn.observe.log import log_once
 from cairn.observe.metrics import Counted
 
@@ -34,8 +33,6 @@ _MAX_SESSIONS: Final = 1024
 _MAX_FOLLOWERS: Final = 64
 #: How often leases are looked at, and who follows the tiers is told of changes, seconds.
 _TICK_S: Final = 0.05
-#: Frames that are taken in before a look at the leases that is due.
-_BATCH: Final = 64
 _FLUSHERS: Final = 2
 
 
@@ -61,23 +58,17 @@ class Node:
         self._config = config
         self._lease_s = config.node.lease_s
         self._address = Address(address)
-        self._context = zmq.Context()
+        self._bell = Bell()
         self._segments: Segments | None = None
-        self._bell: Bell | None = None
         try:
             sweep()
             self._segments = Segments()
             _rehearse(self._segments)
-            self._router: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
-            self._router.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME)
-            self._router.setsockopt(zmq.LINGER, 0)
-            self._router.setsockopt(zmq.RCVTIMEO, int(_TICK_S * 1000))
-            self._bell = Bell(self._context, self._router)
-            self._address.bind(self._router)
+            self._router = Router(self._address.bind(), self._bell)
         except BaseException:
             self._give_back()
             raise
-        self._pools = Pools(config, self._segments, open_store, self._nudge, self._retired)
+        self._pools = Pools(config, self._segments, open_store, self._bell.ring, self._retired)
         self._flusher = ThreadPoolExecutor(_FLUSHERS, "cairn-node-flush")
         self._sessions: dict[int, Session] = {}
         self._lingering: list[Session] = []
@@ -88,7 +79,7 @@ class Node:
         self._counts = {"calls_total": 0, "malformed_total": 0, "expired_sessions_total": 0, "failed_calls_total": 0}
         self._own = Counted()
         self._own.watch("node", self.figures)
-        self._handlers: dict[type, Callable[[bytes, Any], None]] = {
+        self._handlers: dict[type, Callable[[Caller, Any], None]] = {
             wire.Hello: self._hello,
             wire.Match: self._match,
             wire.Take: self._take,
@@ -110,24 +101,23 @@ class Node:
 
     def run(self) -> None:
         """Serves until `stop`."""
-        tick, late = time.monotonic() + _TICK_S, 0
+        tick = time.monotonic() + _TICK_S
         while not self._stopping:
-            self._receive()
+            looked = time.monotonic()
+            for sender, message in self._router.messages(max(0.0, tick - looked)):
+                self._answer(sender, message)
             while self._news:
                 self._run_one(self._news.popleft())
             if time.monotonic() >= tick:
-                late += 1
-                # What waits comes first: after a node was stopped, the beats of its clients are in it.
-                if late > _BATCH or not int(self._router.get(zmq.EVENTS)) & zmq.POLLIN:
-                    self._look_at_leases()
-                    self._tell_changes()
-                    tick, late = time.monotonic() + _TICK_S, 0
+                # What had come by then was taken in: after a node was stopped, the beats of its clients are in it.
+                self._look_at_leases(looked)
+                self._tell_changes()
+                tick = time.monotonic() + _TICK_S
 
     def stop(self) -> None:
         """Ends `run`, from any thread or a signal's handler."""
         self._stopping = True
-        if self._bell:
-            self._bell.ring(wait=False)
+        self._bell.ring()
 
     def close(self, timeout: float) -> None:
         """Tells the clients, flushes within `timeout`, and gives everything back. After `run` has ended."""
@@ -135,7 +125,7 @@ class Node:
             session.gate.close()
             session.pool.vram.retire(session.number)
             self._tell(session, wire.Gone(0))
-        self._router.close(linger=200)
+        self._router.close()
         self._flusher.shutdown(wait=False, cancel_futures=True)
         self._pools.close(timeout)
         self._give_back()
@@ -168,22 +158,10 @@ class Node:
 
     # --- what comes in -------------------------------------------------------------------------------------------
 
-    def _receive(self) -> None:
-        """Answers the next frame, if one comes before it is time to look at the leases."""
-        try:
-            sender, frame = self._router.recv(), self._router.recv()
-        except zmq.Again:
-            return
-        while self._router.get(zmq.RCVMORE):
-            self._router.recv()
-            frame = b""  # no client sends more than one
-        if sender == Bell.NAME:
-            assert self._bell
-            self._bell.heard()
-            return
+    def _answer(self, sender: Caller, message: memoryview) -> None:
         self._counts["calls_total"] += 1
         try:
-            request = wire.decode_request(frame)
+            request = wire.decode_request(message)
             self._handlers[type(request)](sender, request)
         except wire.WireError as error:
             self._counts["malformed_total"] += 1
@@ -194,7 +172,7 @@ class Node:
             log_once(log, f"call {type(error).__name__}", f"a call failed: {error!r}")
             self._send(sender, wire.Refused(0, "the node failed at this; its log says how"))
 
-    def _session(self, sender: bytes, request: Any) -> Session | None:
+    def _session(self, sender: Caller, request: Any) -> Session | None:
         session = self._sessions.get(request.session)
         if session is None:
             self._send(sender, wire.Gone(getattr(request, "call", 0)))
@@ -202,7 +180,7 @@ class Node:
         session.seen = time.monotonic()
         return session
 
-    def _hello(self, sender: bytes, request: wire.Hello) -> None:
+    def _hello(self, sender: Caller, request: wire.Hello) -> None:
         try:
             if len(self._sessions) + len(self._lingering) >= _MAX_SESSIONS:
                 raise wire.WireError(f"more than {_MAX_SESSIONS} sessions at a time")
@@ -236,7 +214,7 @@ class Node:
             ),
         )
 
-    def _match(self, sender: bytes, request: wire.Match) -> None:
+    def _match(self, sender: Caller, request: wire.Match) -> None:
         session = self._session(sender, request)
         if session:
             keys = keys_of(request.keys)
@@ -245,7 +223,7 @@ class Node:
             in_vram = session.pool.vram.match(session.number, keys)
             self._send(sender, wire.Matched(request.call, held.dram, list(held.below), *in_vram))
 
-    def _take(self, sender: bytes, request: wire.Take) -> None:
+    def _take(self, sender: Caller, request: wire.Take) -> None:
         session = self._session(sender, request)
         if session:
             session.check_new(request.number)
@@ -258,7 +236,7 @@ class Node:
             self._send(sender, held.news(request.call))
             store.used(keys)  # the client need not wait for the eviction policies
 
-    def _reserve(self, sender: bytes, request: wire.Reserve) -> None:
+    def _reserve(self, sender: Caller, request: wire.Reserve) -> None:
         session = self._session(sender, request)
         if session:
             session.check_new(request.number)
@@ -268,7 +246,7 @@ class Node:
             session.writings[request.number] = Written(writing)
             self._send(sender, wire.Reserved(request.call, writing.first, raw_of(writing.rows)))
 
-    def _commit(self, sender: bytes, request: wire.Commit) -> None:
+    def _commit(self, sender: Caller, request: wire.Commit) -> None:
         session = self._session(sender, request)
         if session:
             written = session.writings.get(request.number)
@@ -278,7 +256,7 @@ class Node:
             if written.done == len(written.writing.rows):
                 session.end(request.number)  # as the client knows
 
-    def _ask(self, sender: bytes, request: wire.Ask) -> None:
+    def _ask(self, sender: Caller, request: wire.Ask) -> None:
         session = self._session(sender, request)
         if session:
             session.check_new(request.number)
@@ -290,13 +268,13 @@ class Node:
                 answered = partial(self._answered, session, request.number)
                 answer.add_done_callback(lambda _: self._later(answered))
 
-    def _stats(self, sender: bytes, request: wire.Stats) -> None:
+    def _stats(self, sender: Caller, request: wire.Stats) -> None:
         session = self._session(sender, request)
         if session:
             tiers = {tier: dict(figures) for tier, figures in session.pool.metrics.tiers().items()}
             self._send(sender, wire.Figures(request.call, {**tiers, "node": self.figures()}))
 
-    def _flush(self, sender: bytes, request: wire.Flush) -> None:
+    def _flush(self, sender: Caller, request: wire.Flush) -> None:
         session = self._session(sender, request)
         if session:
             session.check_new(request.number)
@@ -309,14 +287,14 @@ class Node:
             )
             self._send(sender, wire.Flushed(request.call, request.number, False))
 
-    def _end(self, _: bytes, request: wire.End) -> None:
+    def _end(self, _: Caller, request: wire.End) -> None:
         session = self._sessions.get(request.session)
         if session:
             session.seen = time.monotonic()
             for number in request.numbers:
                 session.end(number)
 
-    def _follow(self, _: bytes, request: wire.Follow) -> None:
+    def _follow(self, _: Caller, request: wire.Follow) -> None:
         session = self._sessions.get(request.session)
         if session:
             session.seen = time.monotonic()
@@ -325,7 +303,7 @@ class Node:
                 return
             session.follow(request.number, request.tier)
 
-    def _silence(self, _: bytes, request: wire.Silence) -> None:
+    def _silence(self, _: Caller, request: wire.Silence) -> None:
         session = self._sessions.get(request.session)
         if session:
             session.seen = time.monotonic()
@@ -333,13 +311,13 @@ class Node:
                 if following.number == request.number:
                     following.silence(rows_of(request.rows))
 
-    def _beat(self, sender: bytes, request: wire.Beat) -> None:
+    def _beat(self, sender: Caller, request: wire.Beat) -> None:
         session = self._session(sender, request)
         if session:
             session.hears = sender
             self._send(sender, wire.Beaten())
 
-    def _bye(self, sender: bytes, request: wire.Bye) -> None:
+    def _bye(self, sender: Caller, request: wire.Bye) -> None:
         session = self._sessions.pop(request.session, None)
         if session:
             self._over(session)
@@ -347,7 +325,7 @@ class Node:
 
     # --- VRAM ----------------------------------------------------------------------------------------------------
 
-    def _donate(self, sender: bytes, request: wire.Donate) -> None:
+    def _donate(self, sender: Caller, request: wire.Donate) -> None:
         session = self._session(sender, request)
         if session:
             assert self._segments
@@ -357,21 +335,21 @@ class Node:
             session.pool.vram.donate(session.number, self._numbers, request, HOME / name)
             self._send(sender, wire.Donated(request.call, self._numbers, name))
 
-    def _withdraw(self, sender: bytes, request: wire.Withdraw) -> None:
+    def _withdraw(self, sender: Caller, request: wire.Withdraw) -> None:
         session = self._session(sender, request)
         if session:
             session.withdrawn = session.pool.vram.retire(session.number) or session.withdrawn
             pins = session.withdrawn.index.pinned if session.withdrawn else 0
             self._send(sender, wire.Withdrawn(request.call, pins))
 
-    def _take_vram(self, sender: bytes, request: wire.TakeVram) -> None:
+    def _take_vram(self, sender: Caller, request: wire.TakeVram) -> None:
         session = self._session(sender, request)
         if session:
             session.check_new(request.number)
             hold = session.vram_holds[request.number] = session.pool.vram.take(session.number, keys_of(request.keys))
             self._send(sender, wire.TakenVram(request.call, hold.parts))
 
-    def _reserve_vram(self, sender: bytes, request: wire.ReserveVram) -> None:
+    def _reserve_vram(self, sender: Caller, request: wire.ReserveVram) -> None:
         session = self._session(sender, request)
         if session:
             session.check_new(request.number)
@@ -412,18 +390,12 @@ class Node:
         if session.hears is not None:
             self._send(session.hears, message)
 
-    def _send(self, to: bytes, message: wire.Reply) -> None:
-        """To a client that does not take it in, the ROUTER drops it: then the client's deadline passes."""
-        try:
-            self._router.send(to, zmq.SNDMORE | zmq.NOBLOCK)
-            self._router.send(wire.encode(message), zmq.NOBLOCK)
-        except zmq.ZMQError as error:
-            log_once(log, f"send {error.errno}", f"an answer could not be sent: {error}")
+    def _send(self, to: Caller, message: wire.Reply) -> None:
+        to.send(wire.encode(message))
 
     # --- leases --------------------------------------------------------------------------------------------------
 
-    def _look_at_leases(self) -> None:
-        now = time.monotonic()
+    def _look_at_leases(self, now: float) -> None:
         for session in list(self._sessions.values()):
             silent = now - session.seen
             # A client beats four times a lease: one that missed two beats is looked for.
@@ -444,26 +416,19 @@ class Node:
     def _run_one(self, task: Callable[[], None]) -> None:
         try:
             task()
-        except Exception as error:  # noqa: BLE001 - as in _receive
+        except Exception as error:  # noqa: BLE001 - as in _answer
             self._counts["failed_calls_total"] += 1
             log_once(log, f"news {type(error).__name__}", f"news could not be told: {error!r}")
 
     def _later(self, task: Callable[[], None]) -> None:
         """Has the loop do it; from any thread."""
         self._news.append(task)
-        self._nudge()
-
-    def _nudge(self) -> None:
-        if self._bell:
-            self._bell.ring()
+        self._bell.ring()
 
     def _give_back(self) -> None:
         if self._segments:
             self._segments.close()
         self._address.release()
-        if self._bell:
-            self._bell.close()
-        self._context.destroy(linger=200)
 
 
 def _given_back(session: Session) -> bool:

@@ -10,6 +10,7 @@ from cairn.node.gate import Gate
 from cairn.node.pools import Pool
 from cairn.node.vram import Donation, VramHold
 from cairn.node.wire import Progress, WireError, raw_of
+from cairn.node.zmtp import Caller
 
 #: Holds, reservations and questions that a session may have at a time.
 MAX_NUMBERS: Final = 4096
@@ -62,14 +63,14 @@ class Written:
 
 
 class Session:
-    """For the node's loop alone. seen: when it last said something, monotonic. hears: by which socket it hears."""
+    """For the node's loop alone. seen: when it last said something, monotonic. hears: by which connection."""
 
     def __init__(self, number: int, pool: Pool, gate: Gate) -> None:
         self.number = number
         self.pool = pool
         self.gate = gate
         self.seen = time.monotonic()
-        self.hears: bytes | None = None
+        self.hears: Caller | None = None
         self.holds: dict[int, Held] = {}
         self.vram_holds: dict[int, VramHold] = {}
         self.withdrawn: Donation | None = None

@@ -1,8 +1,8 @@
 """What clients and the node say to each other: a byte with the protocol's version, and a msgpack array behind it.
 
-A client has two DEALER sockets at the node's ROUTER: on one it calls, and has its answer before it calls again; on the
-other it sends heartbeats and hears what comes by itself (`Progress`, `Answered`, `Flushed`, `Gone`). KV bytes go
-through neither. Keys are 16 bytes each, one behind the other, rows little-endian int32.
+A client has two connections to the node (ZeroMQ's DEALER and ROUTER): on one it calls, and has its answer before it
+calls again; on the other it sends heartbeats and hears what comes by itself (`Progress`, `Answered`, `Flushed`,
+`Gone`). KV bytes go through neither. Keys are 16 bytes each, one behind the other, rows little-endian int32.
 
 What comes in is bounded: the frame by MAX_FRAME, a chain by MAX_BLOCKS; msgspec checks types and lengths before it
 takes memory for them.
@@ -20,6 +20,8 @@ from cairn.kv.keys import KEY_BYTES
 from cairn.kv.namespace import DIGEST_BYTES
 
 VERSION: Final = 2
+
+Buffer = bytes | memoryview
 
 #: Blocks of a chain that the node takes in one call. A longer prompt is served up to there.
 MAX_BLOCKS: Final = 1 << 16
@@ -390,7 +392,7 @@ def encode(message: Request | Reply) -> bytes:
     return _HEAD + _encoder.encode(message)
 
 
-def decode_request(frame: bytes) -> Request:
+def decode_request(frame: Buffer) -> Request:
     """Raises WireError."""
     body = _body(frame, "client")
     try:
@@ -399,7 +401,7 @@ def decode_request(frame: bytes) -> Request:
         raise WireError(f"a malformed frame from the client: {error}") from None
 
 
-def decode_reply(frame: bytes) -> Reply:
+def decode_reply(frame: Buffer) -> Reply:
     """Raises WireError."""
     body = _body(frame, "node")
     try:
@@ -408,7 +410,7 @@ def decode_reply(frame: bytes) -> Reply:
         raise WireError(f"a malformed frame from the node: {error}") from None
 
 
-def _body(frame: bytes, sender: str) -> memoryview:
+def _body(frame: Buffer, sender: str) -> memoryview:
     if not frame:
         raise WireError(f"an empty frame from the {sender}")
     if frame[0] != VERSION:

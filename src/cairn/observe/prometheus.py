@@ -8,11 +8,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from cairn.observe.figures import TIER_FIGURES
+from cairn.observe.http import METRICS_HEADERS, Answer, Page
 from cairn.observe.metrics import Counted
 
 PREFIX = "cairn_"
-#: Of what `exposition` gives.
-CONTENT_TYPE = "text/plain; version=0.0.4"
 
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 
@@ -101,3 +100,8 @@ def exposition(*shown: Counted | Collector) -> bytes:
     for one in shown:
         registry.register(MetricsCollector(one) if isinstance(one, Counted) else one)
     return generate_latest(registry)
+
+
+def metrics_page(shown: Counted | Collector) -> Page:
+    """All figures, made anew for everybody who asks."""
+    return lambda _: Answer(METRICS_HEADERS, exposition(shown))

@@ -14,6 +14,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from cairn.errors import InputError
+from cairn.observe.http import address
 
 #: How long a thread may keep the interpreter's lock while another waits for it, seconds. Python's 5 ms would be what a
 #: lookup waits whenever events come in.
@@ -85,11 +86,6 @@ def listen(host: str, port: int, option: str = "--http-port") -> socket.socket:
     except OSError as error:
         where, why = address(host, port), os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
         raise InputError(f"HTTP on {where}: {why}; name another with {option} or --host") from None
-
-
-def address(host: str, port: int) -> str:
-    """As URLs have it."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

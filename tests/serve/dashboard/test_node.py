@@ -1,4 +1,4 @@
-"""A node's own dashboard: a real node, a real client of its, and whoever asks over HTTP."""
+"""A node over HTTP, dashboard and metrics: a real node, a real client of its, and whoever asks."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.engine.pages import BLOCK, SLOT, make_engine, stored
 from tests.node.rig import ProcessNode, address_in
 from tests.serve.running import DEADLINE_S, until
 
-KEY = "CAIRN_NODE__HTTP_TOKEN"
+KEY = "CAIRN_OBSERVE__HTTP_TOKEN"
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str,
     monkeypatch.setenv(KEY, "secret")
     address = address_in(tmp_path)
     settings = {"storage.cpu.size": 32 * SLOT, "storage.disk.path": tmp_path / "disk", "storage.disk.size": "1MiB"}
-    node = ProcessNode(address, **settings, **{"node.http_port": 0})
+    node = ProcessNode(address, **settings, **{"observe.http_port": 0})
     try:
         said, log = node.said, node.process.stderr
         while "dashboard at" not in said:  # it may have swept up after others first
@@ -36,11 +36,14 @@ def test_a_node_shows_its_pools_and_what_they_move(node: tuple[str, str]) -> Non
     address, url = node
     with httpx.Client(timeout=DEADLINE_S) as client, make_engine(32, **{"node.address": address}) as engine:
         assert client.get(url).text.startswith("<!doctype html>")
+        assert client.get(url.removesuffix("/"), follow_redirects=True).url == url
+        assert client.get(url.replace("/dashboard/", "/health")).json() == {"status": "ok"}
         state = url.replace("/dashboard/", "/api/v1/state")
         assert client.get(state).status_code == 401
         assert client.get(url.replace("/dashboard/", "/elsewhere")).status_code == 401
         client.headers["authorization"] = "Bearer secret"
         assert client.get(url.replace("/dashboard/", "/elsewhere")).status_code == 404
+        assert "cairn_tier_sessions" in client.get(url.replace("/dashboard/", "/metrics")).text
         assert stored(engine, np.arange(10 * BLOCK)) == 10 * BLOCK
 
         def told() -> bool:

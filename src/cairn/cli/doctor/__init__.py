@@ -23,7 +23,9 @@ def doctor(
     sample: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Text that prompts look like.")
     ] = None,
-    separator: Annotated[str | None, typer.Option(help="What separates chunks that are to be blended.")] = None,
+    separator: Annotated[
+        str | None, typer.Option(help="What separates chunks; where blending is enabled its own if left out.")
+    ] = None,
     wait_s: Annotated[
         float, typer.Option("--wait", min=0.1, max=600, help="Seconds to listen for KV events at most.")
     ] = 3.0,

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from cairn.config import Config
-from cairn.kv import KVGeometry
 
 
 class Host(NamedTuple):
@@ -50,9 +49,12 @@ class Remote(NamedTuple):
 
 
 class Model(NamedTuple):
-    """What a model's directory says. longest: tokens of a prompt; 0: not known."""
+    """What a model's directory says. row_bytes: that a block of `block_tokens` takes in the arena. longest: tokens of a
+    prompt; 0: not known.
+    """
 
-    geometry: KVGeometry
+    block_tokens: int
+    row_bytes: int
     longest: int
 
 

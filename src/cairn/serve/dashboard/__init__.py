@@ -1,7 +1,7 @@
 """The web page that shows a cluster, a node or an index live, and the JSON that it draws."""
 
 from cairn.serve.dashboard.board import Board
-from cairn.serve.dashboard.pages import PAGE, STATE, page, since_of
+from cairn.serve.dashboard.pages import PAGE, STATE, page_files, since_of
 from cairn.serve.dashboard.traffic import Traffic
 
-__all__ = ["PAGE", "STATE", "Board", "Traffic", "page", "since_of"]
+__all__ = ["PAGE", "STATE", "Board", "Traffic", "page_files", "since_of"]

@@ -1,10 +1,15 @@
 """What the dashboard shows of a node: its pools, what their tiers hold, and what goes up and down below DRAM."""
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Final
 
 from cairn.node.server import Node, PoolFigures
-from cairn.serve.dashboard.base import Counts, InstanceShown, PrefixShown, Reading, Served, TierShown
+from cairn.observe.http import JSON_HEADERS, Answer, Page
+from cairn.serve.dashboard.base import PERIOD_S, Counts, InstanceShown, PrefixShown, Reading, Served, TierShown
+from cairn.serve.dashboard.board import Board
+from cairn.serve.dashboard.pages import since_of
 
 _NOBODY: Final = Served(0, 0, [], [])
 
@@ -50,3 +55,27 @@ def _counts(pool: PoolFigures) -> Counts:
     loads = {tier: figures["read_bytes"] for tier, figures in pool.tiers.items() if "read_bytes" in figures}
     stores = {tier: figures["written_bytes"] for tier, figures in pool.tiers.items() if "written_bytes" in figures}
     return Counts({}, {}, loads, stores)
+
+
+@contextmanager
+def state_page(source: NodeShown) -> Iterator[Page]:
+    """What the page draws, sampled by a thread meanwhile."""
+    board, lock, over = Board(source), threading.Lock(), threading.Event()
+
+    def sample() -> None:
+        while not over.wait(PERIOD_S):
+            source.look()
+            with lock:
+                board.sample()
+
+    def state(query: bytes) -> Answer:
+        with lock:
+            return Answer(JSON_HEADERS, board.state(since_of(query)))
+
+    thread = threading.Thread(target=sample, name="cairn-dashboard", daemon=True)
+    thread.start()
+    try:
+        yield state
+    finally:
+        over.set()
+        thread.join()

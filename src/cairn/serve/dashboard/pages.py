@@ -3,8 +3,10 @@
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
-from typing import Final, NamedTuple
+from typing import Final
 from urllib.parse import parse_qsl
+
+from cairn.observe.http import Answer
 
 #: The page, and what it draws. Relative to each other, so that they may stand behind a proxy's prefix.
 PAGE: Final = "/dashboard/"
@@ -18,24 +20,12 @@ _POLICY: Final = (
 )
 
 
-class Page(NamedTuple):
-    """A file. headers: in lower case, without the body's length."""
-
-    headers: list[tuple[bytes, bytes]]
-    body: bytes
-    status: int = 200
-
-
-def page(path: str) -> Page | None:
-    """What stands under a path that begins with `PAGE`; None: nothing. Says nothing secret, so anybody may have it."""
-    if path == PAGE.rstrip("/"):
-        return Page([(b"location", PAGE.strip("/").encode() + b"/")], b"", 307)
-    return _pages().get(path.removeprefix(PAGE) or "index.html") if path.startswith(PAGE) else None
-
-
-def paths() -> frozenset[str]:
-    """All that `page` knows."""
-    return frozenset((PAGE.rstrip("/"), PAGE, *(PAGE + name for name in _pages())))
+@cache
+def page_files() -> dict[str, Answer]:
+    """All files by path. They say nothing secret, so anybody may have them."""
+    found = {PAGE + file.name: _read(file) for file in files(__package__).joinpath("static").iterdir()}
+    there = Answer([(b"location", PAGE.strip("/").encode() + b"/")], b"", 307)
+    return {PAGE.rstrip("/"): there, PAGE: found[PAGE + "index.html"], **found}
 
 
 def since_of(query: bytes) -> int:
@@ -44,12 +34,7 @@ def since_of(query: bytes) -> int:
     return int(told) if told.isdigit() else -1
 
 
-@cache
-def _pages() -> dict[str, Page]:
-    return {file.name: _read(file) for file in files(__package__).joinpath("static").iterdir()}
-
-
-def _read(file: Traversable) -> Page:
+def _read(file: Traversable) -> Answer:
     body = file.read_bytes()
     kind = _KINDS[file.name.rpartition(".")[2]]
     headers = [
@@ -59,4 +44,4 @@ def _read(file: Traversable) -> Page:
         (b"x-content-type-options", b"nosniff"),
         (b"referrer-policy", b"no-referrer"),
     ]
-    return Page(headers, body)
+    return Answer(headers, body)

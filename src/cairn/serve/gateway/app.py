@@ -11,9 +11,10 @@ from starlette.types import Receive, Scope, Send
 
 from cairn import __version__
 from cairn.config.schema import Serve
+from cairn.observe.http import JSON_HEADERS, METRICS_HEADERS
 from cairn.observe.log import REQUEST_ID
 from cairn.serve.base import RequestError
-from cairn.serve.dashboard import STATE, Board, page, since_of
+from cairn.serve.dashboard import STATE, Board, page_files, since_of
 from cairn.serve.gateway.admin import Admin
 from cairn.serve.gateway.asked import CHAT, COMPLETIONS, Asked
 from cairn.serve.gateway.base import Headers
@@ -27,8 +28,6 @@ from cairn.serve.gateway.relay import Relay
 logger = logging.getLogger(__name__)
 
 _LEFT: Final = 499
-_JSON: Final = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
-_TEXT: Final = [(b"content-type", b"text/plain; version=0.0.4")]
 _SHOWN: Final = frozenset({COMPLETIONS, CHAT, "/v1/models", "/health", "/health/ready", "/metrics", STATE})
 
 Route = Callable[[Client], Awaitable[None]]
@@ -97,7 +96,7 @@ class Gateway:
         route = self._routes.get((method, path))
         if route is not None:
             return await route(client)
-        if method == "GET" and (found := page(path)):
+        if method == "GET" and (found := page_files().get(path)):
             return await _whole(client, found.body, found.headers, found.status)
         if path.startswith("/admin/"):
             if self._admin_key is None:
@@ -123,11 +122,11 @@ class Gateway:
 
     async def _show_metrics(self, client: Client) -> None:
         self._check_looker(client)
-        await _whole(client, await asyncio.to_thread(self._metrics.exposition), _TEXT)
+        await _whole(client, await asyncio.to_thread(self._metrics.exposition), METRICS_HEADERS)
 
     async def _show_state(self, client: Client) -> None:
         self._check_looker(client)
-        await _whole(client, self._board.state(since_of(client.query)), _JSON)
+        await _whole(client, self._board.state(since_of(client.query)), JSON_HEADERS)
 
     def _check_looker(self, client: Client) -> None:
         _check_key(client, [self._admin_key] if self._admin_key else self._keys)
@@ -152,7 +151,7 @@ def _check_key(client: Client, keys: Sequence[str]) -> None:
 
 
 async def _json(client: Client, value: object, status: int = 200) -> None:
-    await _whole(client, msgspec.json.encode(value), _JSON, status)
+    await _whole(client, msgspec.json.encode(value), JSON_HEADERS, status)
 
 
 async def _whole(client: Client, body: bytes, headers: Headers, status: int = 200) -> None:

@@ -12,7 +12,7 @@ from cairn.serve.gateway.asked import Asked
 from cairn.serve.gateway.base import Prompt
 from cairn.serve.gateway.members import Member, Members
 
-#: Waits for an engine to come, seconds, and for another one, so long for each that was tried, before one is tried again.
+#: Waits, seconds: for an engine to come; for another engine, for each one tried, before one of those is tried again.
 _LOOK_S = 0.25
 #: The shortest wait that a scheduler may ask for, seconds.
 _LEAST_WAIT_S = 0.001

@@ -74,7 +74,7 @@ class _Passage:
                     return await self._give_up(error)
             except (RequestError, DivergedError) as error:
                 if not self._client.started:
-                    if failure is not None:  # it was not refused because of what it asks, but because nobody else is left
+                    if failure is not None:  # nobody else is left, whatever the words
                         return await self._give_up(failure)
                     raise
                 return await self._give_up(UpstreamError("resume", str(error)))

@@ -13,6 +13,7 @@ from cairn.config.schema import Config
 from cairn.errors import ConfigError
 from cairn.fleet.discovery import Discovery
 from cairn.observe.access import check_exposure
+from cairn.observe.http import address
 from cairn.observe.log import setup_logging
 from cairn.observe.trace import setup_tracing
 from cairn.plan.schedule import SCHEDULERS, rehearse
@@ -27,7 +28,7 @@ from cairn.serve.gateway.relay import Relay
 from cairn.serve.gateway.shown import ClusterShown
 from cairn.serve.indexer.parts import Parts
 from cairn.serve.indexer.rpc import make_server
-from cairn.serve.process import SWITCH_S, Server, address, ended_by_signals, listen, loop_factory, settings, until_begun
+from cairn.serve.process import SWITCH_S, Server, ended_by_signals, listen, loop_factory, settings, until_begun
 from cairn.serve.tokenizers import ANY_MODEL
 
 #: Seconds for which an idle client's connection is kept.

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from cairn.config.schema import Cluster, Config, Index
 from cairn.observe.access import check_exposure
+from cairn.observe.http import address
 from cairn.observe.log import setup_logging
 from cairn.observe.trace import setup_tracing
 from cairn.serve.indexer.app import make_app
@@ -16,7 +17,6 @@ from cairn.serve.indexer.rpc import make_server
 from cairn.serve.process import (
     SWITCH_S,
     Server,
-    address,
     ended_by_signals,
     listen,
     loop_factory,

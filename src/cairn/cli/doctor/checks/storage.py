@@ -109,7 +109,7 @@ def compressed_hot(config: Config, remote: Remote) -> Iterator[Found]:
 )
 def arena_prompt(config: Config, model: Model) -> Iterator[Found]:
     """A DRAM arena, the buffer of all loads, that cannot hold the model's longest prompt in all its layers."""
-    prompt, size = model.longest * model.geometry.token_bytes, config.storage.cpu.size
+    prompt, size = -(-model.longest // model.block_tokens) * model.row_bytes, config.storage.cpu.size
     if prompt > size:
         text = f"a prompt of {model.longest:,} tokens takes {readable(prompt)}, storage.cpu.size is {readable(size)}"
         yield found(text, size=f"{-(-2 * prompt // (1 << 30))}GiB")

@@ -17,7 +17,9 @@ _SEED = "PYTHONHASHSEED"
 
 
 class Given(NamedTuple):
-    """What a user hands over beside the configuration. wait_s: how long publishers are listened to."""
+    """What a user hands over beside the configuration. separator: None: that of `blending`, if it is enabled. wait_s:
+    how long publishers are listened to.
+    """
 
     cluster: ClusterSpec | None = None
     model: Path | None = None
@@ -48,7 +50,7 @@ def gather(config: Config, given: Given, environ: Mapping[str, str]) -> Facts:
 
 def _model(config: Config, path: Path, longest: int) -> Model:
     """longest: what engines take; 0: not known."""
-    model = probe_model(path, config.engine.block_tokens)
+    model = probe_model(path, config)
     return model._replace(longest=min(model.longest, longest or model.longest))
 
 
@@ -57,12 +59,13 @@ def _text(config: Config, given: Given) -> dict[str, Any]:
     found: dict[str, Any] = {}
     text = read_sample(given.sample) if given.sample else None
     name = given.model or config.serve.tokenizer_path or next(iter(config.index.models.values()), None)
-    if given.separator and text is not None:
-        found["occurrences"] = occurrences(given.separator, text)
-    if name and (given.separator or text is not None):
+    separator = given.separator or (config.blending.special_str if config.blending.enabled else None)
+    if separator and text is not None:
+        found["occurrences"] = occurrences(separator, text)
+    if name and (separator or text is not None):
         from cairn.serve.tokenizer import Tokenizer
 
         tokenizer = Tokenizer.load(str(name))
-        found["boundary"] = boundary(given.separator, text or "", tokenizer) if given.separator else None
+        found["boundary"] = boundary(separator, text or "", tokenizer) if separator else None
         found["sample_tokens"] = len(tokenizer.text(text, special=False)) if text is not None else None
     return found

@@ -9,8 +9,12 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Final
 
 from cairn.cli.doctor.facts import Boundary, Model, Occurrences
+from cairn.codec.quantized import quantizer_for
+from cairn.config import Config
 from cairn.errors import InputError
 from cairn.kv import KVGeometry
+from cairn.tier.arena import PAGE
+from cairn.tier.dram import round_up
 
 if TYPE_CHECKING:
     from cairn.serve.tokenizer import Tokenizer
@@ -23,14 +27,17 @@ _SAMPLE_BYTES: Final = 16 << 20
 _SHOWN: Final = 5
 
 
-def probe_model(path: Path, block_tokens: int) -> Model:
+def probe_model(path: Path, config: Config) -> Model:
     """Raises InputError for what is no model's directory, or a model that Cairn refuses."""
+    tokens, codec = config.engine.block_tokens, config.storage.cpu.codec
     try:
         fields = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        config = SimpleNamespace(**(fields.get("text_config") or fields))
+        told = SimpleNamespace(**(fields.get("text_config") or fields))
         dtype = str(fields.get("dtype") or fields.get("torch_dtype") or "bfloat16")
-        geometry = KVGeometry.from_hf(config, dtype=dtype, block_tokens=block_tokens)
-        return Model(geometry, int(getattr(config, "max_position_embeddings", 0)))
+        geometry = KVGeometry.from_hf(told, dtype=dtype, block_tokens=tokens)
+        quantizer = quantizer_for(geometry, codec)
+        row = round_up((quantizer.stored if quantizer else geometry).block_bytes, PAGE)
+        return Model(tokens, row, int(getattr(told, "max_position_embeddings", 0)))
     except (OSError, ValueError, AttributeError, TypeError) as error:  # GeometryError is a ValueError
         raise InputError(f"--model {path}: {error}; name a directory with the model's config.json") from None
 
