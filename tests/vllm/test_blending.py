@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cairn.blend import Recipe
+from cairn.blend import Recipe, prelude_of
 from tests.vllm.engine import answers, connector, no_leak, serving, settle, stats
 
 TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
@@ -27,6 +27,7 @@ class Texts:
         self.chunks = [self._encode(text) for text in texts[:CHUNKS]]
         self.system = self._encode("Answer from the licence below.")
         self.separator = self._encode(" # # ")
+        self.prelude = prelude_of(self.separator, tokenizer).tolist()
         self.questions = [self._encode(f"\nQuestion {i}: {text[:60]}?\nAnswer:") for i, text in enumerate(texts)]
 
     def prompt(self, order: list[int], question: int = 0) -> list[int]:
@@ -46,7 +47,7 @@ def engine(model: Path) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def texts(engine: Any) -> Texts:
     found = Texts(engine.get_tokenizer())
-    answers(engine, found.chunks, tokens=1)
+    answers(engine, [found.prelude + chunk for chunk in found.chunks], tokens=1)
     settle(engine)
     return found
 

@@ -5,7 +5,7 @@ from cairn.blend.base import BlendError, BlendModel, Canvas, Piece, Planes, Proj
 from cairn.blend.chunks import ChunkLoad, ChunkStore, Found
 from cairn.blend.forward import Recipe, blend
 from cairn.blend.rotation import Turn
-from cairn.blend.split import join, split
+from cairn.blend.split import join, prelude_of, split
 from cairn.blend.supported import refuse_blending
 from cairn.blend.worth import pays
 
@@ -26,6 +26,7 @@ __all__ = [
     "blend",
     "join",
     "pays",
+    "prelude_of",
     "refuse_blending",
     "split",
 ]

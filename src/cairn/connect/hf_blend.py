@@ -18,12 +18,13 @@ from cairn.blend import (
     blend,
     join,
     pays,
+    prelude_of,
     refuse_blending,
     split,
 )
 from cairn.connect.hf_layer import Tensors
 from cairn.copy import PagedKV
-from cairn.engine import CacheEngine, LayerLoad
+from cairn.engine import CacheEngine, LayerLoad, Stage
 from cairn.errors import InputError
 from cairn.kv import as_tokens
 from cairn.kv.keys import Tokens
@@ -102,24 +103,29 @@ class Blender:
             )
         self.recipe = Recipe.of(settings)
         self.separator = _separator(settings.special_str, tokenizer)
-        begin = getattr(tokenizer, "bos_token_id", None)
-        prelude = as_tokens([*([] if begin is None else [begin]), *self.separator])
-        self.chunks = ChunkStore(engine, rope_of(model), prelude)
+        self.chunks = ChunkStore(engine, rope_of(model), prelude_of(self.separator, tokenizer))
         self._planner = engine.config.engine.planner
         self._model = model
 
     def fill(
-        self, tokens: Tokens, start: int, kv: PagedKV, buffers: list[Tensors], before: LayerLoad | None
+        self,
+        tokens: Tokens,
+        start: int,
+        kv: PagedKV,
+        buffers: list[Tensors],
+        before: LayerLoad | None,
+        whole: Stage | None,
     ) -> Blended:
         """Loads and computes a prompt's KV from `start` on, up to its last chunk that is held, if that pays.
 
         What stands at the prompt's beginning is no chunk but a prefix, and computed if it is not held as one.
 
         tokens: the prompt. kv, buffers: where its KV belongs, the same memory. before: the load of what comes before
-        `start`. Raises BlendError when a layer does not come; then the KV before `start` is as it was.
+        `start`. whole: the prompt's stage. Raises BlendError when a layer does not come; then the KV before `start` is
+        as it was.
         """
         pieces = [piece for piece in split(tokens, self.separator)[:-1] if piece.start]
-        with self.chunks.find(tokens, pieces, start) as found:
+        with self.chunks.find(tokens, pieces, start, whole) as found:
             missing = [tokens[piece.start : piece.stop] for piece in found.missing]
             stop = found.reused[-1].stop if found.reused else start
             if stop == start or (

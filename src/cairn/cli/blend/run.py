@@ -104,7 +104,8 @@ class _Bench:
         return islice(enumerate(rag_prompts(self.tokenizer, count, shape)), skip, None)
 
     def score(self, rag: Rag, variants: Variants, turn: int) -> dict[str, Score]:
-        return compare(self._model, self.tokenizer, self._connector, rag, variants, turn)
+        scores: dict[str, Score] = compare(self._model, self.tokenizer, self._connector, rag, variants, turn)
+        return scores
 
     def close(self) -> None:
         self._connector.close()
