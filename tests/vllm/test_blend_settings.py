@@ -23,7 +23,7 @@ G = KVGeometry(layers=4, kv_heads=2, head_dim=16, block_tokens=16)
 def asked(blending: dict[str, Any] | None = None, ranks: int = 1, **vllm: Any) -> Any:
     """What `settings_of` says. vllm: of its config; of the model's where the name is one of Llama's config."""
     text = LlamaConfig(num_hidden_layers=4, **{key: vllm.pop(key) for key in list(vllm) if key.startswith("llama_4")})
-    model = SimpleNamespace(hf_text_config=text, skip_tokenizer_init=True)
+    model = SimpleNamespace(hf_text_config=text, skip_tokenizer_init=True, model="")
     vllm_config = SimpleNamespace(**{"model_config": model, "lora_config": None} | vllm)
     served = SimpleNamespace(namespace=SimpleNamespace(geometry=vllm.pop("geometry", G)), ranks=ranks)
     settings = {"enabled": True, "special_str": None, "check_layers": (1,)} | (blending or {})
@@ -40,7 +40,7 @@ def test_as_configured() -> None:
 @pytest.mark.parametrize(
     ("reason", "how"),
     [
-        ("layers 0..3, blending.check_layers=4", {"blending": {"check_layers": (4,)}}),
+        ("blending.check_layers=[4]: the model has layers 0..3", {"blending": {"check_layers": (4,)}}),
         ("parallelism", {"ranks": 2}),
         ("LoRA", {"lora_config": object()}),
         ("draft model", {"speculative_config": object()}),

@@ -2,6 +2,7 @@
 
 from cairn.blend.attention import attend
 from cairn.blend.base import BlendError, BlendModel, Canvas, Piece, Planes, Projected, Rope
+from cairn.blend.checked import recipe_of
 from cairn.blend.chunks import ChunkLoad, ChunkStore, Found
 from cairn.blend.forward import Recipe, blend
 from cairn.blend.rotation import Turn
@@ -27,6 +28,7 @@ __all__ = [
     "join",
     "pays",
     "prelude_of",
+    "recipe_of",
     "refuse_blending",
     "split",
 ]

@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 
 from cairn.blend.base import BlendModel, Canvas, Piece
 from cairn.blend.selection import deviation, keep
-from cairn.config.schema import Blending
 from cairn.errors import InputError
 
 
@@ -21,11 +20,6 @@ class Recipe(NamedTuple):
     check_layers: tuple[int, ...] = (6,)
     ratios: tuple[float, ...] = (0.15,)
     head_tokens: int = 4
-
-    @classmethod
-    def of(cls, settings: Blending) -> Self:
-        """As configured."""
-        return cls(settings.check_layers, settings.recompute_ratios, settings.head_tokens)
 
 
 @torch.inference_mode()  # type: ignore[untyped-decorator]

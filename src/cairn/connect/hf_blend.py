@@ -19,6 +19,7 @@ from cairn.blend import (
     join,
     pays,
     prelude_of,
+    recipe_of,
     refuse_blending,
     split,
 )
@@ -89,19 +90,14 @@ class Blended(NamedTuple):
 class Blender:
     """Blends the prompts of one model as `engine.config.blending` says. Thread-safe as far as the model is.
 
-    tokenizer: the model's, for `special_str`. Raises GeometryError for a model that cannot be blended, InputError for
-    settings that do not fit it.
+    tokenizer: the model's, for `special_str`. recipe: instead of what settings and the model's check say (see
+    `recipe_of`). Raises GeometryError for a model that cannot be blended, InputError for settings that do not fit it.
     """
 
-    def __init__(self, model: Any, engine: CacheEngine, tokenizer: Any) -> None:
+    def __init__(self, model: Any, engine: CacheEngine, tokenizer: Any, recipe: Recipe | None = None) -> None:
         refuse_blending(model.config)
         settings = engine.config.blending
-        layers = engine.geometry.layers
-        if settings.check_layers[-1] >= layers:
-            raise InputError(
-                f"blending.check_layers={list(settings.check_layers)}: the model has layers 0..{layers - 1}"
-            )
-        self.recipe = Recipe.of(settings)
+        self.recipe = recipe or recipe_of(settings, model.config.name_or_path, engine.geometry.layers)
         self.separator = _separator(settings.special_str, tokenizer)
         self.chunks = ChunkStore(engine, rope_of(model), prelude_of(self.separator, tokenizer))
         self._planner = engine.config.engine.planner

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from cairn.blend import ChunkStore, Recipe
+from cairn.blend.checked import Checked
 from cairn.cli.blend.measure import ANSWER, Score, Variants, compare, quality
 from cairn.cli.blend.prompts import Rag, Shape, rag_prompts
 from cairn.cli.blend.sheet import Sheet
@@ -20,10 +21,10 @@ from cairn.engine import CacheEngine
 RATIOS: Final = (0.0, 0.05, 0.15, 0.3, 1.0)
 #: 8 chunks of 490 tokens: with system prompt and question 4,096 tokens.
 LONG: Final = Shape(chunks=(8, 8), tokens=(490, 490), documents=8)
-#: Other layers to check at.
-_CHECKED: Final = (1, 3)
+#: Layers to check at, the cheapest first.
+CANDIDATES: Final = (1, 3, 6)
 #: Variants that are asked every so many prompts only: what computes everything is slow, and exact or not.
-_EVERY: Final = {"ratio 1": 8, "prefix only": 8} | {f"ratio 0.15, check layer {layer}": 4 for layer in _CHECKED}
+_EVERY: Final = {"ratio 1": 8, "prefix only": 8, "ratio 0.15, check layer 1": 4}
 #: Chunks of two kinds and a few whole prompts.
 _ROOM: Final = 4
 
@@ -37,20 +38,19 @@ def run_blend(
 
     out: where the result is after every prompt, and what a stopped run goes on from. Raises InputError, StorageError.
     """
-    home, shape, defaults = model_dir or fetch_model(default_cache_dir(), Screen()), Shape.about(tokens), Blending()
-    asked = {"model": home.name, "recipe": defaults.model_dump(mode="json"), "tokens": tokens, "answer": ANSWER}
+    home, shape, default = model_dir or fetch_model(default_cache_dir(), Screen()), Shape.about(tokens), Recipe()
+    asked = {"model": home.name, "recipe": _settings(default), "tokens": tokens, "answer": ANSWER}
     sheet = Sheet(out, asked)
-    bench = _Bench(home, Blending(enabled=True), [shape, LONG])
+    bench = _Bench(home, Blending(), [shape, LONG])
     nothing = Recipe(ratios=(0.0,), head_tokens=0)
     variants: dict[str, Blender | None] = {
         "full reuse": bench.blender(nothing, prelude=False),
         "full reuse, prelude": bench.blender(nothing),
     }
     for ratio in RATIOS:
-        recipe = Recipe(defaults.check_layers, (ratio,), defaults.head_tokens)
-        variants[f"ratio {ratio:g}"] = bench.blender(recipe)
-    for layer in _CHECKED:
-        variants[f"ratio 0.15, check layer {layer}"] = bench.blender(Recipe((layer,), (0.15,), defaults.head_tokens))
+        variants[f"ratio {ratio:g}"] = bench.blender(default._replace(ratios=(ratio,)))
+    for layer in CANDIDATES[:2]:
+        variants[f"ratio 0.15, check layer {layer}"] = bench.blender(Recipe((layer,)))
     variants["prefix only"] = None
     for i, rag in bench.prompts(count, shape, skip=len(sheet.scores["quality"])):
         some = {name: blender for name, blender in variants.items() if i % _EVERY.get(name, 1) == 0}
@@ -63,17 +63,34 @@ def run_blend(
     return sheet.result()
 
 
-def run_check(model_dir: Path, blending: Blending, count: int, tick: Tick) -> dict[str, Any]:
-    """The answers of one model by these settings, enabled or not. Raises GeometryError for a model that has none."""
-    shape = Shape.about(1000, documents=count)
-    bench = _Bench(model_dir, blending.model_copy(update={"enabled": True}), [shape])
-    variants = {"blended": bench.blender(Recipe.of(blending))}
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    return Blending(check_layers=recipe.check_layers, recompute_ratios=recipe.ratios).model_dump(mode="json")
+
+
+def run_check(
+    model_dir: Path, blending: Blending, count: int, most_kl: float, tick: Tick
+) -> tuple[Checked, dict[str, Any]]:
+    """The answers of one model by these settings, enabled or not; where `check_layers` says nothing, by some layers.
+
+    Returns what is to be kept of it, and the figures. Raises GeometryError for a model that has none.
+    """
+    shape = Shape.about(1000, documents=max(8, count))
+    bench = _Bench(model_dir, blending, [shape])
+    tried = [blending.check_layers] if blending.check_layers else [(n,) for n in CANDIDATES if n < bench.layers]
+    recipes = {_name(layers): Recipe(layers, blending.recompute_ratios, blending.head_tokens) for layers in tried}
+    variants = {name: bench.blender(recipe) for name, recipe in recipes.items()}
     scores = []
     for i, rag in bench.prompts(count, shape):
-        scores.append(bench.score(rag, variants, i)["blended"])
+        scores.append(bench.score(rag, variants, i))
         tick(i + 1, count)
     bench.close()
-    return {"blended": quality(scores)}
+    figures = {name: quality([one[name] for one in scores]) for name in variants}
+    kl = {recipe.check_layers: figures[name]["kl_95"][1] for name, recipe in recipes.items()}
+    return Checked.of(blending, most_kl, kl), figures
+
+
+def _name(layers: tuple[int, ...]) -> str:
+    return f"check layer {', '.join(map(str, layers))}"
 
 
 class _Bench:
@@ -87,14 +104,15 @@ class _Bench:
         namespace = namespace_of(self._model)
         # Every variant is to be measured, whether it pays or not: without a planner what is held is loaded.
         size = _ROOM * namespace.geometry.token_bytes * sum(shape.documents * shape.tokens[1] for shape in shapes)
-        config = Config(storage=Storage(cpu=Cpu(size=size)), blending=blending, engine=Engine(planner=False))
+        disabled = blending.model_copy(update={"enabled": False})  # of the connector itself
+        config = Config(storage=Storage(cpu=Cpu(size=size)), blending=disabled, engine=Engine(planner=False))
         self._engine = CacheEngine(namespace, config)
+        self.layers = namespace.geometry.layers
         self._connector = CairnConnector(self._model, self._engine, self.tokenizer)
 
     def blender(self, recipe: Recipe, *, prelude: bool = True) -> Blender:
         """One that blends by `recipe`. prelude: False: chunks are computed with nothing before them, as published."""
-        made = Blender(self._model, self._engine, self.tokenizer)
-        made.recipe = recipe
+        made = Blender(self._model, self._engine, self.tokenizer, recipe)
         if not prelude:
             made.chunks = ChunkStore(self._engine, made.chunks.rope)
         return made

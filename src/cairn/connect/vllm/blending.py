@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cairn.blend import Piece, Recipe, pays, prelude_of, refuse_blending, split
+from cairn.blend import Piece, Recipe, pays, prelude_of, recipe_of, refuse_blending, split
 from cairn.config import Config
 from cairn.connect.vllm.messages import Blend, Learn, Part
 from cairn.connect.vllm.model import Served
 from cairn.engine.core import EngineCore
 from cairn.engine.stage import Stage
 from cairn.engine.writing import Writing
-from cairn.errors import GeometryError
+from cairn.errors import CairnError, GeometryError, InputError
 from cairn.kv import KeyChain
 from cairn.kv.keys import Tokens
 from cairn.observe.reasons import Reason
@@ -46,17 +46,18 @@ def settings_of(vllm_config: Any, served: Served, config: Config, *, tell: bool 
     try:
         if config.storage.cpu.codec != "none":
             raise GeometryError(f"storage.cpu.codec={config.storage.cpu.codec}: chunks are read as they are")
-        _refuse(vllm_config, served, max(wanted.check_layers))
+        _refuse(vllm_config, served)
         tokenizer = _tokenizer(vllm_config)
         separator = _separator(tokenizer, wanted.special_str)
-    except GeometryError as error:
+        recipe = recipe_of(wanted, vllm_config.model_config.model, served.namespace.geometry.layers)
+    except (GeometryError, InputError) as error:
         if tell:
             no_blending(error)
         return None
-    return Settings(Recipe.of(wanted), separator, prelude_of(separator, tokenizer))
+    return Settings(recipe, separator, prelude_of(separator, tokenizer))
 
 
-def no_blending(reason: GeometryError) -> None:
+def no_blending(reason: CairnError) -> None:
     """Says that there will be none."""
     logger.warning("no blending, but prefixes are reused all the same: %s", reason)
 
@@ -76,13 +77,10 @@ def _separator(tokenizer: Any, text: str | None) -> Tokens:
     return np.array(tokenizer.encode(text, add_special_tokens=False), np.uint32)
 
 
-def _refuse(vllm_config: Any, served: Served, last_check: int) -> None:
+def _refuse(vllm_config: Any, served: Served) -> None:
     geometry, config = served.namespace.geometry, vllm_config.model_config.hf_text_config
     refuse_blending(config)
     reasons = {
-        f"the model has layers 0..{geometry.layers - 1}, blending.check_layers={last_check}": (
-            last_check >= geometry.layers
-        ),
         "its ranks have to agree layer by layer (tensor or pipeline parallelism), which is not built": served.ranks > 1,
         "layers with LoRA are given a step's rows only": vllm_config.lora_config is not None,
         "a draft model needs the prompt's hidden states": getattr(vllm_config, "speculative_config", None) is not None,
