@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cairn.blend.checked import DEFAULT_LAYER, FILE, Checked, recipe_of
+from cairn.blend.checked import DEFAULT, FILE, Checked, recipe_of
 from cairn.config.schema import Blending
 from cairn.errors import GeometryError, InputError
 
@@ -17,7 +17,7 @@ def layers(model: Path, settings: Blending = SETTINGS) -> tuple[int, ...]:
 
 
 def test_the_first_that_was_close_enough(tmp_path: Path) -> None:
-    assert layers(tmp_path) == (DEFAULT_LAYER,)
+    assert layers(tmp_path) == DEFAULT.check_layers
     for most, wanted in ((0.5, (1,)), (0.1, (3,)), (0.08, (6,))):
         assert Checked.of(SETTINGS, most, KL).save(tmp_path) == tmp_path / FILE
         assert layers(tmp_path) == wanted
@@ -31,12 +31,12 @@ def test_none_was(tmp_path: Path) -> None:
     with pytest.raises(GeometryError, match=r"up to 0\.3 nats"):
         layers(tmp_path, Blending(check_layers=(1,)))
     for other in ({"recompute_ratios": (0.3,)}, {"head_tokens": 5}, {"special_str": None}):
-        assert layers(tmp_path, Blending.model_validate(other)) == (DEFAULT_LAYER,)
+        assert layers(tmp_path, Blending.model_validate(other)) == DEFAULT.check_layers
 
 
 @pytest.mark.parametrize("model", ["", "no/such/model/at-all", "nobody/has-this-model"])
 def test_unchecked_models(model: str) -> None:
-    assert recipe_of(SETTINGS, model, 30).check_layers == (DEFAULT_LAYER,)
+    assert recipe_of(SETTINGS, model, 30).check_layers == DEFAULT.check_layers
     assert recipe_of(SETTINGS, model, 4).check_layers == (3,)
     with pytest.raises(InputError, match=r"the model has layers 0\.\.3"):
         recipe_of(Blending(check_layers=(4,)), model, 4)

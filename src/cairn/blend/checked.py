@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 FILE: Final = "cairn_blend.json"
 #: For models that have not been checked.
-DEFAULT_LAYER: Final = 6
+DEFAULT: Final = Recipe()
 
 
 class Checked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -67,7 +67,7 @@ def recipe_of(settings: Blending, model: str, layers: int) -> Recipe:
                 f"blending is not possible: by {path} it costs up to {kl:.3g} nats a token, more than "
                 f"{checked.most_kl:g}; set blending.enabled to false, or check again with other settings"
             )
-    wanted = wanted or (min(DEFAULT_LAYER, layers - 1),)
+    wanted = wanted or (min(DEFAULT.check_layers[0], layers - 1),)
     if wanted[-1] >= layers:
         raise InputError(f"blending.check_layers={list(wanted)}: the model has layers 0..{layers - 1}")
     if not (checked and checked.fits(settings)):

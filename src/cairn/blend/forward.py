@@ -17,7 +17,7 @@ class Recipe(NamedTuple):
     alone they drew the attention that goes to the beginning of a text (attention sinks, arXiv 2309.17453).
     """
 
-    check_layers: tuple[int, ...] = (6,)
+    check_layers: tuple[int, ...] = (3,)
     ratios: tuple[float, ...] = (0.15,)
     head_tokens: int = 4
 

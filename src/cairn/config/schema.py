@@ -149,7 +149,7 @@ class Blending(Section):
         default=None,
         min_length=1,
         description="Layers, ascending, at which the tokens to compute anew are chosen; before the first all are. "
-        "null: the first at which `cairn blend check` found the model's answers close enough, or else 6.",
+        "null: the first at which `cairn blend check` found the model's answers close enough, or else 3.",
     )
     recompute_ratios: tuple[Share, ...] = Field(
         default=(0.15,),

@@ -24,7 +24,7 @@ LONG: Final = Shape(chunks=(8, 8), tokens=(490, 490), documents=8)
 #: Layers to check at, the cheapest first.
 CANDIDATES: Final = (1, 3, 6)
 #: Variants that are asked every so many prompts only: what computes everything is slow, and exact or not.
-_EVERY: Final = {"ratio 1": 8, "prefix only": 8, "ratio 0.15, check layer 1": 4}
+_EVERY: Final = {"ratio 1": 8, "prefix only": 8, "ratio 0.15, check layer 1": 4, "ratio 0.15, check layer 6": 4}
 #: Chunks of two kinds and a few whole prompts.
 _ROOM: Final = 4
 
@@ -49,7 +49,7 @@ def run_blend(
     }
     for ratio in RATIOS:
         variants[f"ratio {ratio:g}"] = bench.blender(default._replace(ratios=(ratio,)))
-    for layer in CANDIDATES[:2]:
+    for layer in sorted(set(CANDIDATES) - set(default.check_layers)):
         variants[f"ratio 0.15, check layer {layer}"] = bench.blender(Recipe((layer,)))
     variants["prefix only"] = None
     for i, rag in bench.prompts(count, shape, skip=len(sheet.scores["quality"])):

@@ -52,7 +52,7 @@ class Sheet:
         """What was asked, each part's figures by variant, and where and when they were measured."""
         figures: dict[str, Any] = {}
         for part, prompts in self.scores.items():
-            names = list(prompts[0]) if prompts else []
+            names = dict.fromkeys(name for scores in prompts for name in scores)
             figures[part] = {
                 name: _SUMMARIES[part]([scores[name] for scores in prompts if name in scores]) for name in names
             }
