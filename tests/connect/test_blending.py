@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from cairn.blend.checked import Checked
+from cairn.config.schema import Blending
 from cairn.connect.transformers import CairnConnector
 from cairn.errors import GeometryError, InputError
 from tests.blend.rig import model_of, tokens_of
@@ -186,6 +188,14 @@ def test_refusals_say_why(family: str, changes: dict[str, Any], reason: str) -> 
         refuse_blending(CONFIG_MAPPING[family](**changes))
     assert "\n" not in str(refusal.value)
     assert "set blending.enabled to false" in str(refusal.value)
+
+
+def test_a_model_whose_check_failed_is_refused(tmp_path: Path) -> None:
+    model = model_of()
+    model.config.name_or_path = str(tmp_path)
+    Checked.of(Blending(special_str="sep"), most_kl=0.1, kl={(1,): 0.3}).save(tmp_path)
+    with open_engine(model, **SETTINGS) as engine, pytest.raises(GeometryError, match=r"costs up to 0\.3 nats"):
+        CairnConnector(model, engine, Tokenizer())
 
 
 def test_settings_that_do_not_fit() -> None:

@@ -87,6 +87,12 @@ def counted(llm: Any) -> tuple[float, float]:
     return figures["blend_lookups"].get("tokens", 0), figures["blend_hits"].get("tokens", 0)
 
 
+def tokens_counted(llm: Any) -> float:
+    """Of prompts, as hits or misses."""
+    figures = stats(llm)
+    return float(sum(figures["hit_tokens"].values()) + sum(figures["miss_tokens"].values()))
+
+
 def first_logprobs(llm: Any, prompts: list[list[int]], **options: Any) -> np.ndarray:
     """Of the token that follows each prompt: [prompts, vocabulary]."""
     from vllm import SamplingParams
@@ -105,9 +111,11 @@ def divergence(exact: np.ndarray, other: np.ndarray) -> float:
 def test_all_computed_is_exact(engine: Any, texts: Texts) -> None:
     orders = [random.Random(i).sample(range(CHUNKS), 5) for i in range(10)]
     prompts = [texts.prompt(order, i) for i, order in enumerate(orders)]
+    before = tokens_counted(engine)
     with ratio(engine, 1.0):
         found = answers(engine, prompts)
     settle(engine)
+    assert tokens_counted(engine) - before == sum(map(len, prompts))
     assert counted(engine)[1] >= 0.85 * counted(engine)[0] > 5000
     no_leak(engine)
     before = counted(engine)[1]

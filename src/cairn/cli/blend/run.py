@@ -25,8 +25,8 @@ LONG: Final = Shape(chunks=(8, 8), tokens=(490, 490), documents=8)
 CANDIDATES: Final = (1, 3, 6)
 #: Variants that are asked every so many prompts only: what computes everything is slow, and exact or not.
 _EVERY: Final = {"ratio 1": 8, "prefix only": 8, "ratio 0.15, check layer 1": 4, "ratio 0.15, check layer 6": 4}
-#: Chunks of two kinds and a few whole prompts.
-_ROOM: Final = 4
+#: Chunks of two kinds and some whole prompts.
+_ROOM: Final = 3
 
 Tick = Callable[[int, int], None]
 
