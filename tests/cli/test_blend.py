@@ -56,6 +56,8 @@ def test_bench_holds_every_ratio_to_full_prefill(run: Run, model: Path) -> None:
         assert quality[name]["exact_match"] == quality[name]["f1"] == 1
         assert quality[name]["prompts"] == 1
     assert quality["full reuse"]["kl"] > 1e-6
+    assert quality["full reuse"]["kl_of"]["full reuse"] == 1
+    assert quality["ratio 1"]["kl_of"]["full reuse, prelude"] < 1e-6
     assert quality["prefix only"]["hit_share"] < 0.3
     assert all(quality[name]["hit_share"] > 0.5 for name in quality if name != "prefix only")
 

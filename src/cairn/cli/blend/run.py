@@ -9,7 +9,7 @@ from cairn.blend import ChunkStore, Recipe
 from cairn.blend.checked import Checked
 from cairn.cli.blend.measure import ANSWER, Score, Variants, compare, quality
 from cairn.cli.blend.prompts import Rag, Shape, rag_prompts
-from cairn.cli.blend.sheet import Sheet
+from cairn.cli.blend.sheet import BASES, Sheet
 from cairn.cli.demo.model import default_cache_dir, fetch_model
 from cairn.cli.demo.show import Screen
 from cairn.config import Config
@@ -44,8 +44,8 @@ def run_blend(
     bench = _Bench(home, Blending(), [shape, LONG])
     nothing = Recipe(ratios=(0.0,), head_tokens=0)
     variants: dict[str, Blender | None] = {
-        "full reuse": bench.blender(nothing, prelude=False),
-        "full reuse, prelude": bench.blender(nothing),
+        BASES[0]: bench.blender(nothing, prelude=False),
+        BASES[1]: bench.blender(nothing),
     }
     for ratio in RATIOS:
         variants[f"ratio {ratio:g}"] = bench.blender(default._replace(ratios=(ratio,)))

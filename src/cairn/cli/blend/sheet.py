@@ -9,6 +9,8 @@ from cairn.cli.blend.measure import Score, quality, times
 from cairn.cli.output import machine
 from cairn.errors import InputError
 
+#: Reuse without recompute, as published and behind the prelude: what a variant's KL is a share of.
+BASES: Final = ("full reuse", "full reuse, prelude")
 #: What is made of the scores of each part of a run.
 _SUMMARIES: Final[dict[str, Callable[[Sequence[Score]], dict[str, Any]]]] = {"quality": quality, "long": times}
 
@@ -52,8 +54,16 @@ class Sheet:
         """What was asked, each part's figures by variant, and where and when they were measured."""
         figures: dict[str, Any] = {}
         for part, prompts in self.scores.items():
-            names = dict.fromkeys(name for scores in prompts for name in scores)
-            figures[part] = {
-                name: _SUMMARIES[part]([scores[name] for scores in prompts if name in scores]) for name in names
-            }
+            figures[part] = {}
+            for name in dict.fromkeys(name for scores in prompts for name in scores):
+                rows = [scores for scores in prompts if name in scores]
+                figures[part][name] = _SUMMARIES[part]([row[name] for row in rows])
+                if part == "quality":
+                    figures[part][name]["kl_of"] = {base: _share(rows, name, base) for base in BASES}
         return {**self._asked, **figures, "measured": self._measured}
+
+
+def _share(rows: Sequence[dict[str, Score]], name: str, base: str) -> float | None:
+    """A variant's KL as a share of another's over the same prompts."""
+    whole = sum(row[base].kl for row in rows)
+    return round(sum(row[name].kl for row in rows) / whole, 4) if whole else None
