@@ -14,7 +14,8 @@ from tests.vllm.engine import answers, connector, no_leak, serving, settle, stat
 
 TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
 CHUNKS, WORDS = 8, 110
-SETTINGS = {"blending.enabled": True, "blending.check_layers": [1], "storage.cpu.size": "512MiB"}
+#: No layer that `cairn blend check` tries: what it may have found of this model on this machine is nothing to a test.
+SETTINGS = {"blending.enabled": True, "blending.check_layers": [2], "storage.cpu.size": "512MiB"}
 
 
 class Texts:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Final, Self
 
 import msgspec
-from huggingface_hub import try_to_load_from_cache
 
 from cairn.blend.forward import Recipe
 from cairn.config.schema import Blending
@@ -79,6 +78,8 @@ def _file(model: str) -> Path | None:
     path = Path(model) / FILE
     if not model or Path(model).is_dir():
         return path if model and path.is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+
     try:
         found = try_to_load_from_cache(model, FILE)
     except ValueError:  # no name of the hub's

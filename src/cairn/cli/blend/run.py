@@ -27,6 +27,8 @@ CANDIDATES: Final = (1, 3, 6)
 _EVERY: Final = {"ratio 1": 8, "prefix only": 8, "ratio 0.15, check layer 1": 4, "ratio 0.15, check layer 6": 4}
 #: Chunks of two kinds and some whole prompts.
 _ROOM: Final = 3
+#: Nothing is given up because the run was stopped for a while, as by SIGSTOP.
+_PATIENCE_S: Final = 86_400.0
 
 Tick = Callable[[int, int], None]
 
@@ -105,7 +107,8 @@ class _Bench:
         # Every variant is to be measured, whether it pays or not: without a planner what is held is loaded.
         size = _ROOM * namespace.geometry.token_bytes * sum(shape.documents * shape.tokens[1] for shape in shapes)
         disabled = blending.model_copy(update={"enabled": False})  # of the connector itself
-        config = Config(storage=Storage(cpu=Cpu(size=size)), blending=disabled, engine=Engine(planner=False))
+        engine = Engine(planner=False, timeout_s=_PATIENCE_S, lease_s=_PATIENCE_S)
+        config = Config(storage=Storage(cpu=Cpu(size=size)), blending=disabled, engine=engine)
         self._engine = CacheEngine(namespace, config)
         self.layers = namespace.geometry.layers
         self._connector = CairnConnector(self._model, self._engine, self.tokenizer)
