@@ -140,8 +140,12 @@ def test_what_stands_before_a_chunk_may_be_held(llm: Any, plain: list[list[int]]
 
 
 def test_missing_chunks_are_learned_alone(engine: Any, plain: list[list[int]]) -> None:
-    """Nobody has sent the chunks: when a request is over and nothing else to be done, they are stored."""
+    """Nobody has sent the chunks behind the prelude: when a request is over and nothing else to be done, they are
+    stored. What was computed without it is no chunk.
+    """
     connector(engine).reset_cache()
+    settle(engine)
+    answers(engine, CHUNKS, tokens=1)
     settle(engine)
     before = hits(engine)
     assert answers(engine, ASKED[:1], tokens=40) == plain[:1]
