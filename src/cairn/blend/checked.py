@@ -13,7 +13,7 @@ from cairn.observe.log import log_once
 
 logger = logging.getLogger(__name__)
 
-FILE: Final = "cairn_blend.json"
+FILE: Final = "cairn-blend.json"
 #: For models that have not been checked.
 DEFAULT: Final = Recipe()
 
