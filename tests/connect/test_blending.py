@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from cairn.blend.checked import Checked
+from cairn.config.schema import Blending
 from cairn.connect.transformers import CairnConnector
 from cairn.errors import GeometryError, InputError
 from tests.blend.rig import model_of, tokens_of
 from tests.connect.rig import BLOCK, check, generate, open_engine
+from tests.connect.test_compressed import divergence
 
 SEPARATOR = [94, 95, 94]
 SETTINGS = {"blending.enabled": True, "blending.special_str": "sep", "blending.check_layers": [1]}
@@ -91,18 +94,54 @@ def tokens_of_torch(seed: int, length: int) -> Any:
     return torch.from_numpy(tokens_of(seed, length).astype(np.int64))[None]
 
 
-def test_chunks_come_from_disk(tmp_path: Path) -> None:
-    model = model_of()
-    with open_engine(model, disk=tmp_path, **SETTINGS) as engine, CairnConnector(model, engine, Tokenizer()) as cairn:
+@pytest.mark.parametrize(
+    ("tier", "settings"),
+    [
+        ("disk", {}),
+        ("remote", {"compression.algorithm": "none"}),
+        ("remote", {"compression.algorithm": "lossless"}),
+        ("remote", {"compression.algorithm": "cachegen"}),
+    ],
+)
+def test_chunks_come_back_after_a_restart(tmp_path: Path, tier: str, settings: dict[str, Any]) -> None:
+    """What is blended then is what was blended before, or near it where the store's codec loses something."""
+    model, ids = model_of(), prompt(C, A, B)
+    settings = {**SETTINGS, "engine.timeout_s": 30, "compression.adaptive": False, **settings}
+    if tier == "remote":
+        settings |= {"storage.remote.url": f"file://{tmp_path}/store", "storage.remote.lookup_timeout_s": 60}
+    disk = tmp_path / "kv" if tier == "disk" else None
+    with open_engine(model, disk=disk, **settings) as engine, CairnConnector(model, engine, Tokenizer()) as cairn:
         for chunk in (A, B, C):
             cairn.learn(chunk)
-        _, expected = generate(model, prompt(C, A, B), cairn.cache(prompt(C, A, B)))
-        engine.flush()
-    with open_engine(model, disk=tmp_path, **SETTINGS) as engine, CairnConnector(model, engine, Tokenizer()) as cairn:
-        cache = cairn.cache(prompt(C, A, B))
+        expected, logits = generate(model, ids, cairn.cache(ids))
+        assert engine.flush(60)
+    with open_engine(model, disk=disk, **settings) as engine, CairnConnector(model, engine, Tokenizer()) as cairn:
+        cache = cairn.cache(ids)
         assert cache.blended.reused == WHOLE
-        torch.testing.assert_close(generate(model, prompt(C, A, B), cache)[1], expected)
-        assert engine.metrics.hit_tokens.value(tier="disk") >= WHOLE
+        found, again = generate(model, ids, cache)
+        assert engine.metrics.hit_tokens.value(tier=tier) >= WHOLE
+    if settings.get("compression.algorithm") == "cachegen":
+        assert 0 < divergence(logits[:1], again[:1]) < 0.05
+    else:
+        assert torch.equal(found, expected)
+        assert torch.equal(again, logits)
+
+
+def test_a_token_counts_once() -> None:
+    """Of a blended prompt: a hit where it was loaded, as a chunk's or the prefix's, and else a miss."""
+    model = model_of()
+    with open_engine(model, **SETTINGS) as engine, CairnConnector(model, engine, Tokenizer()) as cairn:
+        hits, misses = engine.metrics.hit_tokens, engine.metrics.miss_tokens
+        for chunk in (A, B):
+            cairn.learn(chunk)
+        for order, loaded in (((A, B), 64 + 48), ((B, C, A), 32 + 64 + 48), ((C, B, A), 32 + WHOLE)):
+            ids = prompt(*order)
+            before = hits.value(), misses.value()
+            with cairn.cache(ids) as cache:
+                assert cache.blended.reused + cache.reused_tokens == loaded
+                generate(model, ids, cache, new_tokens=1)
+            assert hits.value() - before[0] == loaded
+            assert misses.value() - before[1] == ids.shape[1] - loaded
 
 
 def test_what_does_not_pay_is_left() -> None:
@@ -149,6 +188,14 @@ def test_refusals_say_why(family: str, changes: dict[str, Any], reason: str) -> 
         refuse_blending(CONFIG_MAPPING[family](**changes))
     assert "\n" not in str(refusal.value)
     assert "set blending.enabled to false" in str(refusal.value)
+
+
+def test_a_model_whose_check_failed_is_refused(tmp_path: Path) -> None:
+    model = model_of()
+    model.config.name_or_path = str(tmp_path)
+    Checked.of(Blending(special_str="sep"), most_kl=0.1, kl={(1,): 0.3}).save(tmp_path)
+    with open_engine(model, **SETTINGS) as engine, pytest.raises(GeometryError, match=r"costs up to 0\.3 nats"):
+        CairnConnector(model, engine, Tokenizer())
 
 
 def test_settings_that_do_not_fit() -> None:

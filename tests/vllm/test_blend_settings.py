@@ -2,6 +2,7 @@
 
 import gc
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from torch import nn
 from transformers import LlamaConfig
 
+from cairn.blend.checked import Checked
 from cairn.config import Config
 from cairn.config.schema import Blending
 from cairn.connect.vllm import plugin
@@ -20,10 +22,12 @@ from cairn.kv import KVGeometry
 G = KVGeometry(layers=4, kv_heads=2, head_dim=16, block_tokens=16)
 
 
-def asked(blending: dict[str, Any] | None = None, ranks: int = 1, **vllm: Any) -> Any:
-    """What `settings_of` says. vllm: of its config; of the model's where the name is one of Llama's config."""
+def asked(blending: dict[str, Any] | None = None, ranks: int = 1, home: Path | str = "", **vllm: Any) -> Any:
+    """What `settings_of` says. home: of the model. vllm: of its config; of the model's where the name is one of Llama's
+    config.
+    """
     text = LlamaConfig(num_hidden_layers=4, **{key: vllm.pop(key) for key in list(vllm) if key.startswith("llama_4")})
-    model = SimpleNamespace(hf_text_config=text, skip_tokenizer_init=True)
+    model = SimpleNamespace(hf_text_config=text, skip_tokenizer_init=True, model=str(home))
     vllm_config = SimpleNamespace(**{"model_config": model, "lora_config": None} | vllm)
     served = SimpleNamespace(namespace=SimpleNamespace(geometry=vllm.pop("geometry", G)), ranks=ranks)
     settings = {"enabled": True, "special_str": None, "check_layers": (1,)} | (blending or {})
@@ -40,7 +44,7 @@ def test_as_configured() -> None:
 @pytest.mark.parametrize(
     ("reason", "how"),
     [
-        ("layers 0..3, blending.check_layers=4", {"blending": {"check_layers": (4,)}}),
+        ("blending.check_layers=[4]: the model has layers 0..3", {"blending": {"check_layers": (4,)}}),
         ("parallelism", {"ranks": 2}),
         ("LoRA", {"lora_config": object()}),
         ("draft model", {"speculative_config": object()}),
@@ -55,6 +59,12 @@ def test_refusals_say_why_and_prefixes_go_on(reason: str, how: Any, caplog: pyte
     (record,) = [record.getMessage() for record in caplog.records if record.name.startswith("cairn")]
     assert "prefixes are reused all the same" in record
     assert reason in record
+
+
+def test_a_model_whose_check_failed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Checked.of(Blending(special_str=None), most_kl=0.1, kl={(1,): 0.3}).save(tmp_path)
+    assert asked(home=tmp_path) is None
+    assert "costs up to 0.3 nats a token" in caplog.text
 
 
 class Layer(nn.Module):

@@ -21,6 +21,7 @@ from tests.blend.rig import LAYERS, model_of, prefill, tokens_of
 BLOCK, PAGES = 8, 40
 G = KVGeometry(layers=LAYERS, kv_heads=2, head_dim=8, dtype="float32", block_tokens=BLOCK)
 PROMPT = tokens_of(1, 200)
+PRELUDE = tokens_of(9, 3)
 #: Chunks of the prompt, at any alignment, and where each begins; the first is its prefix.
 PIECES = [Piece(0, 24), Piece(27, 67), Piece(70, 126), Piece(126, 158)]
 STOP = 158
@@ -55,8 +56,9 @@ class Rig:
         self.rows: list[list[int]] = []
         free = iter(np.random.default_rng(3).permutation(32).tolist())
         for number, piece in enumerate(PIECES):
-            self.rows.append([next(free) for _ in range((piece.stop - piece.start) // BLOCK)])
-            whole = PROMPT[piece.start : piece.start + len(self.rows[-1]) * BLOCK]
+            alone = np.concatenate([PRELUDE if number else PRELUDE[:0], PROMPT[piece.start : piece.stop]])
+            self.rows.append([next(free) for _ in range(len(alone) // BLOCK)])
+            whole = alone[: len(self.rows[-1]) * BLOCK]
             learned = self.blender.learn(Learn(number, "a", whole.tobytes(), 0, self.rows[-1]))
             assert learned.exception() is None
 
@@ -64,9 +66,8 @@ class Rig:
         """Blends all but the first piece. start, computed: as in Chunks.order."""
         parts = [Part(computed, start, 0, self.rows[0][computed // BLOCK :])] if start > computed else []
         for piece, rows in zip(PIECES[1:], self.rows[1:], strict=True):
-            stop = piece.start + len(rows) * BLOCK
-            first = max(piece.start, start)
-            parts.append(Part(first, stop, piece.start, rows[(first - piece.start) // BLOCK :]))
+            origin, first = piece.start - len(PRELUDE), max(piece.start, start)
+            parts.append(Part(first, origin + len(rows) * BLOCK, origin, rows[(first - origin) // BLOCK :]))
         cut = computed // BLOCK
         return Blend(9, "a", PROMPT[:STOP].tobytes(), start, parts, self.pages[:cut], self.pages[cut:])
 
@@ -106,16 +107,16 @@ def test_all_computed_is_a_prefill(kind: str, start: int, computed: int) -> None
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_reused_tokens_are_those_of_the_chunk_alone(kind: str) -> None:
+def test_reused_tokens_are_those_of_the_chunk_behind_the_prelude(kind: str) -> None:
     rig = Rig(kind, Recipe((1,), (0.0,), head_tokens=0))
     assert rig.blender.run(rig.order(24, 0)).exception() is None
     right = prefill(rig.model, PROMPT)
     for piece, rows in zip(PIECES[1:], rig.rows[1:], strict=True):
-        alone = prefill(rig.model, PROMPT[piece.start : piece.stop])
-        tokens = slice(piece.start, piece.start + len(rows) * BLOCK)
+        alone = prefill(rig.model, np.concatenate([PRELUDE, PROMPT[piece.start : piece.stop]]))
+        tokens = slice(piece.start, piece.start - len(PRELUDE) + len(rows) * BLOCK)
         for layer in range(LAYERS):
             values = rig.planes(layer)[1][tokens]
-            torch.testing.assert_close(values, alone[layer][1][: len(rows) * BLOCK], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(values, alone[layer][1][len(PRELUDE) : len(rows) * BLOCK], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(rig.planes(0)[0][tokens], right[0][0][tokens], rtol=1e-5, atol=1e-5)
     rig.close()
 

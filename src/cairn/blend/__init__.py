@@ -2,10 +2,11 @@
 
 from cairn.blend.attention import attend
 from cairn.blend.base import BlendError, BlendModel, Canvas, Piece, Planes, Projected, Rope
+from cairn.blend.checked import recipe_of
 from cairn.blend.chunks import ChunkLoad, ChunkStore, Found
 from cairn.blend.forward import Recipe, blend
 from cairn.blend.rotation import Turn
-from cairn.blend.split import join, split
+from cairn.blend.split import join, prelude_of, split
 from cairn.blend.supported import refuse_blending
 from cairn.blend.worth import pays
 
@@ -26,6 +27,8 @@ __all__ = [
     "blend",
     "join",
     "pays",
+    "prelude_of",
+    "recipe_of",
     "refuse_blending",
     "split",
 ]

@@ -42,10 +42,11 @@ class ChunkStore:
         """The keys of one chunk; what `CacheEngine` takes in place of tokens."""
         return KeyChain(self._root, self.engine.geometry.block_tokens, tokens)
 
-    def find(self, tokens: Tokens, pieces: Sequence[Piece], start: int) -> "Found":
+    def find(self, tokens: Tokens, pieces: Sequence[Piece], start: int, whole: Stage | None = None) -> "Found":
         """What is held of those pieces of a prompt that reach beyond `start`, pinned, and counted as looked up.
 
-        Tokens before `start` are at hand. Waits for lower tiers within the engine's deadline. To be released.
+        Tokens before `start` are at hand. whole: the prompt's own stage, which counts what is missed. Waits for lower
+        tiers within the engine's deadline. To be released, before `whole`.
         """
         wanted = [(piece, self.chain(tokens[piece.start : piece.stop])) for piece in pieces if piece.stop > start]
         asked = [answer for _, chain in wanted if (answer := self.engine.ask(chain)) is not None]
@@ -54,6 +55,9 @@ class ChunkStore:
             _Staged(piece, chain, self.engine.stage(chain, first_token=max(0, start - piece.start)))
             for piece, chain in wanted
         ]
+        if whole:
+            for staged in stages:
+                staged.stage.part_of(whole)
         found = Found(stages, start, len(self.prelude))
         hits, lookups = self.engine.metrics.blend_hits, self.engine.metrics.blend_lookups
         for counter, some in ((lookups, [piece for piece, _ in wanted]), (hits, found.held)):

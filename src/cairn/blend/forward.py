@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 
 from cairn.blend.base import BlendModel, Canvas, Piece
 from cairn.blend.selection import deviation, keep
-from cairn.config.schema import Blending
 from cairn.errors import InputError
 
 
@@ -18,14 +17,9 @@ class Recipe(NamedTuple):
     alone they drew the attention that goes to the beginning of a text (attention sinks, arXiv 2309.17453).
     """
 
-    check_layers: tuple[int, ...] = (6,)
+    check_layers: tuple[int, ...] = (3,)
     ratios: tuple[float, ...] = (0.15,)
     head_tokens: int = 4
-
-    @classmethod
-    def of(cls, settings: Blending) -> Self:
-        """As configured."""
-        return cls(settings.check_layers, settings.recompute_ratios, settings.head_tokens)
 
 
 @torch.inference_mode()  # type: ignore[untyped-decorator]

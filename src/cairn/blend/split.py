@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,14 @@ def split(tokens: Tokens, separator: Tokens) -> list[Piece]:
     ends = [0, *(start + len(separator) for start in starts)]
     pieces = [Piece(end, start) for end, start in zip(ends, [*starts, len(tokens)], strict=True)]
     return [piece for piece in pieces[:-1] if piece.stop > piece.start] + pieces[-1:]
+
+
+def prelude_of(separator: Tokens, tokenizer: Any) -> Tokens:
+    """What every chunk is computed behind (see `ChunkStore`): the token that begins a text, if the tokenizer has one,
+    and a separator. tokenizer: the model's, or none.
+    """
+    begin = getattr(tokenizer, "bos_token_id", None)
+    return as_tokens([*([] if begin is None else [begin]), *separator])
 
 
 def find(tokens: Tokens, separator: Tokens) -> list[int]:

@@ -210,19 +210,23 @@ def blend(
         Path | None,
         typer.Option(exists=True, file_okay=False, help="In Hugging Face format; SmolLM2-135M-Instruct by default."),
     ] = None,
-    prompts: Annotated[int, typer.Option(min=2, help="RAG prompts of 4 to 8 chunks in permuted order.")] = 200,
+    prompts: Annotated[int, typer.Option(min=0, help="RAG prompts of 4 to 8 chunks in permuted order.")] = 200,
+    tokens: Annotated[int, typer.Option(min=100, max=8000, help="Of each of those, about.")] = 1000,
     long: Annotated[int, typer.Option(min=0, help="Prompts of 4k tokens, for times.")] = 5,
+    out: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Written after every prompt; a run that was stopped goes on.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Blend RAG prompts of real texts: KL, answers and time to first token by recompute ratio, beside full prefill.
 
     \b
     Example:
-      cairn bench blend --prompts 20 --json
+      cairn bench blend --out blend.json --json
     """
     from cairn.cli.blend.run import run_blend
 
-    result = run_blend(model, prompts, long, lambda i, of: typer.echo(f"prompt {i} of {of}", err=True))
+    result = run_blend(model, prompts, tokens, long, out, lambda i, of: typer.echo(f"prompt {i} of {of}", err=True))
     _report("blend", result, as_json)
 
 

@@ -141,10 +141,11 @@ class Blending(Section):
         min_length=1,
         description="What stands between a prompt's chunks; null: nothing does, and chunks are cut by their content.",
     )
-    check_layers: tuple[int, ...] = Field(
-        default=(6,),
+    check_layers: tuple[int, ...] | None = Field(
+        default=None,
         min_length=1,
-        description="Layers, ascending, at which the tokens to compute anew are chosen; before the first all are.",
+        description="Layers, ascending, at which the tokens to compute anew are chosen; before the first all are. "
+        "null: the first at which `cairn blend check` found the model's answers close enough, or else 3.",
     )
     recompute_ratios: tuple[Share, ...] = Field(
         default=(0.15,),
@@ -155,7 +156,7 @@ class Blending(Section):
 
     @model_validator(mode="after")
     def _one_ratio_a_layer(self) -> Self:
-        layers, ratios = self.check_layers, self.recompute_ratios
+        layers, ratios = self.check_layers or (1,), self.recompute_ratios
         if len(layers) != len(ratios):
             raise ValueError(f"{len(ratios)} recompute_ratios for {len(layers)} check_layers: each layer needs one")
         if layers[0] < 1 or list(layers) != sorted(set(layers)):

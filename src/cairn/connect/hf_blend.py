@@ -18,12 +18,14 @@ from cairn.blend import (
     blend,
     join,
     pays,
+    prelude_of,
+    recipe_of,
     refuse_blending,
     split,
 )
 from cairn.connect.hf_layer import Tensors
 from cairn.copy import PagedKV
-from cairn.engine import CacheEngine, LayerLoad
+from cairn.engine import CacheEngine, LayerLoad, Stage
 from cairn.errors import InputError
 from cairn.kv import as_tokens
 from cairn.kv.keys import Tokens
@@ -88,38 +90,38 @@ class Blended(NamedTuple):
 class Blender:
     """Blends the prompts of one model as `engine.config.blending` says. Thread-safe as far as the model is.
 
-    tokenizer: the model's, for `special_str`. Raises GeometryError for a model that cannot be blended, InputError for
-    settings that do not fit it.
+    tokenizer: the model's, for `special_str`. recipe: instead of what settings and the model's check say (see
+    `recipe_of`). Raises GeometryError for a model that cannot be blended, InputError for settings that do not fit it.
     """
 
-    def __init__(self, model: Any, engine: CacheEngine, tokenizer: Any) -> None:
+    def __init__(self, model: Any, engine: CacheEngine, tokenizer: Any, recipe: Recipe | None = None) -> None:
         refuse_blending(model.config)
         settings = engine.config.blending
-        layers = engine.geometry.layers
-        if settings.check_layers[-1] >= layers:
-            raise InputError(
-                f"blending.check_layers={list(settings.check_layers)}: the model has layers 0..{layers - 1}"
-            )
-        self.recipe = Recipe.of(settings)
+        self.recipe = recipe or recipe_of(settings, model.config.name_or_path, engine.geometry.layers)
         self.separator = _separator(settings.special_str, tokenizer)
-        begin = getattr(tokenizer, "bos_token_id", None)
-        prelude = as_tokens([*([] if begin is None else [begin]), *self.separator])
-        self.chunks = ChunkStore(engine, rope_of(model), prelude)
+        self.chunks = ChunkStore(engine, rope_of(model), prelude_of(self.separator, tokenizer))
         self._planner = engine.config.engine.planner
         self._model = model
 
     def fill(
-        self, tokens: Tokens, start: int, kv: PagedKV, buffers: list[Tensors], before: LayerLoad | None
+        self,
+        tokens: Tokens,
+        start: int,
+        kv: PagedKV,
+        buffers: list[Tensors],
+        before: LayerLoad | None,
+        whole: Stage | None,
     ) -> Blended:
         """Loads and computes a prompt's KV from `start` on, up to its last chunk that is held, if that pays.
 
         What stands at the prompt's beginning is no chunk but a prefix, and computed if it is not held as one.
 
         tokens: the prompt. kv, buffers: where its KV belongs, the same memory. before: the load of what comes before
-        `start`. Raises BlendError when a layer does not come; then the KV before `start` is as it was.
+        `start`. whole: the prompt's stage. Raises BlendError when a layer does not come; then the KV before `start` is
+        as it was.
         """
         pieces = [piece for piece in split(tokens, self.separator)[:-1] if piece.start]
-        with self.chunks.find(tokens, pieces, start) as found:
+        with self.chunks.find(tokens, pieces, start, whole) as found:
             missing = [tokens[piece.start : piece.stop] for piece in found.missing]
             stop = found.reused[-1].stop if found.reused else start
             if stop == start or (

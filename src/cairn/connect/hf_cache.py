@@ -226,7 +226,7 @@ class CairnCache(Cache):  # type: ignore[misc]
     def _blend(self, blender: Blender, prompt: torch.Tensor) -> None:
         """Goes on behind the prefix with the prompt's chunks, as far as that pays."""
         self.blended = blended = blender.fill(
-            as_tokens(prompt), self.reused_tokens, self._kv, self._buffers, self._load
+            as_tokens(prompt), self.reused_tokens, self._kv, self._buffers, self._load, self._stage
         )
         if not blended.reused:
             return

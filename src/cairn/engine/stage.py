@@ -44,8 +44,8 @@ class Stage:
 
     What is copied is copied while it is held, so it is right; what could not be brought up in time is simply not part
     of the stage. Tokens before `span.start` are the caller's and their slots are never written. On release, what was
-    copied counts as hits and the rest of the prompt as misses. Owned by one request; `abandon` may come from any
-    thread.
+    copied counts as hits and the rest of the prompt, but for what its parts (`part_of`) copied, as misses. Owned by one
+    request; `abandon` may come from any thread.
     """
 
     def __init__(
@@ -72,9 +72,17 @@ class Stage:
         self._cost = cost
         self._block = copier.geometry.block_tokens
         self._loaded = span.start
+        self._whole: Stage | None = None
+        self._by_parts = 0
         self._layer_load: LayerLoad | None = None
         self._released = False
         self._abandoned = False
+
+    def part_of(self, whole: "Stage") -> None:
+        """This stage is of a chunk in the prompt of `whole`, which is released later and counts for both what neither
+        copied.
+        """
+        self._whole = whole
 
     @property
     def blocks(self) -> int:
@@ -239,17 +247,23 @@ class Stage:
 
     def _count(self) -> None:
         span = self.span
-        missed = max(0, span.blocks_end - self._loaded)
-        declined = min(span.declined, missed)
-        reason = self._hold.reason or (Reason.CANCELLED if self._abandoned else Reason.ABSENT)
         for tier, tokens in self.tokens_by_tier(span.start, self._loaded).items():
             if tokens:
                 self._metrics.hit_tokens.add(tokens, tier=tier)
                 if self._trace.on:
                     self._trace.note(**{f"hit_tokens.{tier}": tokens})
+        if self._whole:
+            self._whole._by_parts += self._loaded - span.start
+            return
+        missed = max(0, span.blocks_end - self._loaded)
+        by_parts = min(self._by_parts, missed)
+        missed -= by_parts
+        partial = span.prompt - max(span.start, span.blocks_end) - (self._by_parts - by_parts)
+        declined = min(span.declined, missed)
+        reason = self._hold.reason or (Reason.CANCELLED if self._abandoned else Reason.ABSENT)
         self._missed(Reason.CHEAPER_TO_RECOMPUTE, declined)
         self._missed(reason, missed - declined)
-        self._missed(Reason.PARTIAL_BLOCK, span.prompt - max(span.start, span.blocks_end))
+        self._missed(Reason.PARTIAL_BLOCK, partial)
 
     def _missed(self, reason: Reason, tokens: int) -> None:
         if tokens:

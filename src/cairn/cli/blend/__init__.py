@@ -27,21 +27,29 @@ def check(
 ) -> None:
     """Hold a model's blended answers to fully computed ones, on the CPU; exit code 1 if they differ too much.
 
-    The upper end of KL's interval of 95 % must be at most --most-kl. Run it before blending.enabled is set.
+    The upper end of KL's interval of 95 % must be at most --most-kl. What was found is kept in the model's directory:
+    with the same settings blending goes by the first check layer that was close enough, or is refused if none was.
 
     \b
     Example:
       cairn blend check ./SmolLM2-135M-Instruct --set blending.recompute_ratios=[0.3]
     """
     from cairn.cli.blend.run import run_check
-    from cairn.errors import CairnError
+    from cairn.errors import CairnError, StorageError
 
     blending = load(file, settings).blending
-    result = run_check(model, blending, prompts, lambda i, of: typer.echo(f"prompt {i} of {of}", err=True))
+    checked, figures = run_check(
+        model, blending, prompts, most_kl, lambda i, of: typer.echo(f"prompt {i} of {of}", err=True)
+    )
+    result = {**figures, "check_layers": checked.check_layers}
     show({**result, "machine": machine()} if as_json else result, title=f"cairn blend check {model}", as_json=as_json)
-    kl = result["blended"]["kl_95"][1]
-    if kl > most_kl:
+    try:
+        path = checked.save(model)
+    except OSError as error:
+        raise StorageError(f"{model}: {error.strerror}; what was found is kept beside the model") from error
+    if checked.check_layers is None:
         raise CairnError(
-            f"{model}: blending costs up to {kl:.3g} nats a token, more than --most-kl {most_kl:g}; leave "
-            "blending.enabled false, or raise recompute_ratios"
+            f"{model}: blending costs up to {min(kl for _, kl in checked.kl):.3g} nats a token, more than --most-kl "
+            f"{most_kl:g}; leave blending.enabled false, or raise recompute_ratios ({path} says so, too)"
         )
+    typer.echo(f"{path}: blending checks at {list(checked.check_layers)}", err=True)

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from cairn.connect.hf_blend import Blender
 from cairn.connect.transformers import CairnConnector
 
 #: Tokens of an answer.
-ANSWER: Final = 24
+ANSWER: Final = 12
 _RESAMPLES: Final = 2000
 
 #: By name; None: prefixes only.
@@ -43,32 +43,24 @@ class _Answer(NamedTuple):
 
 @torch.inference_mode()  # type: ignore[untyped-decorator]
 def compare(
-    model: Any,
-    tokenizer: Any,
-    connector: CairnConnector,
-    prompts: Iterable[Rag],
-    variants: Variants,
-    tick: Callable[[int], None] = lambda done: None,  # noqa: ARG005
-) -> list[dict[str, Score]]:
-    """Every prompt under every variant, whose chunks are all stored before. Who is first takes turns; prefixes only,
-    which stores the prompt, is last.
+    model: Any, tokenizer: Any, connector: CairnConnector, rag: Rag, variants: Variants, turn: int
+) -> dict[str, Score]:
+    """One prompt under every variant, whose chunks are all stored before. turn: who is first; prefixes only, which
+    stores the prompt, is last.
     """
     blenders = {name: blender for name, blender in variants.items() if blender is not None}
-    names, scored = list(blenders), []
-    for i, rag in enumerate(prompts):
-        for blender in blenders.values():
-            for chunk in rag.chunks:
-                blender.learn(chunk)
-        ids = torch.from_numpy(rag.ids(blenders[names[0]].separator).astype(np.int64))[None]
-        turn = i % len(names)
-        order = [*names[turn:], *names[:turn], *(name for name in variants if name not in blenders)]
-        right, scores = _full(model, tokenizer, ids), {}
-        for name in order:
-            connector.blender = variants[name]
-            scores[name] = _score(model, tokenizer, connector, ids, right)
-        scored.append({name: scores[name] for name in variants})
-        tick(i + 1)
-    return scored
+    names = list(blenders)
+    for blender in blenders.values():
+        for chunk in rag.chunks:
+            blender.learn(chunk)
+    ids = torch.from_numpy(rag.ids(blenders[names[0]].separator).astype(np.int64))[None]
+    first = turn % len(names)
+    order = [*names[first:], *names[:first], *(name for name in variants if name not in blenders)]
+    right, scores = _full(model, tokenizer, ids), {}
+    for name in order:
+        connector.blender = variants[name]
+        scores[name] = _score(model, tokenizer, connector, ids, right)
+    return {name: scores[name] for name in variants}
 
 
 def _full(model: Any, tokenizer: Any, ids: torch.Tensor) -> _Answer:
@@ -77,8 +69,9 @@ def _full(model: Any, tokenizer: Any, ids: torch.Tensor) -> _Answer:
     started = time.perf_counter()
     first = model(ids, past_key_values=cache, logits_to_keep=1).logits[0]
     seconds = time.perf_counter() - started
-    tokens, logits = _greedy(model, cache, first, ANSWER, tokenizer.eos_token_id)
-    return _Answer(tokens, torch.log_softmax(logits, -1), seconds)
+    tokens = _greedy(model, cache, first, ANSWER, tokenizer.eos_token_id)
+    cache.crop(ids.shape[1] - cache.get_seq_length())
+    return _Answer(tokens, _given(model, cache, first, tokens), seconds)
 
 
 def _score(model: Any, tokenizer: Any, connector: CairnConnector, ids: torch.Tensor, right: _Answer) -> Score:
@@ -87,14 +80,12 @@ def _score(model: Any, tokenizer: Any, connector: CairnConnector, ids: torch.Ten
     begun = int(cache.get_seq_length())
     first = model(ids[:, begun:], past_key_values=cache, logits_to_keep=1).logits[0]
     seconds = time.perf_counter() - started
-    given = torch.tensor([right.tokens[:-1]])
-    rest = model(given, past_key_values=cache).logits[0] if given.numel() else first[:0]
-    found = torch.log_softmax(torch.cat([first, rest]), -1)
+    found = _given(model, cache, first, right.tokens)
     tokens = found.argmax(-1).tolist()
     if tokens != right.tokens:
         same = next(i for i, pair in enumerate(zip(tokens, right.tokens, strict=True)) if pair[0] != pair[1])
         cache.crop(ids.shape[1] + same)
-        more, _ = _greedy(model, cache, found[same : same + 1], ANSWER - same, tokenizer.eos_token_id)
+        more = _greedy(model, cache, found[same : same + 1], ANSWER - same, tokenizer.eos_token_id)
         tokens = right.tokens[:same] + more
     reused = cache.reused_tokens + (cache.blended.reused if cache.blended else 0)
     return Score(
@@ -106,13 +97,19 @@ def _score(model: Any, tokenizer: Any, connector: CairnConnector, ids: torch.Ten
     )
 
 
-def _greedy(model: Any, cache: Any, logits: torch.Tensor, most: int, end: int | None) -> tuple[list[int], torch.Tensor]:
-    """At most so many tokens, the first by `logits` [1, vocabulary]; and the logits of each."""
-    tokens, rows = [int(logits.argmax())], [logits]
+def _given(model: Any, cache: Any, first: torch.Tensor, tokens: list[int]) -> torch.Tensor:
+    """Log probabilities of each token of an answer, given those before it; float64, so that equal ones differ by 0."""
+    given = torch.tensor([tokens[:-1]])
+    rest = model(given, past_key_values=cache).logits[0] if given.numel() else first[:0]
+    return torch.log_softmax(torch.cat([first, rest]).double(), -1)
+
+
+def _greedy(model: Any, cache: Any, logits: torch.Tensor, most: int, end: int | None) -> list[int]:
+    """At most so many tokens, the first by `logits` [1, vocabulary]."""
+    tokens = [int(logits.argmax())]
     while len(tokens) < most and tokens[-1] != end:
-        rows.append(model(torch.tensor([[tokens[-1]]]), past_key_values=cache).logits[0])
-        tokens.append(int(rows[-1].argmax()))
-    return tokens, torch.cat(rows)
+        tokens.append(int(model(torch.tensor([[tokens[-1]]]), past_key_values=cache).logits[0].argmax()))
+    return tokens
 
 
 def f1(found: str, right: str) -> float:
@@ -122,16 +119,26 @@ def f1(found: str, right: str) -> float:
     return 2 * common / (len(a) + len(b)) if a or b else 1.0
 
 
-def summary(scores: Sequence[Score]) -> dict[str, Any]:
-    """Means over prompts, KL's with an interval of 95 % by bootstrap over prompts; of times the median."""
+def quality(scores: Sequence[Score]) -> dict[str, Any]:
+    """Means over prompts, KL's with an interval of 95 % by bootstrap over prompts, and the worst prompt's."""
     kl = np.array([score.kl for score in scores])
     drawn = np.random.default_rng(0).integers(0, len(kl), (_RESAMPLES, len(kl)))
     low, high = np.quantile(kl[drawn].mean(axis=1), [0.025, 0.975])
     return {
+        "prompts": len(scores),
         "kl": float(kl.mean()),
         "kl_95": [float(low), float(high)],
-        "exact_match": statistics.fmean(score.exact for score in scores),
+        "kl_most": float(kl.max()),
+        "exact_match": round(statistics.fmean(score.exact for score in scores), 4),
         "f1": round(statistics.fmean(score.f1 for score in scores), 4),
-        "ttft_share": round(statistics.median(score.ttft for score in scores), 4),
         "hit_share": round(statistics.fmean(score.hit for score in scores), 4),
+    }
+
+
+def times(scores: Sequence[Score]) -> dict[str, Any]:
+    """Medians over prompts."""
+    return {
+        "prompts": len(scores),
+        "ttft_share": round(statistics.median(score.ttft for score in scores), 4),
+        "hit_share": round(statistics.median(score.hit for score in scores), 4),
     }

@@ -35,21 +35,30 @@ class Rag(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """How many chunks a prompt has, and how many tokens a chunk: least and most."""
+    """How many chunks a prompt has, and how many tokens a chunk: least and most. documents: so many different chunks
+    there are, so that each comes in several prompts, as retrieved ones do.
+    """
 
-    chunks: tuple[int, int] = (4, 8)
-    tokens: tuple[int, int] = (96, 224)
+    chunks: tuple[int, int]
+    tokens: tuple[int, int]
+    documents: int
+
+    @classmethod
+    def about(cls, tokens: int, documents: int = 100) -> "Shape":
+        """4 to 8 chunks, which have so many tokens together, more or less."""
+        return cls((4, 8), (tokens // 10, tokens * 9 // 40), documents)
 
 
-def rag_prompts(tokenizer: Any, count: int, shape: Shape = Shape(), seed: int = 0) -> Iterator[Rag]:  # noqa: B008
-    """`count` prompts, the same for the same seed. Raises InputError where the system has no long texts."""
+def rag_prompts(tokenizer: Any, count: int, shape: Shape, seed: int = 0) -> Iterator[Rag]:
+    """`count` prompts, the same for the same arguments. Raises InputError where the system has no long texts."""
     rng = random.Random(seed)
     head, tail = _frame(tokenizer)
     sources = [text for _, text in sorted(texts().items()) if len(text) > 4 * _LETTERS * shape.tokens[1]]
     if not sources:
         raise InputError(f"chunks of {shape.tokens[1]} tokens: no text of this system is long enough")
+    documents = [_chunk(rng, tokenizer, sources, shape) for _ in range(shape.documents)]
     for i in range(count):
-        chunks = [_chunk(rng, tokenizer, sources, shape) for _ in range(rng.randint(*shape.chunks))]
+        chunks = rng.sample(documents, rng.randint(*shape.chunks))
         asked = rng.choice(chunks)
         at = rng.randrange(len(asked) // 4, len(asked) // 2)
         quote = tokenizer.decode(asked[at : at + _QUOTED])

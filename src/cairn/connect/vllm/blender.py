@@ -154,7 +154,7 @@ class Blender:
 
     def _blend(self, order: Blend, loads: list[Layers], deadline: float) -> None:
         device, tokens = self._layers[0].keys.device, self._tokens(order.tokens)
-        moved = [part for part in order.parts if part.origin]
+        moved = [part for part in order.parts if part.start >= order.start]
         rows = torch.cat([torch.arange(part.start, part.stop, device=device) for part in moved])
         origins = torch.cat(
             [torch.arange(part.stop - part.start, device=device) + part.start - part.origin for part in moved]

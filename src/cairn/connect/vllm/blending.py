@@ -1,8 +1,8 @@
 """The scheduler's side of blending: which chunks of a prompt are held, and what a blended request must not share.
 
-A chunk is kept as the prompt that it would be by itself: under a prefix's keys, which name its tokens, its model, its
-adapter and its tenant. So the first chunk of every prompt, and every document that was once sent alone, is there
-without being stored twice.
+A chunk is kept as the prompt that it would be by itself, behind the prelude: under a prefix's keys, which name the
+prelude's tokens and its own, its model, its adapter and its tenant. So chunks of different preludes never mix, and a
+document that is sent alone behind the prelude is there from then on.
 """
 
 import logging
@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cairn.blend import Piece, Recipe, pays, refuse_blending, split
+from cairn.blend import Piece, Recipe, pays, prelude_of, recipe_of, refuse_blending, split
 from cairn.config import Config
 from cairn.connect.vllm.messages import Blend, Learn, Part
 from cairn.connect.vllm.model import Served
 from cairn.engine.core import EngineCore
 from cairn.engine.stage import Stage
 from cairn.engine.writing import Writing
-from cairn.errors import GeometryError
+from cairn.errors import CairnError, GeometryError, InputError
 from cairn.kv import KeyChain
 from cairn.kv.keys import Tokens
 from cairn.observe.reasons import Reason
@@ -29,10 +29,13 @@ logger = logging.getLogger(__name__)
 
 
 class Settings(NamedTuple):
-    """How to blend. separator: the tokens that stand between chunks; none: chunks are cut by their content."""
+    """How to blend. separator: the tokens that stand between chunks; none: chunks are cut by their content. prelude:
+    what stands before each where it is computed.
+    """
 
     recipe: Recipe
     separator: Tokens
+    prelude: Tokens
 
 
 def settings_of(vllm_config: Any, served: Served, config: Config, *, tell: bool = True) -> Settings | None:
@@ -43,38 +46,41 @@ def settings_of(vllm_config: Any, served: Served, config: Config, *, tell: bool 
     try:
         if config.storage.cpu.codec != "none":
             raise GeometryError(f"storage.cpu.codec={config.storage.cpu.codec}: chunks are read as they are")
-        _refuse(vllm_config, served, max(wanted.check_layers))
-        separator = _separator(vllm_config, wanted.special_str)
-    except GeometryError as error:
+        _refuse(vllm_config, served)
+        tokenizer = _tokenizer(vllm_config)
+        separator = _separator(tokenizer, wanted.special_str)
+        recipe = recipe_of(wanted, vllm_config.model_config.model, served.namespace.geometry.layers)
+    except (GeometryError, InputError) as error:
         if tell:
             no_blending(error)
         return None
-    return Settings(Recipe(wanted.check_layers, wanted.recompute_ratios, wanted.head_tokens), separator)
+    return Settings(recipe, separator, prelude_of(separator, tokenizer))
 
 
-def no_blending(reason: GeometryError) -> None:
+def no_blending(reason: CairnError) -> None:
     """Says that there will be none."""
     logger.warning("no blending, but prefixes are reused all the same: %s", reason)
 
 
-def _separator(vllm_config: Any, text: str | None) -> Tokens:
-    if text is None:
-        return np.zeros(0, np.uint32)
+def _tokenizer(vllm_config: Any) -> Any:
+    """The model's; None where vLLM was told to load none."""
     from vllm.tokenizers import cached_tokenizer_from_config
 
-    tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
+    return cached_tokenizer_from_config(vllm_config.model_config)
+
+
+def _separator(tokenizer: Any, text: str | None) -> Tokens:
+    if text is None:
+        return np.zeros(0, np.uint32)
     if tokenizer is None:
         raise GeometryError("skip_tokenizer_init leaves blending.special_str without tokens; set it to null")
     return np.array(tokenizer.encode(text, add_special_tokens=False), np.uint32)
 
 
-def _refuse(vllm_config: Any, served: Served, last_check: int) -> None:
+def _refuse(vllm_config: Any, served: Served) -> None:
     geometry, config = served.namespace.geometry, vllm_config.model_config.hf_text_config
     refuse_blending(config)
     reasons = {
-        f"the model has layers 0..{geometry.layers - 1}, blending.check_layers={last_check}": (
-            last_check >= geometry.layers
-        ),
         "its ranks have to agree layer by layer (tensor or pipeline parallelism), which is not built": served.ranks > 1,
         "layers with LoRA are given a step's rows only": vllm_config.lora_config is not None,
         "a draft model needs the prompt's hidden states": getattr(vllm_config, "speculative_config", None) is not None,
@@ -90,7 +96,7 @@ def _refuse(vllm_config: Any, served: Served, last_check: int) -> None:
 
 
 class _Held(NamedTuple):
-    """piece: the tokens of a prompt that a stage has of the chunk which begins at `origin`."""
+    """piece: the tokens of a prompt that a stage has, whose first one, the prelude's, would stand at `origin`."""
 
     piece: Piece
     origin: int
@@ -98,7 +104,7 @@ class _Held(NamedTuple):
 
 
 class Missing(NamedTuple):
-    """A chunk that is not held whole, and its keys."""
+    """A chunk that is not held whole, behind the prelude, and its keys."""
 
     tokens: Tokens
     chain: KeyChain
@@ -113,13 +119,21 @@ class Missing(NamedTuple):
 class Chunks:
     """A prompt's chunks behind `start` tokens that are at hand, looked for and held until `release`.
 
-    pieces: where they stand among `tokens`. chain: of the request. Once they are `settled`, held: those that are there,
-    each as far as it is; missing: those that are not there whole; stop: up to which token the prompt is blended, as
-    vLLM computes what is behind. taken: it is decided that it is. Owned by one request.
+    pieces: where they stand among `tokens`. chain, whole: of the request. prelude: what each was computed behind. Once
+    they are `settled`, held: those that are there, each as far as it is; missing: those that are not there whole; stop:
+    up to which token the prompt is blended, as vLLM computes what is behind. taken: it is decided that it is. Owned by
+    one request.
     """
 
     def __init__(
-        self, engine: EngineCore, chain: KeyChain, tokens: Tokens, pieces: Sequence[Piece], start: int
+        self,
+        engine: EngineCore,
+        chain: KeyChain,
+        tokens: Tokens,
+        pieces: Sequence[Piece],
+        start: int,
+        prelude: Tokens,
+        whole: Stage,
     ) -> None:
         self.start = self.stop = start
         self.pieces = pieces
@@ -127,8 +141,11 @@ class Chunks:
         self.missing: list[Missing] = []
         self.settled = self.taken = False
         self._engine = engine
+        self._whole = whole
         self._tokens = tokens
-        self._chains = [KeyChain(chain.namespace, chain.block_tokens, tokens[a:b]) for a, b in pieces]
+        self._prelude = len(prelude)
+        self._alone = [np.concatenate([prelude, tokens[start:stop]]) for start, stop in pieces]
+        self._chains = [KeyChain(chain.namespace, chain.block_tokens, alone) for alone in self._alone]
         self._asked = [answer for chain in self._chains if (answer := engine.ask(chain)) is not None]
         self._until = engine.deadline(None)
         self._stages: list[Stage] = []
@@ -139,27 +156,30 @@ class Chunks:
             if not all(answer.done() for answer in self._asked) and time.monotonic() < self._until:
                 return False
             self._stages = [
-                self._engine.stage(chain, first_token=max(0, self.start - piece.start))
+                self._engine.stage(chain, first_token=self._prelude + max(0, self.start - piece.start))
                 for piece, chain in zip(self.pieces, self._chains, strict=True)
             ]
+            for stage in self._stages:
+                stage.part_of(self._whole)
         if not self.settled and all(stage.settled for stage in self._stages):
             self.settled = True
-            for piece, chain, stage in zip(self.pieces, self._chains, self._stages, strict=True):
-                there = Piece(max(piece.start, self.start), piece.start + stage.wait())
+            for piece, alone, chain, stage in zip(self.pieces, self._alone, self._chains, self._stages, strict=True):
+                origin, held = piece.start - self._prelude, stage.wait()
+                there = Piece(max(piece.start, self.start), origin + held)
                 if there.stop > there.start:
-                    self.held.append(_Held(there, piece.start, stage))
+                    self.held.append(_Held(there, origin, stage))
                     self.stop = there.stop
-                if there.stop - piece.start < len(chain) * chain.block_tokens:
-                    self.missing.append(Missing(self._tokens[piece.start : piece.stop], chain))
+                if held < len(chain) * chain.block_tokens:
+                    self.missing.append(Missing(alone, chain))
         return self.settled
 
-    def order(self, number: int, request: str, pages: list[int], prefix: Stage, computed: int) -> Blend:
-        """What the worker shall do; counts them as loaded. number, request: see `Blend`.
-        pages: of the request. prefix: what is to be loaded before the chunks. computed: tokens that are there.
+    def order(self, number: int, request: str, pages: list[int], computed: int) -> Blend:
+        """What the worker shall do; counts them as loaded, and the prefix before them. number, request: see `Blend`.
+        pages: of the request. computed: tokens that are there.
         """
         parts = [_part(stage, piece, origin) for piece, origin, stage in self.held]
         if self.start > computed:
-            parts.insert(0, _part(prefix, Piece(computed, self.start), 0))
+            parts.insert(0, _part(self._whole, Piece(computed, self.start), 0))
         block = self._engine.geometry.block_tokens
         first, last = computed // block, -(-self.stop // block)
         tokens = self._tokens[: self.stop].tobytes()
@@ -176,7 +196,7 @@ class Chunks:
 
 
 def _part(stage: Stage, piece: Piece, origin: int) -> Part:
-    """Tokens of a stage whose first one is a prompt's token `origin`; counts them as loaded."""
+    """A prompt's tokens out of a stage whose first one would stand at `origin`; counts them as loaded."""
     rows = [int(row) for row in stage.rows(piece.stop - origin)]
     return Part(piece.start, piece.stop, origin, rows, stage.home)
 
@@ -190,11 +210,11 @@ class Blending:
     def __init__(self, engine: EngineCore, settings: Settings) -> None:
         self.ready = False
         self._engine = engine
-        self._recipe, self._separator = settings
+        self._recipe, self._separator, self._prelude = settings
 
-    def find(self, request: Any, chain: KeyChain, start: int) -> Chunks | None:
+    def find(self, request: Any, chain: KeyChain, whole: Stage, start: int) -> Chunks | None:
         """Looks for chunks of a request's tokens behind the first `start`, which are at hand; None if there are none
-        to look for. chain: of the request.
+        to look for. chain, whole: of the request. They are to be released before `whole`, which counts what is missed.
         """
         if request.mm_features or request.lora_request or request.pooling_params:
             return None
@@ -204,7 +224,7 @@ class Blending:
         if len(self._separator):
             pieces = pieces[:-1]  # the question
         wanted = [piece for piece in pieces if piece.start and piece.stop > start]
-        return Chunks(self._engine, chain, tokens, wanted, start) if wanted else None
+        return Chunks(self._engine, chain, tokens, wanted, start, self._prelude, whole) if wanted else None
 
     def take(self, chunks: Chunks) -> bool:
         """Decides, once for settled chunks, whether to blend their prompt; counts them."""

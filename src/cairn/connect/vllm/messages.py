@@ -25,9 +25,9 @@ class Copy:
 
 @dataclass(slots=True)
 class Part:
-    """Tokens start..stop of a prompt that are loaded to be blended, computed when token `origin` was the first.
+    """Tokens start..stop of a prompt that are loaded to be blended, computed at positions start - origin and on.
 
-    rows: of the arena, the blocks from the one on that holds token `start`. home: as in `Copy`. origin 0: exact.
+    rows: of the arena, the blocks from the one on that holds token `start`. home: as in `Copy`.
     """
 
     start: int
@@ -46,7 +46,8 @@ class Blend:
     """A prompt whose KV is to be put together (`cairn.blend`) while its request waits outside of the step.
 
     number, request: as in `Copy`. tokens: uint32, those whose KV is wanted. start: tokens before it are exact, be they
-    in the paged cache or in a part. context: pages that are there. pages: those behind, which are written.
+    in the paged cache or in a part, and those of parts behind it are not. context: pages that are there. pages: those
+    behind, which are written.
     """
 
     number: int
@@ -62,7 +63,7 @@ class Blend:
 class Learn:
     """A chunk to be computed alone, in a step that computes nothing else, and stored: block first + i in rows[i].
 
-    number, request, home: as in `Copy`. tokens: uint32, those of the blocks up to the last row's.
+    number, request, home: as in `Copy`. tokens: uint32, those of the blocks up to the last row's, the prelude first.
     """
 
     number: int

@@ -125,9 +125,8 @@ class SchedulerSide:
             return
         if tracked.chunks:
             self._number += 1
-            blend = tracked.chunks.order(
-                self._number, request.request_id, tracked.pages, stage, tracked.chunks.stop - tokens
-            )
+            computed = tracked.chunks.stop - tokens
+            blend = tracked.chunks.order(self._number, request.request_id, tracked.pages, computed)
             self._loading[blend.number] = request.request_id
             self._orders.blends.append(blend)
             return
@@ -296,10 +295,10 @@ class SchedulerSide:
         return not self._busy or loading < _STEP_PATIENCE_S
 
     def _drop_stage(self, tracked: Tracked) -> None:
+        self._drop_chunks(tracked)
         if tracked.stage:
             tracked.stage.release()
             tracked.stage = None
-        self._drop_chunks(tracked)
 
     def _drop_chunks(self, tracked: Tracked) -> None:
         if tracked.chunks:
@@ -314,8 +313,8 @@ class SchedulerSide:
             return 0
         if tracked.chunks and tracked.chunks.start != start:
             self._drop_chunks(tracked)
-        if tracked.chunks is None:
-            tracked.chunks = self._blending.find(tracked.request, tracked.chain, start)
+        if tracked.chunks is None and tracked.stage:
+            tracked.chunks = self._blending.find(tracked.request, tracked.chain, tracked.stage, start)
         if tracked.chunks and not tracked.chunks.settle():
             return None
         if tracked.chunks and self._mode.writes:
