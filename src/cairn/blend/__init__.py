@@ -7,7 +7,6 @@ from cairn.blend.forward import Recipe, blend
 from cairn.blend.rotation import Turn
 from cairn.blend.split import join, split
 from cairn.blend.supported import refuse_blending
-from cairn.blend.worth import pays
 
 __all__ = [
     "BlendError",
@@ -25,7 +24,6 @@ __all__ = [
     "attend",
     "blend",
     "join",
-    "pays",
     "refuse_blending",
     "split",
 ]

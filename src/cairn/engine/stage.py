@@ -30,13 +30,14 @@ VRAM_COPY_BYTES = 16 << 30
 class Span(NamedTuple):
     """The tokens a stage is about: start..blocks_end in whole blocks are wanted, of a prompt of `prompt` tokens.
 
-    declined: how many of them are held, but were judged cheaper to recompute.
+    declined: how many of them are held, but not to be loaded; declined_as: why.
     """
 
     start: int
     blocks_end: int
     prompt: int
     declined: int
+    declined_as: Reason = Reason.CHEAPER_TO_RECOMPUTE
 
 
 class Stage:
@@ -247,7 +248,7 @@ class Stage:
                 self._metrics.hit_tokens.add(tokens, tier=tier)
                 if self._trace.on:
                     self._trace.note(**{f"hit_tokens.{tier}": tokens})
-        self._missed(Reason.CHEAPER_TO_RECOMPUTE, declined)
+        self._missed(span.declined_as, declined)
         self._missed(reason, missed - declined)
         self._missed(Reason.PARTIAL_BLOCK, span.prompt - max(span.start, span.blocks_end))
 

@@ -42,6 +42,13 @@ class OnlineFit:
                 self._rows.append((*features, seconds))
                 self._coefficients = None
 
+    def forget(self) -> None:
+        """Drops the oldest observation."""
+        with self._lock:
+            if self._rows:
+                self._rows.popleft()
+                self._coefficients = None
+
     def predict(self, features: tuple[float, ...]) -> float:
         """Expected seconds. Call only when `ready`."""
         return float(np.dot(self.coefficients(), features))
@@ -130,7 +137,11 @@ class RecomputeCost:
         if not tokens:
             return 0.0
         steps = -(-tokens // self.step_tokens) if self.step_tokens else 1
-        return self._fit.predict((float(steps), *Work.of([(tokens, context)])))
+        return self.seconds_of(Work.of([(tokens, context)]), steps)
+
+    def seconds_of(self, work: Work, steps: int = 1) -> float:
+        """Expected seconds of any work. Call only when `ready`."""
+        return self._fit.predict((float(steps), *work))
 
 
 class LoadCost:
@@ -158,6 +169,32 @@ class LoadCost:
         return self._fit.predict((1.0, float(size))) if size else 0.0
 
 
+class BlendCost:
+    """How much longer blendings take than their work and their loads would by themselves. Thread-safe.
+
+    A forward pass of its own, keys to turn and tokens to choose: one factor over all of it, 1 until it was measured
+    and at least: where a device is told what to do and not waited for, less is measured than it takes.
+    """
+
+    def __init__(self) -> None:
+        self._fit = OnlineFit(1, window=16)
+
+    @property
+    def factor(self) -> float:
+        return max(1.0, self._fit.predict((1.0,))) if self._fit.ready else 1.0
+
+    def observe(self, bare_s: float, seconds: float) -> None:
+        """A blending that took `seconds`, of `bare_s` for its work and its loads."""
+        if bare_s > 0:
+            self._fit.observe((1.0,), seconds / bare_s)
+
+    def declined(self) -> None:
+        """It was left alone: what is not done is not measured, so that the oldest measurement is forgotten, and one
+        bad hour does not end blending for ever.
+        """
+        self._fit.forget()
+
+
 class Estimates(NamedTuple):
     """What a cost model has learnt, for people: seconds and bytes per second; None before there is an estimate."""
 
@@ -166,10 +203,11 @@ class Estimates(NamedTuple):
 
 
 class CostModel:
-    """All that the planner knows of one engine: its prefill and its tiers."""
+    """All that the planner knows of one engine: its prefill, its blending and its tiers."""
 
     def __init__(self) -> None:
         self.recompute = RecomputeCost()
+        self.blend = BlendCost()
         self.load: dict[str, LoadCost] = {}
 
     def observe_load(self, tier: str, size: int, seconds: float) -> None:
