@@ -235,8 +235,8 @@ def test_the_ladder_of_a_level_leads_from_no_loss_down_to_it() -> None:
     assert costs[-1].decode_s > 0
     size = 1 << 20
     assert found.choose(size, None)[0] is found.rungs[-1]
-    assert found.choose(size, lambda stored: stored / 1e4) is found.rungs[-1]
-    assert found.choose(size, lambda stored: stored / size * 0.2) is found.rungs[0]
+    assert found.choose(size, lambda stored: stored / 1e4)[0] is found.rungs[-1]
+    assert found.choose(size, lambda stored: stored / size * 0.2)[0] is found.rungs[0]
     for _ in range(100):
         found.decoded("raw", size, 1.0)
-    assert found.choose(size, lambda stored: stored / size * 0.2) is not found.rungs[0]
+    assert found.choose(size, lambda stored: stored / size * 0.2)[0] is not found.rungs[0]
