@@ -17,6 +17,7 @@ from cairn.errors import GeometryError
 from cairn.kv import KVGeometry
 from cairn.observe.metrics import Metrics
 from cairn.observe.reasons import Reason
+from cairn.plan import Why
 from cairn.tier.base import Rows
 from cairn.tier.remote import RemoteTier, open_store
 from cairn.tier.remote.streams import Streams
@@ -234,9 +235,9 @@ def test_the_ladder_of_a_level_leads_from_no_loss_down_to_it() -> None:
     assert shares[0] == 1
     assert costs[-1].decode_s > 0
     size = 1 << 20
-    assert found.choose(size, None)[0] is found.rungs[-1]
-    assert found.choose(size, lambda stored: stored / 1e4)[0] is found.rungs[-1]
-    assert found.choose(size, lambda stored: stored / size * 0.2)[0] is found.rungs[0]
+    assert found.choose(size, None) == (found.rungs[-1], Why.UNMEASURED)
+    assert found.choose(size, lambda stored: stored / 1e4) == (found.rungs[-1], Why.FASTER)
+    assert found.choose(size, lambda stored: stored / size * 0.2) == (found.rungs[0], Why.AS_FAST)
     for _ in range(100):
         found.decoded("raw", size, 1.0)
     assert found.choose(size, lambda stored: stored / size * 0.2)[0] is not found.rungs[0]
