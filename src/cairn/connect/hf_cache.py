@@ -36,9 +36,9 @@ class CairnCache(Cache):  # type: ignore[misc]
     It begins with the stored prefix, of which each layer is waited for only when the model comes to it, and leaves at
     least one token to compute. New whole blocks of the prompt are stored when its first token is out, or as the model
     passes, as the engine's autopilot decides; those of the answer when `finish` is called or the context manager is
-    left, so that the next turn finds them too. Crop, beams, several
-    samples of one prompt and chunked prefill work, as does assisted decoding, for which Transformers computes the whole
-    prompt whatever its cache holds; of several sequences only the prompt is stored.
+    left, so that the next turn finds them too. Crop, beams, several samples of one prompt and chunked prefill work, as
+    does assisted decoding, for which Transformers computes the whole prompt whatever its cache holds; of several
+    sequences only the prompt is stored.
 
     A failure in Cairn turns it into a plain cache (counted, logged once). InputError comes up in the forward pass when
     a cache that began with a prefix is used with another prompt, a padding mask or positions of the caller's own: then
@@ -167,11 +167,11 @@ class CairnCache(Cache):  # type: ignore[misc]
             self._distrust(wrong)
         elif self._past < len(history.prompt):
             self._pass_tokens = history.length - self._past
-            if self._while_computing is None:
-                awaited = self._engine.config.engine.enable_disagg_pd
-                self._while_computing = self._engine.autopilot.store_while_computing(self._pass_tokens, awaited=awaited)
-            if history.single and self._while_computing:
-                with self._harmless():
+            with self._harmless():
+                if self._while_computing is None:
+                    awaited, ask = self._engine.config.engine.enable_disagg_pd, self._engine.autopilot
+                    self._while_computing = ask.store_while_computing(self._pass_tokens, awaited=awaited)
+                if history.single and self._while_computing:
                     stop = min(history.length, len(history.prompt), self._exact) // self._geometry.block_tokens
                     self._store = self._engine.store_layers(self._chain, 0, stop)
 

@@ -43,9 +43,9 @@ class OnlineFit:
                 self._coefficients = None
 
     def forget(self) -> None:
-        """Drops the oldest observation."""
+        """Drops the oldest observation, but not the last."""
         with self._lock:
-            if self._rows:
+            if len(self._rows) > 1:
                 self._rows.popleft()
                 self._coefficients = None
 

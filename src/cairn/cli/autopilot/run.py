@@ -15,6 +15,7 @@ from cairn.cli.autopilot.workload import Request, Workload, lengths
 from cairn.cli.bench_machine import Visit, load_model, visit
 from cairn.cli.demo.model import NAME, default_cache_dir, fetch_model
 from cairn.cli.demo.show import Screen
+from cairn.cli.output import machine
 from cairn.config import load_config
 from cairn.config.autopilot import PRESETS
 from cairn.connect.transformers import CairnConnector, namespace_of
@@ -91,7 +92,7 @@ def run_autopilot(directory: Path | None, count: int, out: Path | None, tick: Ti
             tick(found["requests"], count)
             result |= found
             if out:
-                out.write_text(json.dumps(result, indent=2))
+                out.write_text(json.dumps({**result, "machine": machine()}, indent=2))
     return result
 
 
