@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from cairn.blend import Piece
 from cairn.blend.forward import Recipe
 from cairn.blend.selection import deviation, keep
-from cairn.blend.worth import computed_share, pays
+from cairn.plan import Blend
 
 
 @given(st.lists(st.tuples(st.integers(0, 1000), st.booleans()), min_size=1, max_size=30), st.integers(0, 40))
@@ -38,11 +38,10 @@ def test_deviation_is_of_keys_and_values() -> None:
 
 def test_what_blending_computes() -> None:
     pieces = [Piece(100, 500), Piece(510, 910)]
-    assert computed_share(Recipe((1,), (1.0,)), 30, 1000, pieces) == 1
-    assert computed_share(Recipe((1,), (0.0,), 0), 30, 1000, pieces) == 0.2
-    share = computed_share(Recipe((1, 10), (0.3, 0.1), 5), 30, 1000, pieces)
-    assert share == (1000 + 9 * (210 + 240) + 20 * (210 + 80)) / 30_000
-    assert pays(Recipe(), 30, 1000, pieces)
-    assert not pays(Recipe((29,)), 30, 1000, pieces)
-    assert not pays(Recipe(), 30, 1000, [])
-    assert not pays(Recipe((1,), (1.0,)), 30, 1000, pieces)
+
+    def share(recipe: Recipe) -> float:
+        return Blend(1001, 0, 0, 1000, pieces, *recipe, layers=30).share
+
+    assert share(Recipe((1,), (1.0,))) == 1
+    assert share(Recipe((1,), (0.0,), 0)) == 0.2
+    assert share(Recipe((1, 10), (0.3, 0.1), 5)) == (1000 + 9 * (210 + 240) + 20 * (210 + 80)) / 30_000

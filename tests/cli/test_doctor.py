@@ -246,8 +246,8 @@ def test_finds_remote_unreachable(doctor: Doctor, tmp_path: Path) -> None:
 
 def test_finds_compressed_hot(doctor: Doctor) -> None:
     hot = [*SMALL, "--set", "storage.remote.url=file:///dev/shm/none", "--set", "compression.algorithm=int"]
-    assert doctor(*hot) == {}  # adaptive: what loads faster raw is stored raw
-    assert doctor(*hot, "--set", "compression.adaptive=false").keys() == {"compressed-hot"}
+    assert doctor(*hot) == {}  # what loads faster raw is stored raw
+    assert doctor(*hot, "--set", "autopilot.codec=always").keys() == {"compressed-hot"}
     assert not Path("/dev/shm/none").exists()
 
 

@@ -142,7 +142,7 @@ def test_what_kubernetes_makes_of_a_service_is_left_alone() -> None:
         (
             "qqq: 5",
             "qqq (in cairn.yaml): unknown key; "
-            "the sections are storage, compression, blending, engine, index, serve, cluster, node, observe",
+            "the sections are storage, compression, blending, autopilot, engine, index, serve, cluster, node, observe",
         ),
         ("- 5", "cairn.yaml: must hold sections (storage:, engine:), not a list"),
         ("engine: {}\nengine: {}", "cairn.yaml: must be YAML: 'engine' stands twice, line 2, column 1"),

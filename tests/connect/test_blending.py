@@ -106,7 +106,7 @@ def tokens_of_torch(seed: int, length: int) -> Any:
 def test_chunks_come_back_after_a_restart(tmp_path: Path, tier: str, settings: dict[str, Any]) -> None:
     """What is blended then is what was blended before, or near it where the store's codec loses something."""
     model, ids = model_of(), prompt(C, A, B)
-    settings = {**SETTINGS, "engine.timeout_s": 30, "compression.adaptive": False, **settings}
+    settings = {**SETTINGS, "engine.timeout_s": 30, "autopilot.codec": "always", **settings}
     if tier == "remote":
         settings |= {"storage.remote.url": f"file://{tmp_path}/store", "storage.remote.lookup_timeout_s": 60}
     disk = tmp_path / "kv" if tier == "disk" else None

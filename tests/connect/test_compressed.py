@@ -20,8 +20,9 @@ CALIBRATION = Path(cairn.codec.calibration.__file__).parent / "calibrations" / "
 
 def shared(model: Any, path: Path, *, disk: bool = False, **settings: Any) -> CacheEngine:
     """An engine on one remote store, and on a disk of its own where that is wanted."""
-    compression = {f"compression.{name}": value for name, value in {"adaptive": False, **settings}.items()}
+    compression = {f"compression.{name}": value for name, value in settings.items()}
     remote = {"storage.remote.url": f"file://{path}/store", "storage.remote.lookup_timeout_s": 30}
+    compression["autopilot.codec"] = "always"
     return open_engine(model, disk=path / "kv" if disk else None, **remote, **compression)
 
 

@@ -53,12 +53,6 @@ def texts(engine: Any) -> Texts:
     return found
 
 
-@pytest.fixture(autouse=True)
-def _whatever_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blends where everything is computed, too, which does not pay."""
-    monkeypatch.setattr("cairn.blend.worth.MOST_COMPUTED", 2.0)
-
-
 @contextmanager
 def ratio(llm: Any, share: float, head_tokens: int = 4) -> Iterator[None]:
     """Blends with another recipe."""

@@ -35,7 +35,6 @@ def engine(tiny: Path) -> Iterator[Any]:
     """Blends and computes everything, so that answers are those without blending. Few blocks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cairn.connect.vllm.blending._separator", lambda *_: np.array(SEPARATOR, np.uint32))
-        patch.setattr("cairn.blend.worth.MOST_COMPUTED", 2.0)
         with serving(tiny, SETTINGS, skip_tokenizer_init=True, num_gpu_blocks_override=40, max_model_len=1024) as llm:
             yield llm
 

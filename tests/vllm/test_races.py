@@ -102,7 +102,7 @@ def held_up(patch: pytest.MonkeyPatch, copy: str, fails: bool = False) -> Iterat
 
 def begin_load(llm: Any, patch: pytest.MonkeyPatch) -> tuple[Any, Any]:
     """(a request that runs, one that waits outside of the steps for its load); of OTHER and of LONG."""
-    patch.setattr("cairn.connect.vllm.scheduler.SchedulerSide._in_step", lambda *_: False)
+    patch.setattr("cairn.plan.autopilot.Autopilot.layerwise", lambda *_, **__: False)
     other = add(llm, OTHER, 40)
     while not other.num_output_tokens:
         step(llm)

@@ -8,7 +8,6 @@ from cairn.blend.forward import Recipe, blend
 from cairn.blend.rotation import Turn
 from cairn.blend.split import join, prelude_of, split
 from cairn.blend.supported import refuse_blending
-from cairn.blend.worth import pays
 
 __all__ = [
     "BlendError",
@@ -26,7 +25,6 @@ __all__ = [
     "attend",
     "blend",
     "join",
-    "pays",
     "prelude_of",
     "recipe_of",
     "refuse_blending",

@@ -231,6 +231,28 @@ def blend(
 
 
 @app.command()
+def autopilot(
+    model: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="In Hugging Face format; SmolLM2-135M-Instruct by default."),
+    ] = None,
+    requests: Annotated[int, typer.Option(min=4, help="Of four classes, each asked of every contender.")] = 120,
+    out: Annotated[Path | None, typer.Option(dir_okay=False, help="Write what is found as it goes, too.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a mixed workload under the autopilot, every preset and no cache: time to first token by class.
+
+    \b
+    Example:
+      cairn bench autopilot --requests 40 --json
+    """
+    from cairn.cli.autopilot.run import run_autopilot
+
+    result = run_autopilot(model, requests, out, lambda i, of: typer.echo(f"request {i} of {of}", err=True))
+    _report("autopilot", result, as_json)
+
+
+@app.command()
 def serve(
     requests: Annotated[int, typer.Option(min=400, help="At each level.")] = 4000,
     engines: Annotated[int, typer.Option(min=1, max=16, help="Mock engines.")] = 4,

@@ -9,8 +9,8 @@ on disk take turns, and one fit over all of them tells
 import tempfile
 import time
 from collections import deque
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from cairn.cli.demo.model import NAME, default_cache_dir, fetch_model
 from cairn.cli.demo.show import Screen
-from cairn.connect.transformers import CairnConnector
+from cairn.connect.transformers import CairnCache, CairnConnector
 from cairn.kv import KVGeometry
 from cairn.plan.cost import OnlineFit, Work
 from cairn.sim.machine import Link, Machine
@@ -66,6 +66,34 @@ class _Clock(BaseStreamer):  # type: ignore[misc]
         """Nothing is held back."""
 
 
+def visit(model: Any, ids: list[int], answer: int, cache_of: Callable[[torch.Tensor], Any]) -> Visit:
+    """Asks for exactly `answer` tokens, greedily; the clock includes the search for a prefix, and storing.
+
+    cache_of: makes the cache of a prompt, ids [1, n]: a `CairnCache`, or one of Transformers.
+    """
+    inputs, clock = torch.tensor([ids]), _Clock()
+    began, began_cpu = time.perf_counter(), time.process_time()
+    cache = cache_of(inputs)
+    with cache if isinstance(cache, CairnCache) else nullcontext():
+        output = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            past_key_values=cache,
+            max_new_tokens=answer,
+            min_new_tokens=answer,
+            do_sample=False,
+            streamer=clock,
+        )
+    return Visit(
+        clock.first - began,
+        time.perf_counter() - began,
+        (clock.first_cpu - began_cpu, time.process_time() - began_cpu),
+        len(ids),
+        output[0, len(ids) :].tolist(),
+        dict(cache.reused_by_tier) if isinstance(cache, CairnCache) else {},
+    )
+
+
 class Stack:
     """A model with a cache of its own, asked one request at a time. A context manager."""
 
@@ -77,27 +105,8 @@ class Stack:
         self.geometry = self._connector.engine.geometry
 
     def ask(self, ids: list[int], answer: int = ANSWER) -> Visit:
-        """Exactly `answer` tokens, greedily; the clock includes the search for a prefix, and storing."""
-        inputs, clock = torch.tensor([ids]), _Clock()
-        began, began_cpu = time.perf_counter(), time.process_time()
-        with self._connector.cache(inputs) as cache:
-            output = self._model.generate(
-                inputs,
-                attention_mask=torch.ones_like(inputs),
-                past_key_values=cache,
-                max_new_tokens=answer,
-                min_new_tokens=answer,
-                do_sample=False,
-                streamer=clock,
-            )
-        return Visit(
-            clock.first - began,
-            time.perf_counter() - began,
-            (clock.first_cpu - began_cpu, time.process_time() - began_cpu),
-            len(ids),
-            output[0, len(ids) :].tolist(),
-            dict(cache.reused_by_tier),
-        )
+        """See `visit`."""
+        return visit(self._model, ids, answer, self._connector.cache)
 
     def flush(self) -> None:
         """Waits until the disk has everything."""

@@ -15,9 +15,10 @@ from cairn.codec.choice import codec_for, refuse_opaque
 from cairn.codec.levels import LEVELS
 from cairn.codec.lossless import Lossless
 from cairn.codec.raw import Raw
+from cairn.config.autopilot import Pin
 from cairn.config.schema import Compression
 from cairn.kv import KVGeometry
-from cairn.plan import Coded, choose_codec
+from cairn.plan import Coded, Why, choose_codec
 
 #: How much a measurement counts against all those before it.
 _NEWS: Final = 0.1
@@ -72,13 +73,16 @@ class Ladder:
         for rung in self.rungs:
             rung.rehearse(blocks)
 
-    def choose(self, size: int, transfer_s: Callable[[int], float] | None) -> Rung:
-        """By which rung to store `size` bytes of blocks. transfer_s: what moving so many bytes takes; None: not known
-        yet, which makes it the last rung."""
+    def choose(self, size: int, transfer_s: Callable[[int], float] | None) -> tuple[Rung, Why]:
+        """By which rung to store `size` bytes of blocks, and why. transfer_s: what moving so many bytes takes; None:
+        not known yet, which makes it the last rung."""
+        if len(self.rungs) == 1:
+            return self.rungs[0], Why.PINNED
         if transfer_s is None:
-            return self.rungs[-1]
+            return self.rungs[-1], Why.UNMEASURED
         costs = [rung.cost for rung in self.rungs]
-        return self.rungs[choose_codec(costs, size, transfer_s, within_s=self._within_s)]
+        rung = self.rungs[choose_codec(costs, size, transfer_s, within_s=self._within_s)]
+        return rung, Why.FASTER if rung is self.rungs[-1] else Why.AS_FAST
 
     def decoded(self, codec_id: str, size: int, seconds: float) -> None:
         """Counts what decoding took: levels of one codec cost the same."""
@@ -87,14 +91,16 @@ class Ladder:
                 rung.decoded(size, seconds)
 
 
-def ladder_for(geometry: KVGeometry, settings: Compression, *, canonical: bool = True) -> Ladder | None:
+def ladder_for(
+    geometry: KVGeometry, settings: Compression, pin: Pin = "auto", *, canonical: bool = True
+) -> Ladder | None:
     """The ladder that `compression` asks for; None: nothing is compressed.
 
-    canonical: whether blocks are bytes of the canonical layout. Raises GeometryError for blocks that no codec can make
-    sense of, ConfigError or InputError for settings that do not fit.
+    pin: `autopilot.codec`. canonical: whether blocks are bytes of the canonical layout. Raises GeometryError for blocks
+    that no codec can make sense of, ConfigError or InputError for settings that do not fit.
     """
     refuse_opaque(settings, canonical)
-    if settings.algorithm == "none":
+    if settings.algorithm == "none" or pin == "never":
         return None
     calibration = Calibration.load(settings.calibration) if settings.calibration else None
     wanted = codec_for(
@@ -104,7 +110,7 @@ def ladder_for(geometry: KVGeometry, settings: Compression, *, canonical: bool =
         quality=settings.quality,
         calibration=calibration,
     )
-    if not settings.adaptive:
+    if pin == "always":
         return Ladder([wanted])
     finer: list[Codec] = [Raw(geometry)]
     if isinstance(wanted, CacheGen):

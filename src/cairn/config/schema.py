@@ -11,6 +11,7 @@ from pydantic import (
     model_validator,
 )
 
+from cairn.config.autopilot import Autopilot
 from cairn.config.types import (
     Addresses,
     Algorithm,
@@ -121,14 +122,10 @@ class Compression(Section):
     calibration: File | None = Field(
         default=None, description="File of `cairn codec calibrate`, which makes `cachegen` smaller; null: none."
     )
-    adaptive: bool = Field(
-        default=True,
-        description="Store more exactly, or uncompressed, where measurement says that this loads as fast; "
-        "false: always as set, for the space that it saves.",
-    )
     deadline_s: Seconds | None = Field(
         default=None,
-        description="Adaptive: seconds that an object may take to load if that spares loss; null: as few as possible.",
+        description="Where `autopilot.codec` is auto: seconds that an object may take to load if that spares loss; "
+        "null: as few as possible.",
     )
 
 
@@ -197,7 +194,11 @@ class Engine(Section):
         default=30.0,
         description="Seconds until what a silent writer or reader holds is taken back; at least timeout_s.",
     )
-    planner: bool = Field(default=True, description="Recompute what would take longer to load; false: load every hit.")
+    planner: bool = Field(
+        default=True,
+        description="Recompute what would take longer to load; false: what `autopilot` leaves to costs is "
+        "done wherever it can be.",
+    )
     enable_cache_upload: bool = Field(default=True, description="Store what is computed; false: only read.")
     enable_service_routing: bool = Field(
         default=False,
@@ -450,6 +451,7 @@ class Config(Section):
     storage: Storage = Storage()
     compression: Compression = Compression()
     blending: Blending = Blending()
+    autopilot: Autopilot = Autopilot()
     engine: Engine = Engine()
     index: Index = Index()
     serve: Serve = Serve()

@@ -1,5 +1,6 @@
 """Blending for Transformers: its models layer by layer, out of their own modules, and what a prompt's cache needs."""
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,6 @@ from cairn.blend import (
     attend,
     blend,
     join,
-    pays,
     prelude_of,
     recipe_of,
     refuse_blending,
@@ -29,6 +29,7 @@ from cairn.engine import CacheEngine, LayerLoad, Stage
 from cairn.errors import InputError
 from cairn.kv import as_tokens
 from cairn.kv.keys import Tokens
+from cairn.plan import Blend
 
 
 class HfBlendModel:
@@ -100,7 +101,7 @@ class Blender:
         self.recipe = recipe or recipe_of(settings, model.config.name_or_path, engine.geometry.layers)
         self.separator = _separator(settings.special_str, tokenizer)
         self.chunks = ChunkStore(engine, rope_of(model), prelude_of(self.separator, tokenizer))
-        self._planner = engine.config.engine.planner
+        self._autopilot = engine.autopilot
         self._model = model
 
     def fill(
@@ -121,15 +122,19 @@ class Blender:
         as it was.
         """
         pieces = [piece for piece in split(tokens, self.separator)[:-1] if piece.start]
+        if not pieces or not self._autopilot.blends:
+            return Blended(start, start, 0, [])
         with self.chunks.find(tokens, pieces, start, whole) as found:
             missing = [tokens[piece.start : piece.stop] for piece in found.missing]
             stop = found.reused[-1].stop if found.reused else start
-            if stop == start or (
-                self._planner and not pays(self.recipe, len(buffers), stop - found.start, found.reused)
-            ):
+            facts = Blend(len(tokens), start, found.start, stop, found.reused, *self.recipe, layers=len(buffers))
+            plan = self._autopilot.blend(facts)
+            if not plan.yes:
                 return Blended(start, start, 0, missing)
+            began = time.perf_counter()
             canvas = found.load(kv, _planes_of(buffers), self.chunks.rope, *([before] if before else []))
             blend(HfBlendModel(self._model, stop), _ids(tokens[:stop]), canvas, found.start, found.reused, self.recipe)
+            self._autopilot.blended(plan, time.perf_counter() - began)
             reused = sum(piece.stop - piece.start for piece in found.held)
             return Blended(stop, found.reused[0].start, reused, missing)
 

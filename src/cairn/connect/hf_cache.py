@@ -34,10 +34,11 @@ class CairnCache(Cache):  # type: ignore[misc]
     """The KV cache of one prompt, as `generate` wants it. Made by `CairnConnector.cache`; owned by one request.
 
     It begins with the stored prefix, of which each layer is waited for only when the model comes to it, and leaves at
-    least one token to compute. New whole blocks of the prompt are stored as the model passes; those of the answer when
-    `finish` is called or the context manager is left, so that the next turn finds them too. Crop, beams, several
-    samples of one prompt and chunked prefill work, as does assisted decoding, for which Transformers computes the whole
-    prompt whatever its cache holds; of several sequences only the prompt is stored.
+    least one token to compute. New whole blocks of the prompt are stored when its first token is out, or as the model
+    passes, as the engine's autopilot decides; those of the answer when `finish` is called or the context manager is
+    left, so that the next turn finds them too. Crop, beams, several samples of one prompt and chunked prefill work, as
+    does assisted decoding, for which Transformers computes the whole prompt whatever its cache holds; of several
+    sequences only the prompt is stored.
 
     A failure in Cairn turns it into a plain cache (counted, logged once). InputError comes up in the forward pass when
     a cache that began with a prefix is used with another prompt, a padding mask or positions of the caller's own: then
@@ -76,13 +77,14 @@ class CairnCache(Cache):  # type: ignore[misc]
         self._history = History(prompt, 0)
         self._past = self._pass_tokens = 0
         self._started = self._waited_s = 0.0
+        self._while_computing: bool | None = None  # whether the prompt is stored as it is computed; None: undecided
         self._blender = blender
         self._exact = sys.maxsize
         with self._harmless():
             self._begin_load(prompt)
             if blender is not None:
                 self._blend(blender, prompt)
-        if not self.reused_tokens:
+        if not self.reused_tokens or self._load is None:
             self._release()
 
     @property
@@ -150,10 +152,13 @@ class CairnCache(Cache):  # type: ignore[misc]
         """A forward pass with these arguments begins: learns which tokens it adds, and opens a store for those whole
         blocks of the prompt that it completes."""
         self._abort_store()
+        self._past, self._pass_tokens = int(self.get_seq_length()), 0
+        if self._while_computing is False and self._past >= len(self._history.prompt):
+            self._store_behind()
         self._started, self._waited_s = time.perf_counter(), 0.0
         if self._history.is_given_whole(arguments):
             self._forgo_prefix()
-        self._past, self._pass_tokens = int(self.get_seq_length()), 0
+            self._past = 0
         history = self._history
         if not history.trusted:
             return
@@ -162,8 +167,11 @@ class CairnCache(Cache):  # type: ignore[misc]
             self._distrust(wrong)
         elif self._past < len(history.prompt):
             self._pass_tokens = history.length - self._past
-            if history.single:
-                with self._harmless():
+            with self._harmless():
+                if self._while_computing is None:
+                    awaited, ask = self._engine.config.engine.enable_disagg_pd, self._engine.autopilot
+                    self._while_computing = ask.store_while_computing(self._pass_tokens, awaited=awaited)
+                if history.single and self._while_computing:
                     stop = min(history.length, len(history.prompt), self._exact) // self._geometry.block_tokens
                     self._store = self._engine.store_layers(self._chain, 0, stop)
 
@@ -216,7 +224,11 @@ class CairnCache(Cache):  # type: ignore[misc]
             return
         # The last token of the prompt is always computed: its logits are what the request is about.
         reused = min(held, len(prompt) - 1)
-        self._load = stage.load_layers(self._kv, np.arange(held, dtype=np.int64))
+        slots = np.arange(held, dtype=np.int64)
+        if self._engine.autopilot.layerwise(held):
+            self._load = stage.load_layers(self._kv, slots)
+        else:
+            reused = min(stage.copy_to(self._kv, slots), reused)
         for layer, buffers in zip(self.layers, self._buffers, strict=True):
             layer.adopt(buffers, reused)
         self._history = History(prompt, reused)
@@ -253,6 +265,13 @@ class CairnCache(Cache):  # type: ignore[misc]
             self._release()
 
     # --- storing -------------------------------------------------------------------------------------------------
+
+    def _store_behind(self) -> None:
+        """Stores the prompt, whose first token is out."""
+        self._while_computing = None
+        with self._harmless():
+            tokens = self._history.tokens()[: min(len(self._history.prompt), self._exact)]
+            self.stored_tokens += self._store_all(tokens) * self._geometry.block_tokens
 
     def _put(self, store: LayerStore, layer: int) -> None:
         with self._harmless():

@@ -32,12 +32,13 @@ from cairn.errors import CairnError, ClosedError, GeometryError, InputError, Sto
 from cairn.index import POLICIES
 from cairn.index.journal import JournalReader
 from cairn.kv import CANONICAL, KeyChain, Layout, Namespace
+from cairn.observe.decisions import record
 from cairn.observe.layers import LayerTimes
 from cairn.observe.log import log_once, setup_logging
 from cairn.observe.metrics import Figures, Metrics
 from cairn.observe.reasons import Reason
 from cairn.observe.trace import begin, setup_tracing
-from cairn.plan import CostModel, Segment, Work, plan_load
+from cairn.plan import Autopilot, CostModel, Segment, Work
 from cairn.tier.arena import Arena
 
 if TYPE_CHECKING:
@@ -103,6 +104,15 @@ class EngineCore:
         self.metrics = Metrics()
         self.layer_times = LayerTimes(self.geometry.layers, self.metrics.layerwise)
         self.cost = CostModel()
+        self.autopilot = Autopilot(
+            self.config.autopilot,
+            self.cost,
+            self.row_geometry.token_bytes,
+            lambda one: record(
+                self.metrics, *one[:3], tokens=one.tokens, expected_s=one.expected_s, instead_s=one.instead_s
+            ),
+            measures=self.config.engine.planner,
+        )
         address = node or self.config.node.address
         self._store: BlockStore
         self._copier: Copier
@@ -119,7 +129,14 @@ class EngineCore:
                 )
             else:
                 self._store = open_local(
-                    self.config, self.row_geometry, layout, self.metrics, self.cost, arena, canonical=self._canonical
+                    self.config,
+                    self.row_geometry,
+                    layout,
+                    self.metrics,
+                    self.cost,
+                    arena,
+                    canonical=self._canonical,
+                    worth=self.autopilot.write,
                 )
         self._probes = Probes(self._store, self.row_geometry.block_bytes)
         self._layers = ThreadPoolExecutor(_WORKERS, "cairn-layers")
@@ -227,7 +244,7 @@ class EngineCore:
         all that is known by then. Waits for nothing.
         """
         self._check_open()
-        if not self._store.asks:
+        if not self._store.asks or self.config.autopilot.load == "never":
             return None
         worth_s = self.recompute_s(chain)
         asking = begin("cairn.lookup", blocks=len(chain), worth_s=worth_s)
@@ -281,14 +298,13 @@ class EngineCore:
             upto = max(done, blocks * block)
             segments.append(Segment(tier, upto - done))
             done = upto
-        wanted = total - start
-        if self.config.engine.planner:
-            wanted = plan_load(segments, chain.tokens, self.row_geometry.token_bytes, self.cost, start=start).tokens
-        deadline = self.deadline(timeout)
-        if start + wanted <= held.dram * block:
+        wanted = self.autopilot.load(segments, chain.tokens, start=start).tokens
+        deadline, pinned = self.deadline(timeout), self.config.autopilot.load == "never"
+        if start + wanted <= held.dram * block and not pinned:
             self._probes.look(keys, held, deadline)
         hold = self._store.hold(keys[: (start + wanted) // block], deadline=deadline)
-        span = Span(start, len(keys) * block, chain.tokens, total - start - wanted)
+        declined_as = Reason.PINNED if pinned else Reason.CHEAPER_TO_RECOMPUTE
+        span = Span(start, len(keys) * block, chain.tokens, total - start - wanted, declined_as)
         loading.note(held_tokens=total, planned_tokens=start + wanted)
         return Stage(
             hold,
@@ -309,6 +325,9 @@ class EngineCore:
         """
         self._check_open()
         keys = chain.keys[:stop_block]
+        if not self.autopilot.stores:
+            self._skipped(len(keys) - first_block, Reason.PINNED)
+            return None
         writing = self._store.write(keys, namespace=chain.namespace)
         lacking = len(keys) - writing.first
         if lacking and writing.first < first_block:

@@ -3,7 +3,7 @@
 import itertools
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from cairn.index.journal import Journal
 from cairn.kv import Keys, KVGeometry, Layout
 from cairn.observe.metrics import Metrics
 from cairn.observe.reasons import Reason
-from cairn.plan import CostModel, worth_writing
+from cairn.plan import CostModel
 from cairn.tier.arena import Arena
 from cairn.tier.base import Rows, Tier
 from cairn.tier.disk import DiskTier
@@ -35,13 +35,16 @@ HANDOVER_ABSENT_S = 0.02
 
 class Writes(NamedTuple):
     """How a lower tier is written. share: of DRAM that may be pinned for it at a time, 0: it is only read. linger_s,
-    lazy: see `WriteBehind`. choosy: only with what it is worth reading from it (`worth_writing`).
+    lazy: see `WriteBehind`.
     """
 
     share: float
     linger_s: float = 0.0
     lazy: bool = False
-    choosy: bool = False
+
+
+#: Whether a tier, by its name, is given so many tokens (the last) behind so many others.
+Worth = Callable[[str, int, int], bool]
 
 
 class LocalStore(BlockStore):
@@ -55,6 +58,7 @@ class LocalStore(BlockStore):
         *,
         metrics: Metrics,
         cost: CostModel,
+        worth: Worth,
         sync_interval_s: float,
     ) -> None:
         self.memory = dram.memory
@@ -64,6 +68,7 @@ class LocalStore(BlockStore):
         self._lower = [tier for tier, _ in lower]
         self._metrics = metrics
         self._cost = cost
+        self._worth = worth
         self._closed = threading.Event()
         metrics.watch(dram.name, dram.stats)
         self._writers = [self._writer(tier, writes) for tier, writes in lower]
@@ -151,21 +156,16 @@ class LocalStore(BlockStore):
 
     def _writer(self, tier: Tier, writes: Writes) -> WriteBehind:
         limit = max(1, int(writes.share * self.dram.index.capacity)) if writes.share else 0
-        block, token_bytes = self._geometry.block_tokens, self._geometry.token_bytes
-
-        def worth(first: int, stop: int) -> bool:
-            tokens = (stop - first) * block
-            return not writes.choosy or worth_writing(tier.name, first * block, tokens, token_bytes, self._cost)
-
+        block = self._geometry.block_tokens
         return WriteBehind(
             self.dram,
             tier,
             limit_blocks=limit,
-            block_tokens=self._geometry.block_tokens,
+            block_tokens=block,
             metrics=self._metrics,
             linger_s=writes.linger_s,
             lazy=writes.lazy,
-            worth=worth,
+            worth=lambda first, stop: self._worth(tier.name, first * block, (stop - first) * block),
         )
 
     def _promote(self, hold: LocalHold, tier: Tier, first: int, below: int, deadline: float) -> int:
@@ -234,16 +234,17 @@ def open_local(
     peers: Tier | None = None,
     *,
     canonical: bool = True,
+    worth: Worth = lambda _tier, _first, _tokens: True,
 ) -> LocalStore:
     """The tiers that the configuration asks for, for rows of `layout`; DRAM in `arena` if one is given.
 
     peers: the tier of other hosts' nodes, if there is one. RDMA is faster than an SSD, TCP is not.
 
-    canonical: whether blocks are bytes of the canonical layout. Raises StorageError or ConfigError when the tiers
-    cannot be had, GeometryError or InputError where blocks cannot be compressed as is asked for.
+    canonical: whether blocks are bytes of the canonical layout. worth: what is written below DRAM. Raises StorageError
+    or ConfigError when the tiers cannot be had, GeometryError or InputError where blocks cannot be compressed as asked.
     """
-    storage, share = config.storage, config.engine.write_behind
-    ladder = ladder_for(geometry, config.compression, canonical=canonical)
+    storage, share, pins = config.storage, config.engine.write_behind, config.autopilot
+    ladder = ladder_for(geometry, config.compression, pins.codec, canonical=canonical)
     lower: list[tuple[Tier, Writes]] = []
     if peers:
         lower.append((peers, Writes(0.0)))
@@ -260,12 +261,12 @@ def open_local(
                 lossy=ladder is not None and ladder.lossy,
             )
             place = len(lower) if config.node.peers.protocol == "rdma" else 0
-            lower.insert(place, (disk, Writes(share, choosy=config.engine.planner)))
+            lower.insert(place, (disk, Writes(share if pins.disk != "never" else 0.0)))
         if storage.remote.url is not None:
             at_once = config.engine.enable_disagg_pd  # somebody waits for what is stored now
             absent_s = HANDOVER_ABSENT_S if at_once else ABSENT_S
             remote = open_remote(storage.remote, geometry, layout, ladder, metrics, absent_s=absent_s)
-            may_write = share if storage.remote.write != "off" else 0.0
+            may_write = share if storage.remote.write != "off" and pins.remote != "never" else 0.0
             linger_s = 0.0 if at_once else storage.remote.linger_s
             writes = Writes(may_write, linger_s, lazy=storage.remote.write == "back" and not at_once)
             lower.append((remote, writes))
@@ -274,4 +275,5 @@ def open_local(
         for tier, _ in lower:
             tier.close(0.0)
         raise
-    return LocalStore(geometry, dram, lower, metrics=metrics, cost=cost, sync_interval_s=storage.disk.sync_interval_s)
+    interval = storage.disk.sync_interval_s
+    return LocalStore(geometry, dram, lower, metrics=metrics, cost=cost, worth=worth, sync_interval_s=interval)

@@ -30,13 +30,14 @@ VRAM_COPY_BYTES = 16 << 30
 class Span(NamedTuple):
     """The tokens a stage is about: start..blocks_end in whole blocks are wanted, of a prompt of `prompt` tokens.
 
-    declined: how many of them are held, but were judged cheaper to recompute.
+    declined: how many of them are held, but not to be loaded; declined_as: why.
     """
 
     start: int
     blocks_end: int
     prompt: int
     declined: int
+    declined_as: Reason = Reason.CHEAPER_TO_RECOMPUTE
 
 
 class Stage:
@@ -261,7 +262,7 @@ class Stage:
         partial = span.prompt - max(span.start, span.blocks_end) - (self._by_parts - by_parts)
         declined = min(span.declined, missed)
         reason = self._hold.reason or (Reason.CANCELLED if self._abandoned else Reason.ABSENT)
-        self._missed(Reason.CHEAPER_TO_RECOMPUTE, declined)
+        self._missed(span.declined_as, declined)
         self._missed(reason, missed - declined)
         self._missed(Reason.PARTIAL_BLOCK, partial)
 

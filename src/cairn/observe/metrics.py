@@ -199,6 +199,7 @@ class Metrics(Counted):
         self.failures = Counter("failures", "Operations of a tier that failed.", "tier", "reason")
         self.compression = Ratio("compression_ratio", "Bytes of blocks over bytes they were stored in.", "tier")
         self.decompression = Histogram("decompression_duration_seconds", "Time that decoding an object took.", "tier")
+        self.decisions = Counter("decisions", "Decisions of the autopilot.", "kind", "choice", "reason")
         self.blend_lookups = Counter("blend_lookups", "Chunks, and their tokens, looked up to be blended.", "unit")
         self.blend_hits = Counter("blend_hits", "Chunks, and their tokens, of those that were found.", "unit")
         self.layerwise = Histogram("layerwise_load_latency_seconds", "Time that one layer of a layerwise load took.")

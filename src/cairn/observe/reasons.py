@@ -20,6 +20,7 @@ class Reason(StrEnum):
     BACKPRESSURE = "backpressure"  # the queue of background writes is full
     NOT_ADMITTED = "not_admitted"  # write admission spares the device
     CHEAPER_TO_RECOMPUTE = "cheaper_to_recompute"  # the planner expects prefill to be faster than loading
+    PINNED = "pinned"  # the configuration pins that nothing is loaded, or stored
     PARTIAL_BLOCK = "partial_block"  # fewer tokens than a block
     NODE_AWAY = "node_away"  # the host's node does not answer, or has taken back what was held
     OWNER_GONE = "owner_gone"  # the process in whose VRAM it was is gone, or has taken its segment back

@@ -23,14 +23,14 @@ class OnlineFit:
     """
 
     def __init__(self, features: int, window: int = 64) -> None:
-        self._table: Table = np.empty((window, features + 1))  # features and seconds, the oldest overwritten
-        self._seen = 0
+        self._table: Table = np.empty((window, features + 1))  # features and seconds, the oldest first
+        self._count = 0
         self._coefficients: Vector | None = None
         self._lock = threading.Lock()
 
     @property
     def ready(self) -> bool:
-        return self._seen >= 2
+        return self._count >= 2
 
     def largest(self, feature: int) -> float:
         """The largest value that a feature had in the observations."""
@@ -41,8 +41,17 @@ class OnlineFit:
         """One measured call: its features and how long it took (more than 0 seconds, else ignored)."""
         if seconds > 0:
             with self._lock:
-                self._table[self._seen % len(self._table)] = (*features, seconds)
-                self._seen += 1
+                if self._count == len(self._table):
+                    self._drop_oldest()
+                self._table[self._count] = (*features, seconds)
+                self._count += 1
+                self._coefficients = None
+
+    def forget(self) -> None:
+        """Drops the oldest observation, but not the last."""
+        with self._lock:
+            if self._count > 1:
+                self._drop_oldest()
                 self._coefficients = None
 
     def predict(self, features: tuple[float, ...]) -> float:
@@ -57,7 +66,11 @@ class OnlineFit:
             return self._coefficients
 
     def _rows(self) -> Table:
-        return self._table[: min(self._seen, len(self._table))]
+        return self._table[: self._count]
+
+    def _drop_oldest(self) -> None:
+        self._count -= 1
+        self._table[: self._count] = self._table[1 : self._count + 1]
 
 
 #: A larger subset has to make the squared error smaller by this share, and by this much an observation: a fit through
@@ -178,10 +191,14 @@ class RecomputeCost:
         if not tokens:
             return 0.0
         steps = -(-tokens // self.step_tokens) if self.step_tokens else 1
-        seconds = self._fit.predict((float(steps), *Work.of([(tokens, context)])))
+        seconds = self.seconds_of(Work.of([(tokens, context)]), steps)
         if self.stages > 1:  # all steps pass through the first stage, the dearest then through the others
-            seconds += (self.stages - 1) * self._fit.predict((1.0, *self._last_step(tokens, context)))
+            seconds += (self.stages - 1) * self.seconds_of(self._last_step(tokens, context))
         return seconds
+
+    def seconds_of(self, work: Work, steps: int = 1) -> float:
+        """Expected seconds of any work on one stage. Call only when `ready`."""
+        return self._fit.predict((float(steps), *work))
 
     def _last_step(self, tokens: int, context: int) -> Work:
         """A prefill's dearest step: as full as any, behind all others."""
@@ -214,6 +231,32 @@ class LoadCost:
         return self._fit.predict((1.0, float(size))) if size else 0.0
 
 
+class BlendCost:
+    """How much longer blendings take than their work and their loads would by themselves. Thread-safe.
+
+    A forward pass of its own, keys to turn and tokens to choose: one factor over all of it, 1 until it was measured
+    and at least: where a device is told what to do and not waited for, less is measured than it takes.
+    """
+
+    def __init__(self) -> None:
+        self._fit = OnlineFit(1, window=16)
+
+    @property
+    def factor(self) -> float:
+        return max(1.0, self._fit.predict((1.0,))) if self._fit.ready else 1.0
+
+    def observe(self, bare_s: float, seconds: float) -> None:
+        """A blending that took `seconds`, of `bare_s` for its work and its loads."""
+        if bare_s > 0:
+            self._fit.observe((1.0,), seconds / bare_s)
+
+    def declined(self) -> None:
+        """It was left alone: what is not done is not measured, so that the oldest measurement is forgotten, and one
+        bad hour does not end blending for ever.
+        """
+        self._fit.forget()
+
+
 class Estimates(NamedTuple):
     """What a cost model has learnt, for people: seconds and bytes per second; None before there is an estimate."""
 
@@ -222,10 +265,11 @@ class Estimates(NamedTuple):
 
 
 class CostModel:
-    """All that the planner knows of one engine: its prefill and its tiers."""
+    """All that the planner knows of one engine: its prefill, its blending and its tiers."""
 
     def __init__(self) -> None:
         self.recompute = RecomputeCost()
+        self.blend = BlendCost()
         self.load: dict[str, LoadCost] = {}
 
     def observe_load(self, tier: str, size: int, seconds: float) -> None:

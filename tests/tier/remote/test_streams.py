@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 
 from cairn.codec.choice import codec_for, reader_for
 from cairn.codec.ladder import Ladder, ladder_for
+from cairn.config.autopilot import Pin
 from cairn.config.schema import Compression
 from cairn.errors import GeometryError
 from cairn.kv import KVGeometry
 from cairn.observe.metrics import Metrics
 from cairn.observe.reasons import Reason
+from cairn.plan import Why
 from cairn.tier.base import Rows
 from cairn.tier.remote import RemoteTier, open_store
 from cairn.tier.remote.streams import Streams
@@ -36,7 +38,7 @@ EXACT: list[dict[str, Any]] = [{"algorithm": "lossless"}, {"algorithm": "packed"
 
 
 def ladder(settings: dict[str, Any]) -> Ladder:
-    found = ladder_for(GEOMETRY, Compression(adaptive=False, **settings))
+    found = ladder_for(GEOMETRY, Compression(**settings), "always")
     assert found
     return found
 
@@ -156,8 +158,8 @@ def test_quantized_and_opaque_blocks_are_refused_in_a_line() -> None:
 # --- the tier -----------------------------------------------------------------------------------------------------
 
 
-def tier(path: Path, settings: dict[str, Any] | None, **more: Any) -> RemoteTier:
-    made = ladder_for(GEOMETRY, Compression(**{"adaptive": False, **settings, **more})) if settings else None
+def tier(path: Path, settings: dict[str, Any] | None, pin: Pin = "always") -> RemoteTier:
+    made = ladder_for(GEOMETRY, Compression(**settings), pin) if settings else None
     return RemoteTier(
         open_store(f"file://{path}"),
         geometry=GEOMETRY,
@@ -207,7 +209,7 @@ def test_a_broken_object_is_dropped_and_a_part_of_one_can_be_read(tmp_path: Path
 
 def test_a_fast_store_is_given_blocks_as_they_are(tmp_path: Path) -> None:
     """What was measured decides, whatever is configured; and it is found all the same."""
-    one = tier(tmp_path, LOSSY[1], adaptive=True)
+    one = tier(tmp_path, LOSSY[1], "auto")
     assert one._machine.streams
     for size in (1 << 20, 8 << 20):
         one._machine.streams.loaded(size, size / 1e12)
@@ -233,9 +235,9 @@ def test_the_ladder_of_a_level_leads_from_no_loss_down_to_it() -> None:
     assert shares[0] == 1
     assert costs[-1].decode_s > 0
     size = 1 << 20
-    assert found.choose(size, None) is found.rungs[-1]
-    assert found.choose(size, lambda stored: stored / 1e4) is found.rungs[-1]
-    assert found.choose(size, lambda stored: stored / size * 0.2) is found.rungs[0]
+    assert found.choose(size, None) == (found.rungs[-1], Why.UNMEASURED)
+    assert found.choose(size, lambda stored: stored / 1e4) == (found.rungs[-1], Why.FASTER)
+    assert found.choose(size, lambda stored: stored / size * 0.2) == (found.rungs[0], Why.AS_FAST)
     for _ in range(100):
         found.decoded("raw", size, 1.0)
-    assert found.choose(size, lambda stored: stored / size * 0.2) is not found.rungs[0]
+    assert found.choose(size, lambda stored: stored / size * 0.2)[0] is not found.rungs[0]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cairn.blend import Piece, Recipe, pays, prelude_of, recipe_of, refuse_blending, split
+from cairn.blend import Piece, Recipe, prelude_of, recipe_of, refuse_blending, split
 from cairn.config import Config
 from cairn.connect.vllm.messages import Blend, Learn, Part
 from cairn.connect.vllm.model import Served
@@ -24,6 +24,8 @@ from cairn.errors import CairnError, GeometryError, InputError
 from cairn.kv import KeyChain
 from cairn.kv.keys import Tokens
 from cairn.observe.reasons import Reason
+from cairn.plan import Blend as BlendFacts
+from cairn.plan import BlendPlan
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +123,8 @@ class Chunks:
 
     pieces: where they stand among `tokens`. chain, whole: of the request. prelude: what each was computed behind. Once
     they are `settled`, held: those that are there, each as far as it is; missing: those that are not there whole; stop:
-    up to which token the prompt is blended, as vLLM computes what is behind. taken: it is decided that it is. Owned by
-    one request.
+    up to which token the prompt is blended, as vLLM computes what is behind. plan: whether it is, once that is decided.
+    Owned by one request.
     """
 
     def __init__(
@@ -139,7 +141,8 @@ class Chunks:
         self.pieces = pieces
         self.held: list[_Held] = []
         self.missing: list[Missing] = []
-        self.settled = self.taken = False
+        self.settled = False
+        self.plan: BlendPlan | None = None
         self._engine = engine
         self._whole = whole
         self._tokens = tokens
@@ -172,6 +175,11 @@ class Chunks:
                 if held < len(chain) * chain.block_tokens:
                     self.missing.append(Missing(alone, chain))
         return self.settled
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of the prompt, the last one included."""
+        return len(self._tokens) + 1
 
     def order(self, number: int, request: str, pages: list[int], computed: int) -> Blend:
         """What the worker shall do; counts them as loaded, and the prefix before them. number, request: see `Blend`.
@@ -216,7 +224,7 @@ class Blending:
         """Looks for chunks of a request's tokens behind the first `start`, which are at hand; None if there are none
         to look for. chain, whole: of the request. They are to be released before `whole`, which counts what is missed.
         """
-        if request.mm_features or request.lora_request or request.pooling_params:
+        if not self._engine.autopilot.blends or request.mm_features or request.lora_request or request.pooling_params:
             return None
         # The last token is left to vLLM, whose logits are needed.
         tokens = np.fromiter(request.all_token_ids, np.uint32, request.num_tokens)[:-1]
@@ -228,14 +236,16 @@ class Blending:
 
     def take(self, chunks: Chunks) -> bool:
         """Decides, once for settled chunks, whether to blend their prompt; counts them."""
-        if not chunks.taken:
+        if chunks.plan is None:
             pieces = [held.piece for held in chunks.held]
             hits, lookups = self._engine.metrics.blend_hits, self._engine.metrics.blend_lookups
             for counter, some in ((lookups, chunks.pieces), (hits, pieces)):
                 counter.add(len(some), unit="chunks")
                 counter.add(sum(piece.stop - max(piece.start, chunks.start) for piece in some), unit="tokens")
-            chunks.taken = pays(self._recipe, self._engine.geometry.layers, chunks.stop - chunks.start, pieces)
-        return chunks.taken
+            start, layers = chunks.start, self._engine.geometry.layers
+            facts = BlendFacts(chunks.prompt, start, start, chunks.stop, pieces, *self._recipe, layers=layers)
+            chunks.plan = self._engine.autopilot.blend(facts)
+        return chunks.plan.yes
 
 
 def make_private(request: Any, first_hash: int) -> None:

@@ -29,12 +29,6 @@ from cairn.tier.arena import Arena
 
 logger = logging.getLogger(__name__)
 
-#: A load expected to take longer than this is not waited for by a step that others take part in: its request waits
-#: alone. That holds even where the step would compute for longer than the load takes: enqueueing a load layer by layer
-#: costs the thread that launches the model's kernels, and everybody's step with it (serving_vllm.py: TTFT p50 1.3 of
-#: OffloadingConnector's, instead of 0.8 to 1.0).
-_STEP_PATIENCE_S = 0.002
-
 
 class SchedulerSide:
     """Lives in vLLM's scheduler and owns the engine. Called by vLLM's scheduler loop alone.
@@ -95,7 +89,8 @@ class SchedulerSide:
         if not tracked.stage.settled:
             return None, False
         tokens = max(0, tracked.stage.wait() - computed)  # waits no more, but notes a deadline that has passed
-        blended = self._blended(tracked, computed + tokens)
+        with serving(request.request_id), joined(getattr(request, "trace_headers", None)):
+            blended = self._blended(tracked, computed + tokens)
         if blended is None:
             return None, False
         if blended:
@@ -104,7 +99,8 @@ class SchedulerSide:
         if tokens == 0:
             self._drop_stage(tracked)
             return 0, False
-        tracked.layered = self._in_step(tokens)
+        with serving(request.request_id), joined(getattr(request, "trace_headers", None)):
+            tracked.layered = self.engine.autopilot.layerwise(tokens, able=self._mode.in_step, alone=not self._busy)
         if tracked.layered:
             # After a full hit the last token is computed again, so that there are logits. (vLLM sees to it by itself
             # for requests that wait outside of a step.)
@@ -287,13 +283,6 @@ class SchedulerSide:
         answer = tracked.answer
         return answer is None or answer.done() or time.monotonic() > tracked.ask_until
 
-    def _in_step(self, tokens: int) -> bool:
-        """Whether the next step itself shall load `tokens`, layer by layer."""
-        if not self._mode.in_step:
-            return False
-        loading = self.engine.cost.load_seconds("dram", tokens * self.engine.row_geometry.token_bytes)
-        return not self._busy or loading < _STEP_PATIENCE_S
-
     def _drop_stage(self, tracked: Tracked) -> None:
         self._drop_chunks(tracked)
         if tracked.stage:
@@ -407,7 +396,10 @@ class SchedulerSide:
                 self._forget_computed(tracked.pages[tracked.stage.span.start // self._block :])
             tracked.stage.failed(Reason.IO_ERROR)
             self.engine.metrics.failures.add(1, tier="dram", reason=Reason.IO_ERROR)
-        elif not tracked.chunks:
+        elif tracked.chunks:
+            if tracked.chunks.plan:
+                self.engine.autopilot.blended(tracked.chunks.plan, seconds)
+        else:
             self.engine.metrics.transferred("dram", "load", size, seconds)
             self.engine.cost.observe_load("dram", size, seconds)
             if tracked.layered:

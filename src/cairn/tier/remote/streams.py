@@ -23,9 +23,10 @@ from cairn.codec.ladder import Ladder
 from cairn.codec.raw import Raw
 from cairn.codec.seal import HEADER_LIMIT
 from cairn.kv import Keys
+from cairn.observe.decisions import record
 from cairn.observe.metrics import Metrics
 from cairn.observe.reasons import Reason
-from cairn.plan import LoadCost
+from cairn.plan import Kind, LoadCost
 from cairn.tier.base import Rows
 
 #: An object with loss may be so many times larger than a store likes, before it is compressed: every lossy codec makes
@@ -69,7 +70,8 @@ class Streams:
             blocks = _gathered(rows)
         size = len(blocks) * self._block_bytes
         known = next((cost for cost in (self._loads, self._stores) if cost.ready), None)
-        rung = self._ladder.choose(size, known.seconds if known else None)
+        rung, why = self._ladder.choose(size, known.seconds if known else None)
+        record(self._metrics, Kind.CODEC, rung.codec.id, why, bytes=size)
         framer, stream = self._framers[rung.codec.id], rung.codec.encode(blocks, sinks=SINK_TOKENS if begins else 0)
         rung.encoded(size, len(stream))
         if len(stream) >= size:

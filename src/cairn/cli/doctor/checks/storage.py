@@ -88,15 +88,13 @@ def remote_unreachable(config: Config, remote: Remote) -> Iterator[Found]:
     Severity.WARNING,
     why="Memory loads raw blocks faster than a core decodes them (0.8 to 1.6 GB/s), so compressing costs time on every "
     "hit. (VRAM, DRAM and disk are never compressed.)",
-    fix="compression.adaptive: true, or compression.algorithm: none",
+    fix="autopilot.codec: auto, or compression.algorithm: none",
 )
 def compressed_hot(config: Config, remote: Remote) -> Iterator[Found]:
-    """Compression forced (adaptive off) on a store in this machine's memory: on tmpfs, or a server on loopback."""
-    compression = config.compression
-    if compression.algorithm != "none" and not compression.adaptive and remote.memory:
-        yield found(
-            f"compression.algorithm is {compression.algorithm}, not adaptive, and {remote.url} is in memory here"
-        )
+    """Compression always (autopilot.codec) on a store in this machine's memory: on tmpfs, or a server on loopback."""
+    algorithm = config.compression.algorithm
+    if algorithm != "none" and config.autopilot.codec == "always" and remote.memory:
+        yield found(f"compression.algorithm is {algorithm}, always, and {remote.url} is in memory here")
 
 
 @check(
