@@ -238,7 +238,7 @@ class Node:
             keys = keys_of(request.keys)
             session.mention(keys)
             held = session.pool.store.match(keys)
-            in_vram = session.pool.vram.match(session.number, keys)
+            in_vram = session.pool.vram.match(session.number, keys, request.own)
             self._send(sender, wire.Matched(request.call, held.dram, list(held.below), *in_vram))
 
     def _take(self, sender: bytes, request: wire.Take) -> None:
@@ -364,14 +364,15 @@ class Node:
         session = self._session(sender, request)
         if session:
             session.check_new(request.number)
-            hold = session.vram_holds[request.number] = session.pool.vram.take(session.number, keys_of(request.keys))
+            hold = session.pool.vram.take(session.number, keys_of(request.keys), request.own)
+            session.vram_holds[request.number] = hold
             self._send(sender, wire.TakenVram(request.call, hold.parts))
 
     def _reserve_vram(self, sender: bytes, request: wire.ReserveVram) -> None:
         session = self._session(sender, request)
         if session:
             session.check_new(request.number)
-            reservation = session.pool.vram.reserve(session.number, keys_of(request.keys))
+            reservation = session.pool.vram.reserve(session.number, keys_of(request.keys), request.own)
             if reservation is None:
                 self._send(sender, wire.Reserved(request.call, 0, bytearray()))
                 return

@@ -64,9 +64,10 @@ class Hello(_Call, tag=1):
 
 
 class Match(_Call, tag=2):
-    """How much of the chain is held; answered by Matched."""
+    """How much of the chain is held; answered by Matched. own: as in TakeVram."""
 
     keys: _Keys
+    own: _Number = 0
 
 
 class Take(_Call, tag=3):
@@ -150,17 +151,23 @@ class Withdraw(_Call, tag=31):
 
 
 class TakeVram(_Call, tag=32):
-    """Pins the chain's leading blocks that are in VRAM under `number`; answered by TakenVram."""
+    """Pins the chain's leading blocks that are in VRAM under `number`; answered by TakenVram. own: the donation that
+    counts as the asker's own; 0: the session's.
+    """
 
     number: _Number
     keys: _Keys
+    own: _Number = 0
 
 
 class ReserveVram(_Call, tag=33):
-    """Slots of the session's own segment for what that lacks of the chain, under `number`; answered by Reserved."""
+    """Slots of the own segment for what that lacks of the chain, under `number`; answered by Reserved. own: as in
+    TakeVram.
+    """
 
     number: _Number
     keys: _Keys
+    own: _Number = 0
 
 
 class Follow(_Message, tag=40):
@@ -234,7 +241,7 @@ class Refused(_Message, tag=3):
 
 
 class Matched(_Message, tag=4):
-    """See `cairn.engine.base.Held`. vram: leading blocks in VRAM, whosesoever; own: those in the session's segment."""
+    """See `cairn.engine.base.Held`. vram: leading blocks in VRAM, whosesoever; own: those in the own segment."""
 
     call: _Number
     dram: _Number
