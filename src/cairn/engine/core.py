@@ -277,7 +277,7 @@ class EngineCore:
         keys = chain.keys[:stop_block]
         loading = begin("cairn.load", prompt_tokens=chain.tokens, first_token=first_token)
         block, start = self.geometry.block_tokens, min(first_token, len(keys) * self.geometry.block_tokens)
-        held = self._store.match(keys)
+        held, hold = self._store.find(keys)
         total, done = max(start, held.total * block), start
         segments = []
         for tier, blocks in (("vram", held.vram), ("dram", held.dram), *held.below):
@@ -290,7 +290,10 @@ class EngineCore:
         deadline = self.deadline(timeout)
         if start + wanted <= held.dram * block:
             self._probes.look(keys, held, deadline)
-        hold = self._store.hold(keys[: (start + wanted) // block], deadline=deadline)
+        if hold is None or total > start + wanted:
+            if hold:
+                hold.release()  # it is dearer to load than to compute
+            hold = self._store.hold(keys[: (start + wanted) // block], deadline=deadline)
         span = Span(start, len(keys) * block, chain.tokens, total - start - wanted)
         loading.note(held_tokens=total, planned_tokens=start + wanted)
         return Stage(

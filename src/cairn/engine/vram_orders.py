@@ -34,9 +34,6 @@ class OrderedVramStore(VramReader):
 
     _avoided: frozenset[int] = frozenset()
 
-    def match(self, keys: Keys) -> Held:
-        return super().match(keys)._replace(own=None)
-
     def write_vram(self, keys: Keys) -> NodeWriting | None:
         """Rows for the blocks that the worker's segment lacks; None if it lacks none, or has no room for all."""
         link = self._link()
@@ -56,6 +53,10 @@ class OrderedVramStore(VramReader):
     def committed(self, new: int) -> None:
         """Told of blocks that have become findable in VRAM."""
         self._metrics.stored_tokens.add(new * self._geometry.block_tokens, tier="vram")
+
+    def _match(self, link: Link | None, keys: Keys, number: int) -> tuple[Held, list[wire.VramPart]]:
+        held, parts = super()._match(link, keys, number)
+        return held._replace(own=None), parts
 
     def _found(self, link: Link, part: wire.VramPart, first: int, rows: npt.NDArray[np.int32]) -> VramRows | None:
         if part.donation in self._avoided:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from cairn.copy import Copier, PagedKV, TokenSlots
 from cairn.engine.base import Held
-from cairn.engine.hold import Run
+from cairn.engine.hold import Hold, Run
 from cairn.engine.node_store import NodeHold, NodeStore
 from cairn.engine.vram import Source
 from cairn.errors import StorageError
@@ -96,9 +96,8 @@ class VramHold(NodeHold):
             return False
         return True
 
-    def release(self) -> None:
-        super().release()
-        self._session.end(self._in_vram)
+    def _numbers(self) -> tuple[int, ...]:
+        return (*super()._numbers(), self._in_vram)
 
     def _part(self, block: int) -> VramRows | None:
         return next((part for part in self.lead if block < part.stop), None)
@@ -113,14 +112,17 @@ class VramReader(NodeStore):
     own = 0
 
     def match(self, keys: Keys) -> Held:
-        link = self._link()
-        if link is None or not len(keys):
-            return Held(0, own=0)
-        call, session = self._client.number(), link.welcome.session
-        reply = link.call(wire.Match(call, session, raw_of(keys[:MAX_BLOCKS]), self.own))
-        if not isinstance(reply, wire.Matched):
-            return Held(0, own=0)
-        return Held(reply.dram, tuple(reply.below), reply.vram, reply.own)
+        return self._match(self._link(), keys, 0)[0]
+
+    def find(self, keys: Keys) -> tuple[Held, Hold | None]:
+        link, numbers = self._link(), (self._client.number(), self._client.number())
+        held, parts = self._match(link, keys, numbers[1])
+        lead = self._lead(link, parts) if link else []
+        if link and lead and lead[-1].stop == len(keys):
+            return held, VramHold(keys, link, numbers, self._landed, lead)
+        if link and parts:
+            link.end(numbers[1])
+        return held, None
 
     def hold(self, keys: Keys, *, deadline: float) -> NodeHold:
         link = self._link()
@@ -141,16 +143,31 @@ class VramReader(NodeStore):
         in_dram, in_vram = self._client.number(), self._client.number()
         session, raw = link.welcome.session, raw_of(keys[:MAX_BLOCKS])
         reply = link.call(wire.TakeVram(in_vram, session, in_vram, raw, self.own))
-        lead: list[VramRows] = []
-        for part in reply.parts if isinstance(reply, wire.TakenVram) else ():
-            found = self._found(link, part, lead[-1].stop if lead else 0, rows_of(part.rows))
-            if found is None:
-                break
-            lead.append(found)
+        lead = self._lead(link, reply.parts) if isinstance(reply, wire.TakenVram) else []
         if lead:
             return VramHold(keys, link, (in_dram, in_vram), self._landed, lead)
         link.end(in_vram)
         return None
+
+    def _match(self, link: Link | None, keys: Keys, number: int) -> tuple[Held, list[wire.VramPart]]:
+        """What is held, and, if VRAM has all of it, where that is, pinned under the number, unless it is 0."""
+        if link is None or not len(keys):
+            return Held(0, own=0), []
+        call, session = self._client.number(), link.welcome.session
+        reply = link.call(wire.Match(call, session, raw_of(keys[:MAX_BLOCKS]), self.own, number))
+        if not isinstance(reply, wire.Matched):
+            return Held(0, own=0), []
+        return Held(reply.dram, tuple(reply.below), reply.vram, reply.own), reply.parts
+
+    def _lead(self, link: Link, parts: list[wire.VramPart]) -> list[VramRows]:
+        """The leading blocks that can be reached, of those that the parts have."""
+        lead: list[VramRows] = []
+        for part in parts:
+            found = self._found(link, part, lead[-1].stop if lead else 0, rows_of(part.rows))
+            if found is None:
+                break
+            lead.append(found)
+        return lead
 
     @abstractmethod
     def _found(self, link: Link, part: wire.VramPart, first: int, rows: npt.NDArray[np.int32]) -> VramRows | None:
