@@ -41,8 +41,10 @@ class Neighbour:
 
 
 def published(llm: Any) -> int:
-    """Batches of events on the wire, once the publisher's thread has nothing left to do."""
+    """Batches of events on the wire, once the publisher's thread has nothing left to do; 0 without a publisher."""
     publisher = llm.llm_engine.engine_core.engine_core.scheduler.kv_event_publisher
+    if not hasattr(publisher, "_event_queue"):
+        return 0
     publisher._event_queue.join()
     return len(publisher._buffer)
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from cairn.copy import CpuCopier
-from cairn.errors import ConfigError
 from tests.vllm.engine import BLOCK, LONGER, OTHER, PROMPTS, answers, connector, no_leak, serving, settle, stats
 from tests.vllm.neighbour import Neighbour
 from tests.vllm.test_node import OPTIONS, Node, node, settings
@@ -72,12 +71,11 @@ def test_what_one_computed_another_loads_from_its_vram(
         assert other.wait()[0] == [tiny_other, *tiny_longer[4:8]]
         scatter = CpuCopier.scatter
 
-        def dies(self: Any, *arguments: Any) -> None:
+        def dies(self: Any, kv: Any, slots: Any, *arguments: Any) -> None:
             os.kill(other.process.pid, signal.SIGKILL)
             other.process.wait()
-            pages = connector(llm)._worker._all_places.mover.kv.owner
-            for tensor in pages:
-                tensor[arguments[1][0] // BLOCK].fill_(7)
+            for tensor in kv.owner:
+                tensor[slots[0] // BLOCK].fill_(7)
 
         monkeypatch.setattr(CpuCopier, "scatter", dies)
         before = hits(llm)
@@ -98,11 +96,3 @@ def test_what_one_computed_another_loads_from_its_vram(
         assert hits(llm) - before == whole(OTHER)
         assert pins(llm) == 0
         no_leak(llm)
-
-
-def test_who_cannot_share_is_refused(tiny: Path, node: Node) -> None:
-    with pytest.raises(ConfigError, match=r"set node\.address"), serving(tiny, VRAM, **OPTIONS):
-        pass
-    for more, why in (({"blending.enabled": True}, "blending reads DRAM alone"),):
-        with pytest.raises(ConfigError, match=why), serving(tiny, settings(node) | VRAM | more, **OPTIONS):
-            pass
