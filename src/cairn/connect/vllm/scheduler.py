@@ -447,7 +447,7 @@ class SchedulerSide:
                 self._forget_computed(tracked.pages[tracked.stage.span.start // self._block :])
             tracked.stage.failed(failed)
             self.engine.metrics.failures.add(1, tier=load.tier, reason=failed)
-            if self._vram and isinstance(load.home, VramHome):
+            if self._vram and isinstance(load.home, VramHome) and failed == Reason.IO_ERROR:
                 self._vram.avoid(load.home.donation)
         elif not tracked.chunks:
             size = load.blocks * self.engine.row_geometry.block_bytes

@@ -12,13 +12,15 @@ from contextlib import ExitStack
 from cairn.config import Config
 from cairn.connect.vllm.model import Served
 from cairn.connect.vllm.movers import Copying, Polled, failed
-from cairn.connect.vllm.places import START_S, refused
+from cairn.connect.vllm.places import START_S
 from cairn.copy import RowMemory
 from cairn.engine.vram import Source, open_segment
 from cairn.errors import ConfigError, StorageError
 from cairn.node.base import VramHome
 from cairn.node.client import Link, NodeClient
 from cairn.node.gate import Entrance
+from cairn.node.wire import VramPart
+from cairn.observe.reasons import Reason
 
 #: Between two attempts to donate the segment, seconds.
 _RETRY_S = 1.0
@@ -26,8 +28,16 @@ _RETRY_S = 1.0
 _KEPT = 64
 
 
-class OwnerGoneError(StorageError):
-    """What was copied cannot be believed: the segment's owner is gone, or has taken it back."""
+class VramError(StorageError):
+    """A copy that was not made, or cannot be believed, and the reason that is counted."""
+
+    def __init__(self, reason: Reason, why: str) -> None:
+        super().__init__(why)
+        self.reason = reason
+
+
+_AWAY = VramError(Reason.NODE_AWAY, "the node is away, or has taken the rows back")
+_GONE = VramError(Reason.OWNER_GONE, "the owner of a segment of VRAM is gone, or has taken it back")
 
 
 def refuse_vram(served: Served, config: Config) -> None:
@@ -51,7 +61,7 @@ class _VramCopy:
     Owned by the model runner's thread, which polls it.
     """
 
-    def __init__(self, source: "Future[Source | None]", begin: Callable[[RowMemory], Copying], entrance: Entrance):
+    def __init__(self, source: "Future[Source]", begin: Callable[[RowMemory], Copying], entrance: Entrance):
         self._source = source
         self._begin = begin
         self._entrance = entrance
@@ -70,9 +80,8 @@ class _VramCopy:
         self.done()
         assert self._copying
         self._error = self._error or self._copying.exception()
-        source = self._source.result()
-        if source and self._error is None and not source.sound():
-            self._error = OwnerGoneError("the owner of a segment of VRAM is gone, or has taken it back")
+        if self._error is None and not self._source.result().sound():
+            self._error = _GONE
         self._inside.close()
         return self._error
 
@@ -84,14 +93,17 @@ class _VramCopy:
         return self._copying.result()
 
     def _start(self) -> Copying:
+        unreachable = self._source.exception()
+        if unreachable:
+            return failed(unreachable)
         source = self._source.result()
-        if source is None or not self._entrance.enter():
-            return refused()
+        if not self._entrance.enter():
+            return failed(_AWAY)
         with ExitStack() as inside:
             inside.callback(self._entrance.leave)
             memory = inside.enter_context(source.using())
             if memory is None:
-                return failed(OwnerGoneError("a segment of VRAM was taken back"))
+                return failed(_GONE)
             copying = self._begin(memory)
             self._inside = inside.pop_all()
             return copying
@@ -111,7 +123,7 @@ class WorkerVram:
         self._own: tuple[Link, Source] | None = None
         self._donating: tuple[Link, Future[Source | None]] | None = None
         self._again = 0.0
-        self._sources: dict[int, Future[Source | None]] = {}
+        self._sources: dict[int, Future[Source]] = {}
         self._background = ThreadPoolExecutor(1, "cairn-vram")
         self._client = NodeClient(address, geometry, served.row_layout, timeout_s=config.node.timeout_s)
         link = self._client.wait(START_S if self._client.path.exists() else 0.0)
@@ -135,7 +147,7 @@ class WorkerVram:
         """Begins a copy from or to the memory that `home` names, at once where it is mapped, else when it is. entrance:
         of the home's gate.
         """
-        return _VramCopy(self._source(home), begin, entrance) if entrance else refused()
+        return _VramCopy(self._source(home), begin, entrance) if entrance else failed(_AWAY)
 
     def close(self) -> None:
         """Takes the segment back, when no copy is under way any more."""
@@ -159,26 +171,30 @@ class WorkerVram:
         source = future.result()
         if source:
             self._own = link, source
-            self._sources[source.number] = future
+            own = self._sources[source.number] = Future()
+            own.set_result(source)
 
-    def _source(self, home: VramHome) -> "Future[Source | None]":
+    def _source(self, home: VramHome) -> "Future[Source]":
         found = self._sources.get(home.donation)
         if found and not _over(found):
             return found
         link = self._client.link
         if link is None or home.part is None:
-            nowhere: Future[Source | None] = Future()
-            nowhere.set_result(None)
+            nowhere: Future[Source] = Future()
+            nowhere.set_exception(_AWAY if link is None else _GONE)
             return nowhere
         if len(self._sources) >= _KEPT:
             self._sources = {number: one for number, one in self._sources.items() if not _over(one)}
-        mapping = self._sources[home.donation] = self._background.submit(self._vram.source, link, home.part)
+        mapping = self._sources[home.donation] = self._background.submit(self._map, link, home.part)
         return mapping
 
+    def _map(self, link: Link, part: VramPart) -> Source:
+        source = self._vram.source(link, part)
+        if source is None:
+            raise VramError(Reason.IO_ERROR, "a segment of VRAM cannot be mapped")
+        return source
 
-def _over(source: "Future[Source | None]") -> bool:
+
+def _over(source: "Future[Source]") -> bool:
     """Whether it was mapped and is not any more: it may be again, in another session."""
-    if not source.done():
-        return False
-    found = source.result()
-    return found is not None and found.over()
+    return source.done() and not source.exception() and source.result().over()

@@ -16,7 +16,7 @@ from cairn.connect.vllm.messages import Blend, Copy, Done, Learn, Orders
 from cairn.connect.vllm.model import Served, own_arena
 from cairn.connect.vllm.movers import Copying, Layers, Mover, Polled, Rows, Timer, by_token, mover_for
 from cairn.connect.vllm.places import Places, Refused, refused
-from cairn.connect.vllm.vram import OwnerGoneError, WorkerVram
+from cairn.connect.vllm.vram import VramError, WorkerVram
 from cairn.copy import RowMemory, TokenSlots
 from cairn.errors import GeometryError
 from cairn.node.base import VramHome
@@ -260,7 +260,7 @@ class WorkerSide:
                 if not isinstance(copy, Learn) and loads:
                     self._invalid.update(copy.pages)
             if error:
-                self._report(copy, 0.0, Reason.OWNER_GONE if isinstance(error, OwnerGoneError) else Reason.IO_ERROR)
+                self._report(copy, 0.0, error.reason if isinstance(error, VramError) else Reason.IO_ERROR)
             else:
                 self._report(copy, copying.result())
         return [(copy, copying) for copy, copying in copies if copy.number not in self._done.copies]
