@@ -6,7 +6,9 @@
 Three processes besides this one: the node, an engine on GPU 0 that stores, one on GPU 1 that retrieves. Llama-8B's
 geometry, blocks of 2 MiB; the paged cache in two layouts: pages of 2 MiB in one run, and 64 pieces of 32 KiB a page.
 Every retrieve is timed as a caller sees it (questions to the node included), and every byte of it is compared on the
-device. Needs 10 GiB on GPU 0, 5 GiB on GPU 1, and 5 GiB in /dev/shm for the way through Cairn's DRAM, which is left out
+device. Where its time goes is told beside it (`split`, medians, milliseconds): until the copier is called, until its
+first copy is enqueued, until its last is, the copies on the device, the copier as a whole, and from its end to the
+call's. Needs 10 GiB on GPU 0, 5 GiB on GPU 1, and 5 GiB in /dev/shm for the way through Cairn's DRAM, which is left out
 where that is not there.
 """
 
@@ -87,6 +89,78 @@ class Place:
         )
 
 
+class Split:
+    """Where the time of a retrieve goes, by looking at what its copier does. Seconds, an entry a call."""
+
+    def __init__(self, engine: CacheEngine, stand_in: bool) -> None:
+        self.times: dict[str, list[float]] = {}
+        self._began = self._entered = self._left = 0.0
+        self._enqueued: float | None = None
+        self._copier: Any = engine._copier  # type: ignore[attr-defined]
+        self._real = self._copier.scatter if stand_in else self._copier.scatter_async
+        if stand_in:
+            self._copier.scatter = self._scatter
+        else:
+            self._copier.scatter_async = self._scatter_async
+            self._watch_driver()
+
+    def call(self, function: Callable[[], Any]) -> tuple[Any, float]:
+        """What the function returns, and how long it took."""
+        self._enqueued = None
+        self._began = time.perf_counter()
+        result = function()
+        ended = time.perf_counter()
+        self._note("before the copier", self._entered - self._began)
+        if self._enqueued:
+            self._note("until the first enqueue", self._enqueued - self._entered)
+        self._note("in the copier", self._left - self._entered)
+        self._note("behind it", ended - self._left)
+        return result, ended - self._began
+
+    def medians(self) -> dict[str, float]:
+        return {name: statistics.median(times[WARM:]) * 1e3 for name, times in self.times.items()}
+
+    def _note(self, name: str, seconds: float) -> None:
+        self.times.setdefault(name, []).append(seconds)
+
+    def _scatter(self, *arguments: Any) -> None:
+        self._entered = time.perf_counter()
+        self._real(*arguments)
+        self._left = time.perf_counter()
+
+    def _scatter_async(self, *arguments: Any) -> "Waited":
+        self._entered = time.perf_counter()
+        return Waited(self._real(*arguments), self, time.perf_counter())
+
+    def over(self, device_s: float, enqueued: float) -> None:
+        """The copy is over, which was enqueued by then."""
+        self._left = time.perf_counter()
+        self._note("until all is enqueued", enqueued - self._entered)
+        self._note("on the device", device_s)
+
+    def _watch_driver(self) -> None:
+        from cairn.copy import driver
+
+        real = driver.copy_batch
+
+        def watched(*arguments: Any, **options: Any) -> None:
+            real(*arguments, **options)
+            self._enqueued = self._enqueued or time.perf_counter()
+
+        driver.copy_batch = watched
+
+
+class Waited:
+    """A copy that tells its split when it was waited for."""
+
+    def __init__(self, copy: Any, split: Split, enqueued: float) -> None:
+        self._copy, self._split, self._enqueued = copy, split, enqueued
+
+    def synchronize(self) -> None:
+        self._copy.synchronize()
+        self._split.over(self._copy.seconds(), self._enqueued)
+
+
 def settings(place: Place, vram_blocks: int) -> Config:
     vram = {"storage.vram.size": vram_blocks * G.block_bytes, "storage.vram.device": place.name}
     return load_config(
@@ -125,6 +199,7 @@ def engine_process(address: str, index: int, stand_in: bool, blocks: int, pipe: 
         torch.cuda.set_device(place.device)
     pipe.send("ready")
     engines: dict[str, CacheEngine] = {}
+    splits: dict[str, Split] = {}
     caches: dict[str, tuple[list[torch.Tensor], PagedKV, np.ndarray, torch.Tensor]] = {}
 
     def cache(layout: str, engine: CacheEngine) -> tuple[list[torch.Tensor], PagedKV, np.ndarray, torch.Tensor]:
@@ -140,6 +215,7 @@ def engine_process(address: str, index: int, stand_in: bool, blocks: int, pipe: 
 
     def connect(vram_blocks: int) -> str:
         engines["it"] = CacheEngine(Namespace(model="bench", geometry=G), settings(place, vram_blocks), node=address)
+        splits["it"] = Split(engines["it"], stand_in)
         return place.name if stand_in else str(torch.cuda.get_device_name(place.device))
 
     def prompt(engine: CacheEngine, seed: int) -> Any:
@@ -163,14 +239,15 @@ def engine_process(address: str, index: int, stand_in: bool, blocks: int, pipe: 
         tensors, kv, slots, pages = cache(layout, engine)
         engine._copier._path = path  # type: ignore[attr-defined] # the way under test
         chain, seconds, right = prompt(engine, seed), [], True
+        split = splits["it"]
+        split.times.clear()
         before = dict(engine.get_stats()["hit_tokens"])  # type: ignore[call-overload]
         for _ in range(WARM + repeats):
             for tensor in tensors:
                 tensor.fill_(0x5A5A)
             place.synchronize()
-            began = time.perf_counter()
-            mask = engine.retrieve(chain, None, kv, slots)
-            seconds.append(time.perf_counter() - began)
+            mask, taken = split.call(partial(engine.retrieve, chain, None, kv, slots))
+            seconds.append(taken)
             right = right and bool(mask.all()) and place.holds(tensors, layout, seed, pages)
         hits: Any = engine.get_stats()["hit_tokens"]
         by_tier = {tier: hits[tier] - before.get(tier, 0) for tier in hits}
@@ -184,6 +261,7 @@ def engine_process(address: str, index: int, stand_in: bool, blocks: int, pipe: 
             "milliseconds": median * 1e3,
             "fastest_milliseconds": min(seconds) * 1e3,
             "gbps": moved / median / 1e9,
+            "split": split.medians(),
         }
 
     def close() -> bool:
@@ -334,7 +412,8 @@ def line(run: dict[str, Any]) -> str:
         f"{run['layout']:>12} {run['path']:>7}: {run['gbps']:6.1f} GB/s ({run['milliseconds']:.2f} ms), "
         f"{run['of_ceiling']:.1%} of the ceiling, {run['times_pinned']:.1f} x pinned, "
         f"{run['times_pageable']:.1f} x pageable, right {run['right']}, hits {run['hit_tokens']}"
-        f"{'' if run['meets_bars'] else '  below the bars'}"
+        f"{'' if run['meets_bars'] else '  below the bars'}\n{'':>21}"
+        + ", ".join(f"{name} {milliseconds:.3f}" for name, milliseconds in run["split"].items())
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cairn.copy import CpuCopier, PagedKV
+from cairn.copy import CpuCopier, DeviceRows, PagedKV
 from cairn.errors import StorageError
 from cairn.kv import KVGeometry
 from tests.copy.fake_cuda import FakeCuda, install
@@ -138,6 +138,32 @@ def test_pages_are_overwritten_after_their_store(device: FakeCuda) -> None:
     device.default.synchronize()
     assert [store.result() >= 0 for store in stores] == [True, True]
     assert (rig.memory == expected).all()
+    rig.mover.close()
+
+
+@pytest.mark.parametrize("device", SEEDS, indirect=True)
+def test_pages_are_overwritten_after_stores_to_vram_and_dram(device: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They go by streams of their own, so that the end of the latest says nothing of the other."""
+    monkeypatch.setattr("cairn.copy.cuda.BREAK_EVEN", 0)  # DRAM is written by the copy engines
+    rig = Rig()
+    expected = rig.memory.copy()
+    CpuCopier(G).gather(rig.kv, rig.slots, expected, rig.rows)
+    segment = rig.memory.copy()
+    vram = DeviceRows(segment.ctypes.data, BLOCKS, segment.strides[0], False)
+    stores = [rig.mover.store(rig.slots, rig.rows), rig.mover.store(rig.slots, rig.rows, vram)]
+    rig.mover.settle_stores()
+    for tensor in rig.tensors:
+        device.enqueue(lambda tensor=tensor: tensor.fill(7))
+    device.default.synchronize()
+    assert [store.result() >= 0 for store in stores] == [True, True]
+    assert (rig.memory == expected).all()
+    assert (segment == expected).all()
+    # And from there: a peer's rows.
+    load = rig.mover.load(rig.slots, rig.rows, vram._replace(peer=True))
+    assert load.result() >= 0
+    again = np.zeros_like(segment)
+    CpuCopier(G).gather(rig.kv, rig.slots, again, rig.rows)
+    assert (again == expected).all()
     rig.mover.close()
 
 

@@ -19,7 +19,8 @@ from cairn.config import load_config
 from cairn.engine import CacheEngine
 from cairn.errors import ConfigError
 from cairn.node import wire
-from cairn.node.life import Life
+from cairn.node.life import Life, process_token
+from cairn.node.segments import path_of
 from tests.engine.pages import SLOT, namespace, prompt, retrieved, stored
 
 from .peer import Peer, keys_of
@@ -363,6 +364,53 @@ def test_rules_of_calls(node: ThreadNode, tmp_path: Path) -> None:
     assert one.ask(wire.TakeVram, 4, keys).parts == [], "nobody holds its page: it counts as dead"
     one.tell(wire.Bye(one.session))
     one.close()
+
+
+def test_another_session_writes_to_a_donation_and_pins_it(node: ThreadNode, tmp_path: Path) -> None:
+    """As vLLM's scheduler does with what its worker has donated."""
+    worker, scheduler = (Peer(address_in(tmp_path)).hello() for _ in range(2))
+    keys = wire.raw_of(keys_of(1, 4))
+    given = worker.ask(wire.Donate, 4, 4096, b"h", process_token())
+    assert isinstance(given, wire.Donated)
+    life = Life(path_of(given.life), given.donation, process_token())
+    life.hold()
+    assert scheduler.ask(wire.ReserveVram, 1, keys).rows == b"", "its own session has donated nothing"
+    assert len(wire.rows_of(scheduler.ask(wire.ReserveVram, 2, keys, given.donation).rows)) == 4
+    assert scheduler.commit(2, 4).new == 4
+    assert scheduler.ask(wire.Match, keys).own == 0
+    found = scheduler.ask(wire.Match, keys, given.donation)
+    assert (found.vram, found.own, found.parts) == (4, 4, [])
+    # More than it has: nothing is pinned. All of it: at once.
+    assert scheduler.ask(wire.Match, wire.raw_of(keys_of(1, 5)), given.donation, 3).parts == []
+    [part] = scheduler.ask(wire.Match, keys, given.donation, 3).parts
+    assert (part.donation, len(wire.rows_of(part.rows))) == (given.donation, 4)
+    assert isinstance(scheduler.ask(wire.Match, keys, given.donation, 3), wire.Refused), "the number is in use"
+    assert len(worker.ask(wire.ReserveVram, 1, wire.raw_of(keys_of(2, 1))).rows) == 0, "all slots are pinned"
+    scheduler.tell(wire.Bye(scheduler.session))
+    assert worker.ask(wire.Match, keys).own == 4, "it outlives who wrote there, whose pins are back"
+    assert len(wire.rows_of(worker.ask(wire.ReserveVram, 2, wire.raw_of(keys_of(2, 1))).rows)) == 1, (
+        "and has the pins back"
+    )
+    worker.tell(wire.Bye(worker.session))
+    life.close()
+    for one in (worker, scheduler):
+        one.close()
+
+
+def test_a_hit_that_is_all_in_vram_is_one_call(engines: Callable[..., CacheEngine]) -> None:
+    engine = engines()
+    tokens = prompt(1, 40)
+    assert stored(engine, tokens) == 40
+    assert engine.flush(10)
+    asked: list[str] = []
+    link = engine._store._link()  # type: ignore[attr-defined]
+    call = link.call
+    link.call = lambda request: (asked.append(type(request).__name__), call(request))[1]
+    assert retrieved(engine, tokens) == 40
+    assert asked == ["Match"]
+    assert hits(engine, "vram") == 40
+    del link.call
+    assert figures(engine)["pinned_blocks"] == 0
 
 
 def test_the_next_node_gets_the_segment_anew(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def no_leak(llm: Any) -> None:
     side = connector(llm)._scheduler
     dram = stats(llm)["tiers"]["dram"]
     assert not side._tracked
-    assert [side._loading, side._storing, side._reports, side._failed] == [{}, {}, {}, set()]
+    assert [side._loading, side._storing, side._reports, side._failed] == [{}, {}, {}, {}]
     assert dram["pinned_blocks"] == 0
     assert dram["reserved_blocks"] == 0
 

@@ -16,33 +16,35 @@ class Neighbour:
 
     def __init__(self, model: Path, settings: dict[str, Any], options: dict[str, Any]) -> None:
         command = [sys.executable, "-m", "tests.vllm.neighbour", json.dumps([str(model), settings, options])]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def wait(self) -> Any:
         """What it says next: after its start, and after each `ask`."""
-        assert self._process.stdout
-        line = self._process.stdout.readline()
+        assert self.process.stdout
+        line = self.process.stdout.readline()
         assert line, "the other engine has ended"
         return json.loads(line)
 
     def ask(self, prompts: list[list[int]]) -> None:
         """Has it answer; what it then says are its answers, its tokens hit and stored so far, and batches of events."""
-        assert self._process.stdin
-        self._process.stdin.write(json.dumps(prompts) + "\n")
-        self._process.stdin.flush()
+        assert self.process.stdin
+        self.process.stdin.write(json.dumps(prompts) + "\n")
+        self.process.stdin.flush()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if error:
-            self._process.kill()
-        self._process.communicate(timeout=60)
+            self.process.kill()
+        self.process.communicate(timeout=60)
 
 
 def published(llm: Any) -> int:
-    """Batches of events on the wire, once the publisher's thread has nothing left to do."""
+    """Batches of events on the wire, once the publisher's thread has nothing left to do; 0 without a publisher."""
     publisher = llm.llm_engine.engine_core.engine_core.scheduler.kv_event_publisher
+    if not hasattr(publisher, "_event_queue"):
+        return 0
     publisher._event_queue.join()
     return len(publisher._buffer)
 

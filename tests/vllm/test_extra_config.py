@@ -32,10 +32,6 @@ def test_a_flag_stands_bare_dotted_or_nested(extra: dict[str, Any]) -> None:
     assert config.storage.cpu.size == 64 << 20
 
 
-def test_vram_is_not_shared_yet() -> None:
-    assert "storage.vram.size=1024: must be 0 under vLLM" in complaint({"storage.vram.size": 1024})
-
-
 def test_a_flag_wins_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "cairn.yaml"
     path.write_text("engine: {enable_service_routing: true, timeout_s: 7}\nstorage: {cpu: {size: 32MiB}}\n")

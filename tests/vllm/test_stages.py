@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from cairn.connect.vllm.model import stage_layers
-from cairn.connect.vllm.scheduler import SchedulerSide
 from cairn.errors import GeometryError
+from cairn.plan.autopilot import Autopilot
 from tests.vllm.engine import BLOCK, LONGER, OTHER, PROMPTS, answers, connector, no_leak, serving, settle, stats
 from tests.vllm.test_ranks import break_loads, hits, mend_loads, on_disk, ranks, shared
 
@@ -74,7 +74,7 @@ def check_answers(llm: Any, plain: list[list[int]], longer: list[list[int]]) -> 
     for layered in (None, False, True):
         before = hits(llm)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(SchedulerSide, "_in_step", lambda *_, layered=layered: bool(layered))
+            patch.setattr(Autopilot, "layerwise", lambda *_, layered=layered, **__: bool(layered))
             assert answers(llm, PROMPTS[:8]) == plain[:8]
             settle(llm)
         assert layered is None or hits(llm) - before > 500

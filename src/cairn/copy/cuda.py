@@ -41,7 +41,7 @@ class Enqueued(NamedTuple):
     end: Any
 
     def synchronize(self) -> None:
-        """Waits, asleep, until it is over."""
+        """Waits until it is over: asleep, but for the milliseconds that a peer's rows take."""
         self.end.synchronize()
 
     def seconds(self) -> float:
@@ -78,9 +78,9 @@ class _Lane:
         self._next = (self._next + 1) % _STAGING_BUFFERS
         return self._next, self._ring[self._next].data_ptr()
 
-    def mark(self, stream: Any) -> Any:
-        """A new event behind what was enqueued on the stream."""
-        event = self._torch.cuda.Event(enable_timing=True, blocking=True)
+    def mark(self, stream: Any, *, soon: bool = False) -> Any:
+        """A new event behind what was enqueued on the stream. soon: who waits for it does not fall asleep."""
+        event = self._torch.cuda.Event(enable_timing=True, blocking=not soon)
         event.record(stream)
         return event
 
@@ -238,21 +238,19 @@ class CudaCopier(Copier):
             if after is not None:
                 lane.copies.wait_event(after)
                 lane.kernels.wait_event(after)
-            begin = lane.mark(lane.copies)
+            begin, device = lane.mark(lane.copies), isinstance(memory, DeviceRows)
             try:
                 path = self._way(memory, kv, slots, span)
                 if path == "pieces":
                     self._pieces(lane, kv, slots, starts, span, pinned, into_rows)
-                    return Enqueued(begin, lane.mark(lane.copies))
+                    return Enqueued(begin, lane.mark(lane.copies, soon=device))
                 if path == "direct":
                     self._direct(lane, kv, slots, starts, span, into_rows)
-                    return Enqueued(begin, lane.mark(lane.kernels))
-                sizes = (_FIRST_BYTES, 0)
-                if isinstance(memory, DeviceRows):
-                    sizes = (_PEER_FIRST_BYTES, _PEER_STAGING_BYTES)
+                    return Enqueued(begin, lane.mark(lane.kernels, soon=device))
+                sizes = (_PEER_FIRST_BYTES, _PEER_STAGING_BYTES) if device else (_FIRST_BYTES, 0)
                 self._staged(lane, kv, slots, starts, span, pinned, into_rows, sizes)
                 # What comes last in every part has waited for all else of it.
-                return Enqueued(begin, lane.mark(lane.copies if into_rows else lane.kernels))
+                return Enqueued(begin, lane.mark(lane.copies if into_rows else lane.kernels, soon=device))
             except BaseException:
                 # What was enqueued before goes on, while the caller takes rows and pages for free.
                 lane.synchronize()

@@ -73,13 +73,23 @@ def _whole_runs(kv: PagedKV, slots: TokenSlots, block_tokens: int) -> TokenSlots
     return starts if in_order and inside.all() else None
 
 
+def _one_run(bases: Addresses, plane_bytes: int) -> bool:
+    """Whether planes stand one behind the other in every page."""
+    return bool((np.diff(bases.reshape(-1)) == plane_bytes).all())
+
+
 def plan(kv: PagedKV, slots: TokenSlots, row_starts: Addresses, layers: range, geometry: KVGeometry) -> Pieces:
     """All pieces of a copy, neighbours joined. row_starts: int64 [n], the addresses of the rows."""
     runs = token_runs(kv, slots, row_starts, geometry)
     bases = kv.bases[layers.start : layers.stop]
     heads, head_bytes = vector_shape(kv, geometry)
     plane_bytes = geometry.block_tokens * heads * head_bytes
-    planes = np.arange(bases.size, dtype=np.int64) + layers.start * bases.shape[1]
+    first = layers.start * bases.shape[1]
+    if bases.size and (runs.sizes == plane_bytes).all() and _one_run(bases, plane_bytes):
+        # Blocks that stand in one run on both sides, as they do in cross-layer pages: all planes as if they were one.
+        whole = np.full(len(runs.sizes), bases.size * plane_bytes, np.int64)
+        return merge(runs.outside + bases[0, 0], runs.inside + first * plane_bytes, whole)
+    planes = np.arange(bases.size, dtype=np.int64) + first
     shape = (len(runs.sizes), bases.size)
     outside = (runs.outside[:, None] + bases.reshape(-1)).reshape(-1)
     inside = (runs.inside[:, None] + planes * plane_bytes).reshape(-1)

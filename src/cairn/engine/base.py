@@ -52,6 +52,10 @@ class BlockStore(ABC):
     def ask(self, keys: Keys, *, deadline: float, worth_s: float) -> "Future[None] | None":
         """Finds out in the background what `match` does not know; None if it knows all. See `Tier.ask`."""
 
+    def find(self, keys: Keys) -> tuple[Held, Hold | None]:
+        """As `match`; and where that took a hold on all of them (VRAM has them), this, which is the caller's then."""
+        return self.match(keys), None
+
     @abstractmethod
     def hold(self, keys: Keys, *, deadline: float) -> Hold:
         """Pins the leading blocks and starts to bring up those that are not in DRAM. Returns at once."""

@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -75,7 +75,7 @@ class EngineCore:
     host's node (else `node.address`), which then keeps the blocks instead of this process. `layout`: of the rows, for
     connectors that do not write canonical ones. canonical: whether codecs can read the rows' values; what the namespace
     and the layout say unless given. With `storage.cpu.codec` rows are quantized: neither matters then, and their
-    geometry is `row_geometry`.
+    geometry is `row_geometry`. open_store: makes the store, in the place of what the configuration says.
     """
 
     def __init__(
@@ -87,6 +87,7 @@ class EngineCore:
         node: str | None = None,
         layout: Layout = CANONICAL,
         canonical: bool | None = None,
+        open_store: Callable[[Metrics, CostModel], BlockStore] | None = None,
     ) -> None:
         self.namespace = namespace
         self.config = config or Config()
@@ -116,14 +117,16 @@ class EngineCore:
         address = node or self.config.node.address
         self._store: BlockStore
         self._copier: Copier
-        if self.config.storage.vram.size:
+        if self.config.storage.vram.size and not open_store:
             self._store, self._copier = open_vram(
                 address, self.config, self.geometry, layout, self.metrics, self.cost, canonical=self._canonical
             )
         else:
             threads = self.config.engine.copy_threads
             self._copier = cpu_copier(self.geometry, self._quantizer, threads)
-            if address:
+            if open_store:
+                self._store = open_store(self.metrics, self.cost)
+            elif address:
                 self._store = open_node(
                     address, self.config, self.row_geometry, layout, self.metrics, self.cost, canonical=self._canonical
                 )
@@ -291,7 +294,7 @@ class EngineCore:
         keys = chain.keys[:stop_block]
         loading = begin("cairn.load", prompt_tokens=chain.tokens, first_token=first_token)
         block, start = self.geometry.block_tokens, min(first_token, len(keys) * self.geometry.block_tokens)
-        held = self._store.match(keys)
+        held, hold = self._store.find(keys)
         total, done = max(start, held.total * block), start
         segments = []
         for tier, blocks in (("vram", held.vram), ("dram", held.dram), *held.below):
@@ -302,7 +305,10 @@ class EngineCore:
         deadline, pinned = self.deadline(timeout), self.config.autopilot.load == "never"
         if start + wanted <= held.dram * block and not pinned:
             self._probes.look(keys, held, deadline)
-        hold = self._store.hold(keys[: (start + wanted) // block], deadline=deadline)
+        if hold is None or total > start + wanted:
+            if hold:
+                hold.release()  # it is dearer to load than to compute
+            hold = self._store.hold(keys[: (start + wanted) // block], deadline=deadline)
         declined_as = Reason.PINNED if pinned else Reason.CHEAPER_TO_RECOMPUTE
         span = Span(start, len(keys) * block, chain.tokens, total - start - wanted, declined_as)
         loading.note(held_tokens=total, planned_tokens=start + wanted)

@@ -17,7 +17,7 @@ from cairn.copy import Copier, PagedKV, TokenSlots
 from cairn.errors import StorageError
 from cairn.index import PrefixIndex
 from cairn.kv import Keys
-from cairn.node.base import Home, Memory
+from cairn.node.base import Home, Memory, VramHome
 from cairn.observe.log import log_once
 from cairn.observe.reasons import Reason
 from cairn.tier.base import Outcomes
@@ -94,6 +94,10 @@ class Hold(ABC):
     def run(self, block: int) -> Run:  # noqa: ARG002 - the contract
         """Where `block` is read from, and how far that goes."""
         return Run("dram", len(self.keys))
+
+    def placed(self, blocks: range) -> tuple[Home | VramHome | None, npt.NDArray[np.int32]]:
+        """Where blocks of one `run` are, of those that are there, for whoever copies them by himself: home and rows."""
+        return self.home, self.ids[blocks.start : blocks.stop]
 
     def scatter(
         self, copier: Copier, kv: PagedKV, slots: TokenSlots, blocks: range, layers: range | None = None

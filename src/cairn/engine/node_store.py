@@ -78,7 +78,7 @@ class NodeHold(Hold):
                 return
             self._released = True
         if self._link:
-            self._link.end(self.number)
+            self._link.end(*self._numbers())
 
     def told(self, reply: wire.Reply | None) -> None:
         """What the node says of this hold, in any order; None: it will say no more."""
@@ -94,6 +94,10 @@ class NodeHold(Hold):
             if self._settled and self._link:
                 self._link.forget(self.number)
             self._notify()
+
+    def _numbers(self) -> tuple[int, ...]:
+        """What the node has under this hold."""
+        return (self.number,)
 
     def _apply(self, news: wire.Progress) -> None:
         rows = rows_of(news.rows)

@@ -1,5 +1,7 @@
 """Stores that a host's engines share through its node; what they need is loaded only where there is one."""
 
+from typing import TYPE_CHECKING
+
 from cairn.config import Config
 from cairn.copy import Copier
 from cairn.engine.base import BlockStore
@@ -7,6 +9,9 @@ from cairn.errors import ConfigError
 from cairn.kv import KVGeometry, Layout
 from cairn.observe.metrics import Metrics
 from cairn.plan import CostModel
+
+if TYPE_CHECKING:
+    from cairn.engine.vram_orders import OrderedVramStore
 
 
 def open_node(
@@ -52,3 +57,22 @@ def open_vram(
             "storage.vram.size: VRAM is shared through the host's node; set node.address, or the size to 0"
         )
     return open_vram_store(address, config, geometry, layout, metrics, cost, canonical=canonical)
+
+
+def open_ordered_vram(
+    config: Config, geometry: KVGeometry, layout: Layout, metrics: Metrics, cost: CostModel, *, canonical: bool
+) -> "OrderedVramStore":
+    """The node's store with another process's VRAM before it: see `OrderedVramStore`."""
+    from cairn.engine.vram_orders import OrderedVramStore
+
+    assert config.node.address
+    return OrderedVramStore(
+        config.node.address,
+        geometry,
+        layout,
+        timeout_s=config.node.timeout_s,
+        wait_s=config.engine.timeout_s,
+        metrics=metrics,
+        cost=cost,
+        canonical=canonical,
+    )

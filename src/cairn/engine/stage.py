@@ -14,7 +14,7 @@ import numpy.typing as npt
 from cairn.copy import Copier, PagedKV, TokenSlots
 from cairn.engine.hold import Hold
 from cairn.engine.layers import LayerLoad
-from cairn.node.base import Home
+from cairn.node.base import Home, VramHome
 from cairn.observe import trace
 from cairn.observe.layers import LayerTimes
 from cairn.observe.metrics import Metrics
@@ -38,6 +38,14 @@ class Span(NamedTuple):
     prompt: int
     declined: int
     declined_as: Reason = Reason.CHEAPER_TO_RECOMPUTE
+
+
+class Placed(NamedTuple):
+    """Consecutive blocks in memory of one kind (`tier`, see `Run`): rows of `home`, see there."""
+
+    tier: str
+    home: Home | VramHome | None
+    rows: npt.NDArray[np.int32]
 
 
 class Stage:
@@ -181,18 +189,19 @@ class Stage:
         return self._layer_load
 
     @property
-    def home(self) -> Home | None:
-        """Where `rows` are, see `Home`."""
-        return self._hold.home
+    def tier(self) -> str:
+        """The memory that the first block to load is read from, see `Run`: "vram" only leads."""
+        return self._hold.run(self.span.start // self._block).tier
 
-    def rows(self, stop_token: int) -> npt.NDArray[np.int32]:
-        """The rows of the blocks that hold tokens span.start..stop_token, for a caller who copies them by itself.
+    def rows(self, stop_token: int) -> list[Placed]:
+        """Where the blocks are that hold tokens span.start..stop_token, in order, for a caller who copies them by
+        itself.
 
         Counts them as loaded. They stay held until `release`.
         """
         first, stop = self.span.start // self._block, min(self.blocks, -(-stop_token // self._block))
         self._loaded = max(self.span.start, stop * self._block)
-        return self._hold.ids[first:stop]
+        return [Placed(tier, *self._hold.placed(blocks)) for tier, blocks in self._runs(first, stop)]
 
     def failed(self, reason: Reason) -> None:
         """What `rows` gave could not be copied: nothing was loaded."""

@@ -6,13 +6,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from cairn.config import Config
 from cairn.copy import RowMemory
+from cairn.errors import ConfigError
+from cairn.kv import KVGeometry
 from cairn.node import wire
 from cairn.node.client import Link
 from cairn.node.life import Life, process_token
 from cairn.node.segments import path_of
 from cairn.observe.log import log_once
-from cairn.tier.vram import Device, Segment
+from cairn.tier.arena import PAGE
+from cairn.tier.dram import round_up
+from cairn.tier.vram import Device, Segment, open_device
 
 log = logging.getLogger(__name__)
 
@@ -192,3 +197,17 @@ class SharedVram:
             source = self._mapped.pop(number, None)
         if source:
             source.retire()
+
+
+def open_segment(config: Config, geometry: KVGeometry) -> tuple[Device, SharedVram]:
+    """The device of `storage.vram`, and a segment of it for blocks of this geometry. Raises ConfigError or
+    StorageError.
+    """
+    stride = round_up(geometry.block_bytes, PAGE)
+    slots = min(config.storage.vram.size // stride, wire.MAX_DONATED)
+    if slots < 1:
+        raise ConfigError(
+            f"storage.vram.size={config.storage.vram.size}: must hold at least one KV block of {stride} bytes, or be 0"
+        )
+    device = open_device(config.storage.vram.device)
+    return device, SharedVram(device, slots, stride)

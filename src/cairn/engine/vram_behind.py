@@ -17,7 +17,8 @@ from cairn.observe.reasons import Reason
 
 if TYPE_CHECKING:
     from cairn.engine.node_store import NodeWriting
-    from cairn.engine.vram_store import VramHold, VramRows, VramStore
+    from cairn.engine.vram_pool import VramHold, VramRows
+    from cairn.engine.vram_store import VramStore
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +120,9 @@ class VramBehind:
         """Copies what one segment has of the rows from `done` on; returns up to where it got, and why no further."""
         tokens = self._geometry.block_tokens
         step = max(1, _PIECE_BYTES // self._geometry.block_bytes)
-        kv = part.source.segment.as_paged(self._geometry, self._device)
+        source = part.source
+        assert source
+        kv = source.segment.as_paged(self._geometry, self._device)
         while not self._stopped:
             first = writing.first + done
             if not part.first <= first < part.stop or done >= len(writing.rows):
@@ -127,12 +130,12 @@ class VramBehind:
             rows = part.rows[first - part.first :][: min(step, len(writing.rows) - done)]
             slots = (rows.astype(np.int64)[:, None] * tokens + np.arange(tokens)).reshape(-1)
             started = time.monotonic()
-            with writing.access() as arena, part.source.using() as memory:
+            with writing.access() as arena, source.using() as memory:
                 if arena is None or isinstance(arena, DeviceRows):
                     return done, Reason.NODE_AWAY
                 if memory is not None:
                     self._copier.gather(kv, slots, arena, writing.rows[done : done + len(rows)])
-                if memory is None or not part.source.sound():
+                if memory is None or not source.sound():
                     return done, Reason.OWNER_GONE
             size = len(rows) * self._geometry.block_bytes
             self._metrics.transferred("dram", "store", size, time.monotonic() - started)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from cairn.copy import RowMemory
 from cairn.index import PrefixIndex, Reservation
 from cairn.kv import Keys
-from cairn.node.base import Home, Memory
+from cairn.node.base import Home, Memory, VramHome
 from cairn.observe.reasons import Reason
 
 #: Told of every commit: (how many leading blocks of the chain are published, how many of them are new).
@@ -30,7 +30,7 @@ class Writing(ABC):
     first: int
     rows: npt.NDArray[np.int32]
     reason: Reason = Reason.NO_SLOT
-    home: Home | None = None
+    home: Home | VramHome | None = None
 
     @abstractmethod
     def access(self) -> AbstractContextManager[RowMemory | None]:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from cairn.config import Config
 from cairn.index.journal import Journal
 from cairn.kv import Keys, KVGeometry, Layout
+from cairn.node.wire import VramPart
 from cairn.observe.metrics import Metrics
 from cairn.observe.reasons import Reason
 from cairn.tier.arena import Arena
@@ -28,6 +29,16 @@ class Home(NamedTuple):
     slots: int
     stride: int
     gate: str
+
+
+class VramHome(NamedTuple):
+    """As `Home`, of rows in VRAM: the number of the donation they are of, the name of the gate that guards them, and
+    what it takes to map the segment (without rows); None: it is the copying process's own.
+    """
+
+    donation: int
+    gate: str
+    part: VramPart | None
 
 
 class HeldBlocks(Protocol):

@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple
 from cairn.codec.choice import refuse_opaque
 from cairn.config import Config
 from cairn.errors import CairnError
+from cairn.kv import Keys
 from cairn.node import wire
 from cairn.node.address import Address
 from cairn.node.base import OpenStore
@@ -220,8 +221,11 @@ class Node:
             keys = keys_of(request.keys)
             session.mention(keys)
             held = session.pool.store.match(keys)
-            in_vram = session.pool.vram.match(session.number, keys)
-            self._send(sender, wire.Matched(request.call, held.dram, list(held.below), *in_vram))
+            in_vram = session.pool.vram.match(session.number, keys, request.own)
+            parts: list[wire.VramPart] = []
+            if request.number and in_vram[0] == len(keys) > 0:
+                parts = self._pinned(session, request.number, keys, request.own)
+            self._send(sender, wire.Matched(request.call, held.dram, list(held.below), *in_vram, parts))
 
     def _take(self, sender: Caller, request: wire.Take) -> None:
         session = self._session(sender, request)
@@ -345,15 +349,21 @@ class Node:
     def _take_vram(self, sender: Caller, request: wire.TakeVram) -> None:
         session = self._session(sender, request)
         if session:
-            session.check_new(request.number)
-            hold = session.vram_holds[request.number] = session.pool.vram.take(session.number, keys_of(request.keys))
-            self._send(sender, wire.TakenVram(request.call, hold.parts))
+            parts = self._pinned(session, request.number, keys_of(request.keys), request.own)
+            self._send(sender, wire.TakenVram(request.call, parts))
+
+    @staticmethod
+    def _pinned(session: Session, number: int, keys: Keys, own: int) -> list[wire.VramPart]:
+        """Where leading blocks are in VRAM, pinned for a session under a number."""
+        session.check_new(number)
+        hold = session.vram_holds[number] = session.pool.vram.take(session.number, keys, own)
+        return hold.parts
 
     def _reserve_vram(self, sender: Caller, request: wire.ReserveVram) -> None:
         session = self._session(sender, request)
         if session:
             session.check_new(request.number)
-            reservation = session.pool.vram.reserve(session.number, keys_of(request.keys))
+            reservation = session.pool.vram.reserve(session.number, keys_of(request.keys), request.own)
             if reservation is None:
                 self._send(sender, wire.Reserved(request.call, 0, bytearray()))
                 return

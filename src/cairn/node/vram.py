@@ -51,7 +51,8 @@ class VramDirectory:
     """The donations of one pool, by the session that made them. For the node's loop alone.
 
     retired: told the number of each donation that is over. What a dead process had donated is never handed out: its
-    life is looked at each time.
+    life is looked at each time. own: the donation that counts as the asker's own, which another session of his may have
+    made (vLLM's worker for its scheduler); 0: the one that his session has made.
     """
 
     def __init__(self, policy: type[EvictionPolicy], retired: Callable[[int], None]) -> None:
@@ -76,26 +77,25 @@ class VramDirectory:
             self._retired(donation.number)
         return donation
 
-    def match(self, session: int, keys: Keys) -> tuple[int, int]:
-        """How many leading blocks are in VRAM, and in the session's own segment."""
-        own, peer = self._find(session, keys)
-        held = own[1] if own else 0
+    def match(self, session: int, keys: Keys, own: int = 0) -> tuple[int, int]:
+        """How many leading blocks are in VRAM, and in the own segment."""
+        mine, peer = self._find(self._own(session, own), keys)
+        held = mine[1] if mine else 0
         return max(held, peer[1] if peer else 0), held
 
-    def take(self, session: int, keys: Keys) -> VramHold:
-        """Pins the leading blocks: those in the session's own segment there, those beyond it in a peer's."""
-        own, peer = self._find(session, keys)
+    def take(self, session: int, keys: Keys, own: int = 0) -> VramHold:
+        """Pins the leading blocks: those in the own segment there, those beyond it in a peer's."""
         pinned, upto = [], 0
-        for found in (own, peer):
+        for found in self._find(self._own(session, own), keys):
             if found and found[1] > upto:
                 rows = found[0].index.pin(keys[upto : found[1]])
                 pinned.append((found[0], rows))
                 upto += len(rows)
         return VramHold(pinned)
 
-    def reserve(self, session: int, keys: Keys) -> Reservation | None:
-        """Slots of the session's own segment; None if it has none, or one that cannot take all that it lacks."""
-        donation = self._donations.get(session)
+    def reserve(self, session: int, keys: Keys, own: int = 0) -> Reservation | None:
+        """Slots of the own segment; None if there is none, or it cannot take all that it lacks."""
+        donation = self._own(session, own)
         if donation is None or len(keys) > donation.index.capacity:
             return None
         reservation = Reservation(donation.index, keys)
@@ -124,8 +124,15 @@ class VramDirectory:
             "dead_segments_total": self._dead,
         }
 
-    def _find(self, session: int, keys: Keys) -> tuple[tuple[Donation, int] | None, tuple[Donation, int] | None]:
-        """(own, peer): the session's own segment, and the peer's that reaches furthest, each with how far it does."""
+    def _own(self, session: int, number: int) -> Donation | None:
+        if not number:
+            return self._donations.get(session)
+        return next((one for one in self._donations.values() if one.number == number), None)
+
+    def _find(
+        self, mine: Donation | None, keys: Keys
+    ) -> tuple[tuple[Donation, int] | None, tuple[Donation, int] | None]:
+        """(own, peer): the own segment, and the peer's that reaches furthest, each with how far it does."""
         own, peer = None, None
         for number, donation in list(self._donations.items()):
             held = donation.index.match(keys)
@@ -134,7 +141,7 @@ class VramDirectory:
             if not donation.life.sound():
                 self._dead += 1
                 self.retire(number)
-            elif number == session:
+            elif donation is mine:
                 own = donation, held
             elif peer is None or (held, -donation.index.pinned) > (peer[1], -peer[0].index.pinned):
                 peer = donation, held

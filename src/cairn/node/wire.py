@@ -66,9 +66,13 @@ class Hello(_Call, tag=1):
 
 
 class Match(_Call, tag=2):
-    """How much of the chain is held; answered by Matched."""
+    """How much of the chain is held; answered by Matched. own: as in TakeVram. number: as if TakeVram had been asked,
+    where VRAM has the whole chain; 0: not.
+    """
 
     keys: _Keys
+    own: _Number = 0
+    number: _Number = 0
 
 
 class Take(_Call, tag=3):
@@ -152,17 +156,23 @@ class Withdraw(_Call, tag=31):
 
 
 class TakeVram(_Call, tag=32):
-    """Pins the chain's leading blocks that are in VRAM under `number`; answered by TakenVram."""
+    """Pins the chain's leading blocks that are in VRAM under `number`; answered by TakenVram. own: the donation that
+    counts as the asker's own; 0: the session's.
+    """
 
     number: _Number
     keys: _Keys
+    own: _Number = 0
 
 
 class ReserveVram(_Call, tag=33):
-    """Slots of the session's own segment for what that lacks of the chain, under `number`; answered by Reserved."""
+    """Slots of the own segment for what that lacks of the chain, under `number`; answered by Reserved. own: as in
+    TakeVram.
+    """
 
     number: _Number
     keys: _Keys
+    own: _Number = 0
 
 
 class Follow(_Message, tag=40):
@@ -235,14 +245,29 @@ class Refused(_Message, tag=3):
     why: _Text
 
 
+class VramPart(_Message):
+    """The next blocks of a chain are rows of a donation: its number, its segment, and the name of its page (`Life`)."""
+
+    donation: _Number
+    slots: _Number
+    stride: _Number
+    handle: bytes
+    owner: bytes
+    life: _Text
+    rows: _Rows
+
+
 class Matched(_Message, tag=4):
-    """See `cairn.engine.base.Held`. vram: leading blocks in VRAM, whosesoever; own: those in the session's segment."""
+    """See `cairn.engine.base.Held`. vram: leading blocks in VRAM, whosesoever; own: those in the own segment. parts: as
+    in TakenVram.
+    """
 
     call: _Number
     dram: _Number
     below: list[tuple[_Text, _Number]]
     vram: _Number = 0
     own: _Number = 0
+    parts: list[VramPart] = []
 
 
 class Progress(_Message, tag=5):
@@ -301,18 +326,6 @@ class Gone(_Message, tag=12):
     """There is no such session (any more)."""
 
     call: _Number
-
-
-class VramPart(_Message):
-    """The next blocks of a chain are rows of a donation: its number, its segment, and the name of its page (`Life`)."""
-
-    donation: _Number
-    slots: _Number
-    stride: _Number
-    handle: bytes
-    owner: bytes
-    life: _Text
-    rows: _Rows
 
 
 class Donated(_Message, tag=30):

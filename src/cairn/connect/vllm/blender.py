@@ -15,7 +15,7 @@ from cairn.connect.vllm.places import Place, Places, refused
 from cairn.copy import TokenSlots
 from cairn.errors import CairnError, GeometryError
 from cairn.kv import KVGeometry, Layout
-from cairn.node.base import Home
+from cairn.node.base import Home, VramHome
 
 UNKNOWN: Final = "the order of values in this attention backend's pages is not known"
 #: Numbers up to 256 are exact in every dtype; their remainders by these two tell up to 60,491 values apart.
@@ -113,9 +113,9 @@ class Blender:
         loads: list[Layers] = []
         errors: list[BaseException | None] = []
         try:
-            homes: dict[Home | None, list[Part]] = {}
+            homes: dict[Home | VramHome | None, list[Part]] = {}
             for part in order.parts:
-                homes.setdefault(part.home and Home(*part.home), []).append(part)
+                homes.setdefault(part.home, []).append(part)
             loads.extend(self._load(home, parts, order) for home, parts in homes.items())
             self._blend(order, loads, started + self._timeout)
         except (CairnError, RuntimeError) as error:
@@ -163,7 +163,7 @@ class Blender:
         canvas = _PagedCanvas(self._layers, order, len(tokens), loads, deadline, turn, rows)
         blend(self._model, tokens, canvas, order.start, [Piece(part.start, part.stop) for part in moved], self._recipe)
 
-    def _load(self, home: Home | None, parts: list[Part], order: Blend) -> Layers:
+    def _load(self, home: Home | VramHome | None, parts: list[Part], order: Blend) -> Layers:
         """Starts to load parts: into the paged cache, whose pages take tokens at any slot, or else into the planes."""
         place = self._places.at(home)
         if place is None:

@@ -205,8 +205,9 @@ class Chunks:
 
 def _part(stage: Stage, piece: Piece, origin: int) -> Part:
     """A prompt's tokens out of a stage whose first one would stand at `origin`; counts them as loaded."""
-    rows = [int(row) for row in stage.rows(piece.stop - origin)]
-    return Part(piece.start, piece.stop, origin, rows, stage.home)
+    placed = stage.rows(piece.stop - origin)
+    rows = [int(row) for part in placed for row in part.rows]
+    return Part(piece.start, piece.stop, origin, rows, placed[0].home if placed else None)
 
 
 class Blending:

@@ -37,6 +37,7 @@ class CairnConnector(KVConnectorBase_V1):  # type: ignore[misc]
         from cairn.connect.vllm.model import served_model
         from cairn.connect.vllm.scheduler import SchedulerSide
         from cairn.connect.vllm.stats import StatsSource
+        from cairn.connect.vllm.vram import refuse_vram
         from cairn.connect.vllm.worker import WorkerSide
         from cairn.tier.arena import Arena
 
@@ -45,6 +46,7 @@ class CairnConnector(KVConnectorBase_V1):  # type: ignore[misc]
         vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"
         config = config_of(vllm_config.kv_transfer_config.kv_connector_extra_config)
         served = served_model(vllm_config, kv_cache_config, config)
+        refuse_vram(served, config)
         blending = settings_of(vllm_config, served, config, tell=role == KVConnectorRole.SCHEDULER)
         self._caches = kv_cache_config
         self._unlink_arena = partial(Arena.unlink, served.name)
@@ -136,7 +138,11 @@ class CairnConnector(KVConnectorBase_V1):  # type: ignore[misc]
         from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
         # vLLM knows nothing farther than a disk.
-        source = {"dram": CacheHitSource.HOST, **dict.fromkeys(("disk", "peer", "remote"), CacheHitSource.DISK)}
+        source = {
+            "vram": CacheHitSource.P2P,
+            "dram": CacheHitSource.HOST,
+            **dict.fromkeys(("disk", "peer", "remote"), CacheHitSource.DISK),
+        }
         tokens = self._schedulers.sources(request, num_external_tokens)
         found: Counter[Any] = Counter()
         for tier, count in tokens.items():

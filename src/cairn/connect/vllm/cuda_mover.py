@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from cairn.codec.quantized import Quantizer
 from cairn.connect.vllm.movers import Copying, Layers, Mover, Rows, Timer, failed
-from cairn.copy import PagedKV, TokenSlots
+from cairn.copy import PagedKV, RowMemory, TokenSlots
 from cairn.copy.cuda import CudaCopier, Enqueued
 from cairn.copy.cuda_quantized import QuantizedCudaCopier
 from cairn.errors import InputError, StorageError
@@ -119,7 +119,7 @@ class _CudaTimer(Timer):
 class CudaMover(Mover):
     """For a paged cache in a GPU's memory. Pins the arena (up to half a second a GiB) and takes staging memory.
 
-    overlapping: see `mode.steps_overlap`. quantizer: makes the rows, if they are quantized.
+    overlapping: see `mode.steps_overlap`. quantizer: makes the rows, if they are quantized. vram: rows may be in VRAM.
     """
 
     def __init__(
@@ -131,6 +131,7 @@ class CudaMover(Mover):
         *,
         overlapping: bool,
         quantizer: Quantizer | None = None,
+        vram: bool = False,
     ) -> None:
         import torch
 
@@ -144,29 +145,33 @@ class CudaMover(Mover):
             range(first, min(layers, first + self.layers_at_once)) for first in range(0, layers, self.layers_at_once)
         ]
         self._waiter: ThreadPoolExecutor | None = None
-        self._latest_store: Enqueued | None = None
+        self._stores: list[Enqueued] = []
         self.copier.register(arena)
-        self.copier.prepare(kv)
+        self.copier.prepare(kv, direct=vram)
 
-    def load(self, slots: TokenSlots, rows: Rows) -> Copying:
+    def load(self, slots: TokenSlots, rows: Rows, memory: RowMemory | None = None) -> Copying:
+        memory = self.memory if memory is None else memory
         try:
-            return _CudaCopy(self.copier.scatter_async(self.kv, slots, self.memory, rows, None, self._now()), self)
+            return _CudaCopy(self.copier.scatter_async(self.kv, slots, memory, rows, None, self._now()), self)
         except _FAILURES as error:
             return failed(error)
 
-    def store(self, slots: TokenSlots, rows: Rows) -> Copying:
+    def store(self, slots: TokenSlots, rows: Rows, memory: RowMemory | None = None) -> Copying:
+        memory = self.memory if memory is None else memory
         try:
-            self._latest_store = self.copier.gather_async(self.kv, slots, self.memory, rows, None, self._now())
+            store = self.copier.gather_async(self.kv, slots, memory, rows, None, self._now())
         except _FAILURES as error:
             return failed(error)
-        return _CudaCopy(self._latest_store, self)
+        # All of them, as those to VRAM and those to DRAM end on streams of their own.
+        self._stores = [other for other in self._stores if not other.end.query()] + [store]
+        return _CudaCopy(store, self)
 
     def load_layers(self, slots: TokenSlots, rows: Rows) -> Layers:
         return _CudaLayers(self, slots, rows)
 
     def settle_stores(self) -> None:
-        if self._latest_store:
-            self.stream().wait_event(self._latest_store.end)
+        for store in self._stores:
+            self.stream().wait_event(store.end)
 
     def timer(self) -> Timer:
         return _CudaTimer(self)

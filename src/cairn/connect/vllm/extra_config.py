@@ -26,11 +26,6 @@ def config_of(extra: dict[str, Any]) -> Config:
                 raise ConfigError(f"{flag} and {key}: must stand once; take one out")
             settings[key] = settings.pop(flag)
     config = load_config(path, overrides=settings)
-    if config.storage.vram.size:
-        raise ConfigError(
-            f"storage.vram.size={config.storage.vram.size}: must be 0 under vLLM, whose workers do not share VRAM yet; "
-            "take it out"
-        )
     if config.engine.enable_disagg_pd and not (config.node.address or config.storage.remote.url):
         raise ConfigError(
             "engine.enable_disagg_pd: prefill and decode instances hand over what both can reach; set node.address or "

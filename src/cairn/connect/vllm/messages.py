@@ -1,26 +1,30 @@
 """What scheduler and workers tell each other, once a step: plain values that vLLM carries for its connectors."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
+from cairn.observe.reasons import Reason
 from cairn.plan import Work
+
+if TYPE_CHECKING:  # loads numba, which must not be there before the worker is: see `connector`
+    from cairn.node.base import Home, VramHome
 
 
 @dataclass(slots=True)
 class Copy:
     """Blocks to copy between arena and paged cache: row rows[i] of the arena <-> page pages[i].
 
-    number: of this copy, to report it by. request: whose blocks they are. home: in which arena the rows are, see
-    `cairn.node.base.Home`; None: in the engine's own.
+    number: of this copy, to report it by. request: whose blocks they are. home: in which arena the rows are, or in
+    which VRAM, see `cairn.node.base.Home`; None: in the engine's own arena.
     """
 
     number: int
     request: str
     rows: list[int]
     pages: list[int]
-    home: tuple[str, int, int, str] | None = None
+    home: "Home | VramHome | None" = None
 
 
 @dataclass(slots=True)
@@ -34,7 +38,7 @@ class Part:
     stop: int
     origin: int
     rows: list[int]
-    home: tuple[str, int, int, str] | None = None
+    home: "Home | VramHome | None" = None
 
     def skipped(self, block_tokens: int) -> int:
         """How many tokens stand before `start` in the first row."""
@@ -71,7 +75,7 @@ class Learn:
     tokens: bytes
     first: int
     rows: list[int]
-    home: tuple[str, int, int, str] | None = None
+    home: "Home | VramHome | None" = None
 
 
 @dataclass(slots=True)
@@ -100,17 +104,19 @@ class Orders(KVConnectorMetadata):  # type: ignore[misc]
 class Done(KVConnectorWorkerMetadata):  # type: ignore[misc]
     """What workers have done since the last report.
 
-    copies: by number, how many ranks have made the copy. failed: numbers of copies that at least one rank could not
-    make. seconds: a copy's time on the slowest rank. work, work_seconds: a step that was timed. blends: whether
-    the worker is able to blend; said once.
+    copies: by number, how many ranks have made the copy. failed: copies that at least one rank could not make, and why.
+    seconds: a copy's time on the slowest rank. work, work_seconds: a step that was timed. blends: whether the worker is
+    able to blend; said once. donation: by which number the worker's VRAM is in the pool from now on (0: it is not);
+    None: as before.
     """
 
     copies: dict[int, int] = field(default_factory=dict)
-    failed: set[int] = field(default_factory=set)
+    failed: dict[int, Reason] = field(default_factory=dict)
     seconds: dict[int, float] = field(default_factory=dict)
     work: Work | None = None
     work_seconds: float = 0.0
     blends: bool = False
+    donation: int | None = None
 
     def aggregate(self, other: Any) -> "Done":
         """Both reports in one (vLLM folds the ranks' reports of a step this way)."""
@@ -122,5 +128,11 @@ class Done(KVConnectorWorkerMetadata):  # type: ignore[misc]
             seconds[number] = max(taken, seconds.get(number, 0.0))
         timed = self if self.work else other
         return Done(
-            copies, self.failed | other.failed, seconds, timed.work, timed.work_seconds, self.blends or other.blends
+            copies,
+            self.failed | other.failed,
+            seconds,
+            timed.work,
+            timed.work_seconds,
+            self.blends or other.blends,
+            self.donation if other.donation is None else other.donation,
         )

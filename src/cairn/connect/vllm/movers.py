@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cairn.codec.quantized import Quantizer
-from cairn.copy import PagedKV, TokenSlots
+from cairn.copy import PagedKV, RowMemory, TokenSlots
 from cairn.copy.base import Copier
 from cairn.copy.cpu_quantized import cpu_copier
 from cairn.engine.layers import LayerLoad
@@ -23,8 +23,8 @@ Rows = npt.NDArray[np.int32]
 _THREADS = 2
 
 
-class Copying(Protocol):
-    """A copy under way, or one that failed. A `Future[float]` is one."""
+class Polled(Protocol):
+    """A copy under way, or one that failed, asked for by who has begun it."""
 
     def done(self) -> bool:
         """Whether it is over. Waits for nothing."""
@@ -34,6 +34,10 @@ class Copying(Protocol):
 
     def result(self) -> float:
         """Waits for it; the seconds it took. Raises its exception."""
+
+
+class Copying(Polled, Protocol):
+    """One that tells by itself. A `Future[float]` is one."""
 
     def add_done_callback(self, fn: Callable[[Any], object], /) -> None:
         """Calls `fn` once it is over, in whatever thread."""
@@ -76,8 +80,8 @@ class Timer(ABC):
 class Mover(ABC):
     """Copies between rows of the arena and the paged cache, without making the model wait.
 
-    `load` and `store` begin behind what the model has been given to do so far. Called by the model runner's thread
-    alone.
+    `load` and `store` begin behind what the model has been given to do so far. Their memory is the arena's part unless
+    given. Called by the model runner's thread alone.
     """
 
     def __init__(self, kv: PagedKV, memory: npt.NDArray[np.uint8]) -> None:
@@ -86,11 +90,11 @@ class Mover(ABC):
         self.by_token: Mover | None = None
 
     @abstractmethod
-    def load(self, slots: TokenSlots, rows: Rows) -> Copying:
+    def load(self, slots: TokenSlots, rows: Rows, memory: RowMemory | None = None) -> Copying:
         """Rows -> paged cache."""
 
     @abstractmethod
-    def store(self, slots: TokenSlots, rows: Rows) -> Copying:
+    def store(self, slots: TokenSlots, rows: Rows, memory: RowMemory | None = None) -> Copying:
         """Paged cache -> rows."""
 
     @abstractmethod
@@ -153,11 +157,11 @@ class CpuMover(Mover):
         self._pool = ThreadPoolExecutor(_THREADS, "cairn-copy")
         self._stores: list[Future[float]] = []
 
-    def load(self, slots: TokenSlots, rows: Rows) -> Copying:
-        return self._pool.submit(self._timed, self._copier.scatter, slots, rows)
+    def load(self, slots: TokenSlots, rows: Rows, memory: RowMemory | None = None) -> Copying:
+        return self._pool.submit(self._timed, self._copier.scatter, slots, rows, memory)
 
-    def store(self, slots: TokenSlots, rows: Rows) -> Copying:
-        store = self._pool.submit(self._timed, self._copier.gather, slots, rows)
+    def store(self, slots: TokenSlots, rows: Rows, memory: RowMemory | None = None) -> Copying:
+        store = self._pool.submit(self._timed, self._copier.gather, slots, rows, memory)
         self._stores = [other for other in self._stores if not other.done()] + [store]
         return store
 
@@ -179,9 +183,9 @@ class CpuMover(Mover):
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._copier.close()
 
-    def _timed(self, copy: Any, slots: TokenSlots, rows: Rows) -> float:
+    def _timed(self, copy: Any, slots: TokenSlots, rows: Rows, memory: RowMemory | None) -> float:
         started = time.monotonic()
-        copy(self.kv, slots, self.memory, rows)
+        copy(self.kv, slots, self.memory if memory is None else memory, rows)
         return time.monotonic() - started
 
 
@@ -196,10 +200,11 @@ def mover_for(
     compressed: bool = False,
     quantizer: Quantizer | None = None,
     page: Layout = CANONICAL,
+    vram: bool = False,
 ) -> Mover:
     """The mover for vLLM's tensors, one a layer. memory: this rank's part of the arena's rows. overlapping: see
     `mode.steps_overlap`. quantizer: makes the rows of blocks, if they are quantized. page: the order of values in pages
-    of a CPU.
+    of a CPU. vram: rows may be in VRAM.
 
     Raises GeometryError for tensors whose order of dimensions is not known, and for such as are moved as opaque pages
     where blocks are `compressed`, or quantized.
@@ -218,7 +223,7 @@ def mover_for(
         return CpuMover(cpu_copier(geometry, quantizer, threads, page), kv, memory)
     from cairn.connect.vllm.cuda_mover import CudaMover
 
-    return CudaMover(geometry, kv, memory, arena, overlapping=overlapping, quantizer=quantizer)
+    return CudaMover(geometry, kv, memory, arena, overlapping=overlapping, quantizer=quantizer, vram=vram)
 
 
 def token_geometry(geometry: KVGeometry) -> KVGeometry:

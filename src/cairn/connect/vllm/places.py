@@ -12,7 +12,7 @@ from cairn.connect.vllm.movers import Copying, Layers, Mover, Rows, failed
 from cairn.copy import TokenSlots
 from cairn.errors import StorageError
 from cairn.kv import KVGeometry, Layout
-from cairn.node.base import Home
+from cairn.node.base import Home, VramHome
 from cairn.node.gate import Entrance
 from cairn.node.segments import path_of
 from cairn.observe.log import log_once
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 MakeMover = Callable[[Arena], Mover]
 Begin = Callable[[TokenSlots, Rows], Copying]
 #: How long a worker that starts waits for the node to have its pool, seconds.
-_START_S = 60.0
+START_S = 60.0
 _KEPT_ENTRANCES = 4
 
 
@@ -121,7 +121,7 @@ class Places:
 
         client = NodeClient(address, geometry, layout, timeout_s=timeout_s)
         try:
-            link = client.wait(_START_S if client.path.exists() else 0.0)
+            link = client.wait(START_S if client.path.exists() else 0.0)
             if link:
                 self._arena, self._mover = link.home.arena, self._make(link.arena)
         finally:
@@ -139,15 +139,16 @@ class Places:
             if mover:
                 mover.settle_stores()
 
-    def at(self, home: Home | tuple[str, int, int, str] | None) -> Place | None:
-        """Where rows of `home` are; None if they cannot be reached, or not yet."""
+    def at(self, home: Home | VramHome | None) -> Place | None:
+        """Where rows of `home` are; None if they cannot be reached, or not yet. (VRAM is `WorkerVram`'s.)"""
         if home is None:
             return Place(self._mover, None) if self._mover else None
-        home = Home(*home)
+        if isinstance(home, VramHome):
+            return None
         if home.arena != self._arena and not self._attached(home):
             return None
         assert self._mover
-        entrance = self._entrance(home.gate)
+        entrance = self.entrance(home.gate)
         return Place(self._mover, entrance) if entrance else None
 
     def close(self) -> None:
@@ -176,7 +177,8 @@ class Places:
     def _attach(self, home: Home) -> Mover:
         return self._make(Arena.attach(home.arena, home.slots, home.stride))
 
-    def _entrance(self, gate: str) -> Entrance | None:
+    def entrance(self, gate: str) -> Entrance | None:
+        """Of a session's gate; None where there is no such gate any more."""
         if gate not in self._entrances:
             try:
                 entrance = Entrance(path_of(gate))

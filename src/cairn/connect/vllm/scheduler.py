@@ -3,7 +3,9 @@
 import logging
 import os
 import time
-from typing import Any
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,16 +18,21 @@ from cairn.connect.vllm.identity import extra_keys, namespace_of, reusable
 from cairn.connect.vllm.messages import Copy, Done, Orders
 from cairn.connect.vllm.mode import Mode
 from cairn.connect.vllm.model import Served, own_arena
-from cairn.connect.vllm.tracked import Tracked
+from cairn.connect.vllm.tracked import Load, Tracked
+from cairn.engine.base import BlockStore
 from cairn.engine.core import EngineCore
 from cairn.engine.writing import Writing
 from cairn.kv import KeyChain
-from cairn.node.base import Home
+from cairn.node.base import Home, VramHome
 from cairn.observe.log import serving
+from cairn.observe.metrics import Metrics
 from cairn.observe.reasons import Reason
 from cairn.observe.trace import joined
-from cairn.plan import Work
+from cairn.plan import CostModel, Work
 from cairn.tier.arena import Arena
+
+if TYPE_CHECKING:
+    from cairn.engine.vram_orders import OrderedVramStore
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +49,14 @@ class SchedulerSide:
         self._block = served.block_tokens
         arena = None if config.node.address else own_arena(served, config)
         Arena.unlink(served.name)  # all workers have it mapped by now
+        self._vram: OrderedVramStore | None = None
         self.engine = EngineCore(
-            served.namespace, config, arena=arena, layout=served.layout, canonical=served.canonical
+            served.namespace,
+            config,
+            arena=arena,
+            layout=served.layout,
+            canonical=served.canonical,
+            open_store=partial(self._open_vram, config) if config.storage.vram.size else None,
         )
         self.engine.cost.recompute.step_tokens = served.step_tokens
         self.engine.cost.recompute.stages = served.stages
@@ -57,10 +70,10 @@ class SchedulerSide:
         self._adapters = Adapters()
         self.blocks: Any = None
         self._tracked: dict[str, Tracked] = {}
-        self._loading: dict[int, str] = {}
+        self._loading: dict[int, Load] = {}
         self._storing: dict[int, str] = {}
         self._reports: dict[int, int] = {}
-        self._failed: set[int] = set()
+        self._failed: dict[int, Reason] = {}
         self._unforgiven: set[int] = set()
         self._number = 0
         self._epoch = b""
@@ -99,8 +112,10 @@ class SchedulerSide:
         if tokens == 0:
             self._drop_stage(tracked)
             return 0, False
+        # A load from VRAM may turn out to have failed when it is over, and then needs to be taken back.
+        able = self._mode.in_step and tracked.stage.tier == "dram"
         with serving(request.request_id), joined(getattr(request, "trace_headers", None)):
-            tracked.layered = self.engine.autopilot.layerwise(tokens, able=self._mode.in_step, alone=not self._busy)
+            tracked.layered = self.engine.autopilot.layerwise(tokens, able=able, alone=not self._busy)
         if tracked.layered:
             # After a full hit the last token is computed again, so that there are logits. (vLLM sees to it by itself
             # for requests that wait outside of a step.)
@@ -114,7 +129,7 @@ class SchedulerSide:
             return
         tracked.pages = list(pages)
         stage = tracked.stage
-        if stage is None or request.request_id in self._loading.values():
+        if stage is None or tracked.loading:
             return
         if tokens == 0:
             self._drop_stage(tracked)
@@ -123,14 +138,17 @@ class SchedulerSide:
             self._number += 1
             computed = tracked.chunks.stop - tokens
             blend = tracked.chunks.order(self._number, request.request_id, tracked.pages, computed)
-            self._loading[blend.number] = request.request_id
+            tracked.loading.add(blend.number)
+            self._loading[blend.number] = Load(request.request_id)
             self._orders.blends.append(blend)
             return
         first = stage.span.start // self._block
-        rows = stage.rows(stage.span.start + tokens)
-        copy = self._copy(tracked, rows, tracked.pages[first : first + len(rows)], stage.home)
-        self._loading[copy.number] = request.request_id
-        (self._orders.layered if tracked.layered else self._orders.loads).append(copy)
+        for tier, home, rows in stage.rows(stage.span.start + tokens):
+            copy = self._copy(tracked, rows, first, home)
+            tracked.loading.add(copy.number)
+            self._loading[copy.number] = Load(request.request_id, tier, len(rows), home)
+            (self._orders.layered if tracked.layered else self._orders.loads).append(copy)
+            first += len(rows)
 
     def sources(self, request: Any, tokens: int) -> dict[str, int]:
         """From which tiers the `tokens` of a request's load come."""
@@ -164,15 +182,17 @@ class SchedulerSide:
         """Takes in what the workers have done."""
         if done.blends and self._blending:
             self._blending.ready = True
+        if done.donation is not None and self._vram:
+            self._vram.own = done.donation
         for number, ranks in done.copies.items():
             self._reports[number] = self._reports.get(number, 0) + ranks
             if number in done.failed:
-                self._failed.add(number)  # until every rank has reported: one failure spoils the copy for all
+                # Until every rank has reported: one failure spoils the copy for all.
+                self._failed[number] = done.failed[number]
                 self._unforgiven.add(number)
             if self._reports[number] >= self._served.ranks:
                 del self._reports[number]
-                self._copied(number, number in self._failed, done.seconds.get(number, 0.0))
-                self._failed.discard(number)
+                self._copied(number, self._failed.pop(number, None), done.seconds.get(number, 0.0))
         if done.work:
             self.engine.cost.recompute.observe(done.work, done.work_seconds)
 
@@ -183,13 +203,13 @@ class SchedulerSide:
             return False
         tracked.finished = True
         tracked.computed = min(tracked.computed, request.num_computed_tokens)
-        loading = request.request_id in self._loading.values()
+        loading = bool(tracked.loading)
         if loading and not tracked.layered:
             return False  # vLLM keeps the blocks until the load is reported, and there is nothing new in them
         if not loading:
             self._drop_stage(tracked)
         # A load that a step under way follows: vLLM would not wait for it, nor for the stores of that step.
-        tracked.held = loading or tracked.writing is not None or self._whole_blocks(tracked) > tracked.offered
+        tracked.held = loading or bool(tracked.writings) or self._whole_blocks(tracked) > tracked.offered
         if all(other.finished for other in self._tracked.values()):
             tracked.held |= bool(tracked.missing)
         if not tracked.held:
@@ -205,9 +225,8 @@ class SchedulerSide:
             return None
         blocks = min(self._whole_blocks(tracked), request.num_prompt_tokens // self._block)
         if blocks <= tracked.offered:  # else the rest is stored now, by `_finish`
-            writing = tracked.writing
-            stored = writing.first + len(writing.rows) if writing else self.engine.held(tracked.chain)
-            blocks = min(blocks, stored)
+            ends = [writing.first + len(writing.rows) for writing in tracked.writings.values()]
+            blocks = min(blocks, max(ends) if ends else self.engine.held(tracked.chain))
         return handover.told(tracked.chain, blocks)
 
     def frees_blocks(self) -> bool:
@@ -225,9 +244,8 @@ class SchedulerSide:
         self._epoch = os.urandom(16)
         if self.events:
             self.events.clear()
-        busy = set(self._loading.values())
         for request_id, tracked in list(self._tracked.items()):
-            if request_id not in busy:
+            if not tracked.loading:
                 self._drop_stage(tracked)
             if not tracked.pages:
                 del self._tracked[request_id]
@@ -237,8 +255,8 @@ class SchedulerSide:
     def close(self) -> None:
         for tracked in self._tracked.values():
             self._drop_stage(tracked)
-            if tracked.writing:
-                tracked.writing.end()
+            for writing in tracked.writings.values():
+                writing.end()
         self._tracked.clear()
         self.engine.close()
 
@@ -318,8 +336,19 @@ class SchedulerSide:
         make_private(tracked.request, start // getattr(self.blocks, "hash_block_size", self._block))
         return tracked.chunks.stop
 
-    def _copy(self, tracked: Tracked, rows: Any, pages: list[int], home: Home | None) -> Copy:
+    def _open_vram(self, config: Config, metrics: Metrics, cost: CostModel) -> BlockStore:
+        from cairn.engine.shared import open_ordered_vram
+
+        served = self._served
+        self._vram = open_ordered_vram(
+            config, served.namespace.geometry, served.layout, metrics, cost, canonical=served.canonical
+        )
+        return self._vram
+
+    def _copy(self, tracked: Tracked, rows: Any, first: int, home: Home | VramHome | None) -> Copy:
+        """Between rows and the request's blocks from `first` on."""
         self._number += 1
+        pages = tracked.pages[first : first + len(rows)]
         return Copy(self._number, tracked.request.request_id, [int(row) for row in rows], pages, home)
 
     def _note_pages(self, output: Any) -> None:
@@ -349,20 +378,31 @@ class SchedulerSide:
     def _store(self, tracked: Tracked) -> None:
         """Orders the store of the blocks that have become whole, unless one is under way: then later, all at once."""
         blocks = self._whole_blocks(tracked)
-        if tracked.writing or blocks <= tracked.offered:
+        if tracked.writings or blocks <= tracked.offered:
             return
         chain = tracked.chain
         if chain.tokens < tracked.request.num_tokens:
             self._extend(chain, tracked.request)
         given, tracked.offered = tracked.offered, blocks
-        writing = self.engine.reserve(chain, given, blocks)
-        if writing is None:
-            return
-        tracked.writing = writing
-        pages = tracked.pages[writing.first : writing.first + len(writing.rows)]
-        copy = self._copy(tracked, writing.rows, pages, writing.home)
-        self._storing[copy.number] = tracked.request.request_id
-        self._orders.stores.append(copy)
+        for writing in self._reserve(chain, given, blocks):
+            copy = self._copy(tracked, writing.rows, writing.first, writing.home)
+            tracked.writings[copy.number] = writing
+            self._storing[copy.number] = tracked.request.request_id
+            self._orders.stores.append(copy)
+
+    def _reserve(self, chain: KeyChain, given: int, blocks: int) -> Iterator[Writing]:
+        """Rows for what VRAM and DRAM lack: VRAM first, so that others find it there at once.
+
+        The blocks of an answer come one at a time, and go to DRAM alone: a second call for each would cost the step
+        more than VRAM spares the next turn.
+        """
+        if self._vram and (blocks - given > 1 or not given):
+            in_vram = self._vram.write_vram(chain.keys[:blocks])
+            if in_vram:
+                yield in_vram
+        in_dram = self.engine.reserve(chain, given, blocks)
+        if in_dram:
+            yield in_dram
 
     def _extend(self, chain: KeyChain, request: Any) -> None:
         """Takes in the tokens that came since."""
@@ -372,40 +412,46 @@ class SchedulerSide:
         if self.events:
             self.events.name(request, chain, blocks, tokens)
 
-    def _copied(self, number: int, failed: bool, seconds: float) -> None:
+    def _copied(self, number: int, failed: Reason | None, seconds: float) -> None:
         """Every rank has made a copy, or failed to."""
         if number in self._loading:
-            tracked = self._tracked[self._loading.pop(number)]
-            self._loaded(tracked, failed, seconds)
+            load = self._loading.pop(number)
+            tracked = self._tracked[load.request]
+            tracked.loading.discard(number)
+            self._loaded(tracked, load, failed, seconds)
         elif number in self._storing:
             tracked = self._tracked[self._storing.pop(number)]
-            assert tracked.writing is not None
-            self._stored(tracked.writing, failed, seconds)
-            tracked.writing = None
+            self._stored(tracked.writings.pop(number), failed, seconds)
+            if tracked.writings:
+                return
             if tracked.finished and not tracked.held and tracked.stage is None:
                 del self._tracked[tracked.request.request_id]
 
-    def _loaded(self, tracked: Tracked, failed: bool, seconds: float) -> None:
+    def _loaded(self, tracked: Tracked, load: Load, failed: Reason | None, seconds: float) -> None:
         assert tracked.stage is not None
-        size = max(0, tracked.stage.loaded_tokens - tracked.stage.span.start) * self.engine.row_geometry.token_bytes
         if failed:
             tracked.loads = False
             if tracked.chunks:
                 tracked.chunks.failed()
             if tracked.layered:
                 self._forget_computed(tracked.pages[tracked.stage.span.start // self._block :])
-            tracked.stage.failed(Reason.IO_ERROR)
-            self.engine.metrics.failures.add(1, tier="dram", reason=Reason.IO_ERROR)
+            tracked.stage.failed(failed)
+            self.engine.metrics.failures.add(1, tier=load.tier, reason=failed)
+            if self._vram and isinstance(load.home, VramHome) and failed == Reason.IO_ERROR:
+                self._vram.avoid(load.home.donation)
         elif tracked.chunks:
             if tracked.chunks.plan:
                 self.engine.autopilot.blended(tracked.chunks.plan, seconds)
         else:
-            self.engine.metrics.transferred("dram", "load", size, seconds)
-            self.engine.cost.observe_load("dram", size, seconds)
+            size = load.blocks * self.engine.row_geometry.block_bytes
+            self.engine.metrics.transferred(load.tier, "load", size, seconds)
+            self.engine.cost.observe_load(load.tier, size, seconds)
             if tracked.layered:
                 self.engine.layer_times.copied(range(self.engine.geometry.layers), seconds)
+        if tracked.loading:
+            return  # its stage holds what is still being copied
         self._drop_stage(tracked)
-        if tracked.finished and not tracked.held and not tracked.writing:
+        if tracked.finished and not tracked.held and not tracked.writings:
             del self._tracked[tracked.request.request_id]
 
     def _forget_computed(self, pages: list[int]) -> None:
@@ -422,12 +468,12 @@ class SchedulerSide:
                 if self.blocks is not None:
                     self.blocks.evict_blocks(set(tracked.pages[first:]))
 
-    def _stored(self, writing: Writing, failed: bool, seconds: float) -> None:
+    def _stored(self, writing: Writing, failed: Reason | None, seconds: float) -> None:
         if failed:
-            self.engine.metrics.failures.add(1, tier="dram", reason=Reason.IO_ERROR)
+            self.engine.metrics.failures.add(1, tier=writing.tier, reason=failed)
         else:
             size = len(writing.rows) * self.engine.row_geometry.block_bytes
-            self.engine.metrics.transferred("dram", "store", size, seconds)
+            self.engine.metrics.transferred(writing.tier, "store", size, seconds)
             writing.commit(len(writing.rows))
         writing.end()
 
@@ -436,9 +482,9 @@ class SchedulerSide:
         if tracked.stage:
             return  # still loading
         self._store(tracked)
-        if tracked.writing is None and not self._busy:
+        if not tracked.writings and not self._busy:
             self._learn(tracked)
-        if tracked.writing is None:
+        if not tracked.writings:
             self._orders.released.add(tracked.request.request_id)
             del self._tracked[tracked.request.request_id]
 
@@ -446,13 +492,14 @@ class SchedulerSide:
         """Orders the next chunk that the request lacked to be computed alone: nobody waits for this step. So what is
         stored of a chunk depends on its own tokens only.
         """
-        while tracked.missing and tracked.writing is None:
+        while tracked.missing and not tracked.writings:
             chunk = tracked.missing.pop(0)
-            tracked.writing = self.engine.reserve(chunk.chain)
-            if tracked.writing:
+            writing = self.engine.reserve(chunk.chain)
+            if writing:
                 self._number += 1
+                tracked.writings[self._number] = writing
                 self._storing[self._number] = tracked.request.request_id
-                self._orders.learns.append(chunk.learn(self._number, tracked.request.request_id, tracked.writing))
+                self._orders.learns.append(chunk.learn(self._number, tracked.request.request_id, writing))
 
     def _work(self, scheduled: dict[str, int]) -> Work | None:
         """What the step computes, if that is worth measuring: some prefill, and all of it known."""

@@ -2,21 +2,32 @@
 
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from cairn.connect.vllm import handover
 from cairn.connect.vllm.blending import Chunks, Missing
 from cairn.engine.stage import Stage
 from cairn.engine.writing import Writing
 from cairn.kv import KeyChain
+from cairn.node.base import Home, VramHome
+
+
+class Load(NamedTuple):
+    """A copy under way to a request's pages: how many blocks from which tier's memory, and where they are."""
+
+    request: str
+    tier: str = "dram"
+    blocks: int = 0
+    home: Home | VramHome | None = None
 
 
 @dataclass(slots=True)
 class Tracked:
     """One request that vLLM has asked about.
 
-    pages: its blocks in the paged cache. stage: what it will load or is loading. layered: whether a
-    step waits for it. writing: what it is storing. offered: blocks offered for storing so far.
+    pages: its blocks in the paged cache. stage: what it will load or is loading. loading: the numbers of the copies
+    that do. layered: whether a step waits for them. writings: what it is storing, by the copies' numbers. offered:
+    blocks offered for storing so far.
     computed: tokens that have KV once the step is over. finished: it is over. held: and vLLM keeps its blocks for us.
     loads: false once a load of it has failed: it is not tried again. chunks: what it will be blended from, or is.
     missing: chunks that it lacked, to be stored when it is over. blends: false once that was found not to pay. exact:
@@ -28,8 +39,9 @@ class Tracked:
     chain: KeyChain
     pages: list[int] = field(default_factory=list)
     stage: Stage | None = None
+    loading: set[int] = field(default_factory=set)
     layered: bool = False
-    writing: Writing | None = None
+    writings: dict[int, Writing] = field(default_factory=dict)
     offered: int = 0
     computed: int = 0
     finished: bool = False

@@ -14,18 +14,21 @@ from cairn.connect.vllm.blender import Blender, prove_order
 from cairn.connect.vllm.blending import Settings, no_blending
 from cairn.connect.vllm.messages import Blend, Copy, Done, Learn, Orders
 from cairn.connect.vllm.model import Served, own_arena
-from cairn.connect.vllm.movers import Copying, Layers, Mover, Rows, Timer, by_token, mover_for
+from cairn.connect.vllm.movers import Copying, Layers, Mover, Polled, Rows, Timer, by_token, mover_for
 from cairn.connect.vllm.places import Places, Refused, refused
-from cairn.copy import TokenSlots
+from cairn.connect.vllm.vram import VramError, WorkerVram
+from cairn.copy import RowMemory, TokenSlots
 from cairn.errors import GeometryError
+from cairn.node.base import VramHome
 from cairn.observe.log import log_once
+from cairn.observe.reasons import Reason
 from cairn.plan import Work
 from cairn.tier.arena import Arena
 
 logger = logging.getLogger(__name__)
 
 _Order = Copy | Blend | Learn
-_Begun = tuple[_Order, Copying]
+_Begun = tuple[_Order, Polled]
 
 
 class WorkerSide:
@@ -50,6 +53,9 @@ class WorkerSide:
         self._attentions = attentions or {}
         self._blender: Blender | None = None
         self._node = config.node
+        self._config = config
+        self._vram: WorkerVram | None = None
+        self._told = 0
         self._own = None if config.node.address else own_arena(served, config)
         self._served = served
         self._part = served.part(rank)
@@ -96,6 +102,7 @@ class WorkerSide:
                 compressed=self._compressed,
                 quantizer=self._quantizer,
                 page=self._served.layout,
+                vram=self._config.storage.vram.size > 0,
             )
             if self._blending and made.kv.opaque:
                 made.by_token = by_token(tensors, self._geometry, rows, arena.memory)
@@ -105,6 +112,8 @@ class WorkerSide:
         if self._node.address:
             served = self._served
             self._places.find(self._node.address, served.row_geometry, served.row_layout, self._node.timeout_s)
+        if self._config.storage.vram.size:
+            self._vram = WorkerVram(self._config, self._served)
         if self._blending:
             try:
                 attentions, layout = [self._attentions.get(name) for name in names], self._served.layout
@@ -127,6 +136,8 @@ class WorkerSide:
         mover = self._all_places.mover
         if orders.work and mover and self._first_stage:  # later ones would measure how they wait for it
             self._timed = orders.work, mover.timer()
+        if self._vram and (donation := self._vram.donation()) != self._told:
+            self._told = self._done.donation = donation
 
     def settle_stores(self) -> None:
         """Blocks of stores under way are about to be overwritten: not before the stores are over."""
@@ -164,7 +175,7 @@ class WorkerSide:
         self._layered.clear()
         for copy in self._orders.stores:
             if self._unheard:
-                self._report(copy, 0.0, failed=True)
+                self._report(copy, 0.0, Reason.IO_ERROR)
             else:
                 self._stores.append((copy, self._copy(copy, store=True)))
         self._orders.stores = []
@@ -193,11 +204,14 @@ class WorkerSide:
             self._done.work, self._done.work_seconds = self._timed[0], seconds
             self._timed = None
         done, self._done = self._done, Done()
-        return done if done.copies or done.work or done.blends else None
+        told = done.copies or done.work or done.blends or done.donation is not None
+        return done if told else None
 
     def close(self) -> None:
         if self._places:
             self._places.close()
+        if self._vram:
+            self._vram.close()
 
     # --- parts ---------------------------------------------------------------------------------------------------
 
@@ -206,11 +220,24 @@ class WorkerSide:
         assert self._places is not None
         return self._places
 
-    def _copy(self, copy: Copy, *, store: bool) -> Copying:
+    def _copy(self, copy: Copy, *, store: bool) -> Polled:
+        if isinstance(copy.home, VramHome):
+            return self._copy_vram(copy, copy.home, store=store)
         place = self._all_places.at(copy.home)
         if place is None:
             return refused()
         return place.copy(place.mover.store if store else place.mover.load, *self._both(copy))
+
+    def _copy_vram(self, copy: Copy, home: VramHome, *, store: bool) -> Polled:
+        slots, rows = self._both(copy)
+
+        def begin(memory: RowMemory) -> Copying:
+            mover = self._all_places.mover  # the latest: it may begin later
+            if mover is None:
+                return refused()
+            return mover.store(slots, rows, memory) if store else mover.load(slots, rows, memory)
+
+        return self._vram.copy(home, begin, self._all_places.entrance(home.gate)) if self._vram else refused()
 
     def _load_layers(self, copy: Copy) -> Layers:
         place = self._all_places.at(copy.home)
@@ -231,11 +258,14 @@ class WorkerSide:
                 log_once(logger, f"copy {type(error).__name__}", f"a copy failed: {error!r}")
                 if not isinstance(copy, Learn) and loads:
                     self._invalid.update(copy.pages)
-            self._report(copy, 0.0 if error else copying.result(), failed=error is not None)
+            if error:
+                self._report(copy, 0.0, error.reason if isinstance(error, VramError) else Reason.IO_ERROR)
+            else:
+                self._report(copy, copying.result())
         return [(copy, copying) for copy, copying in copies if copy.number not in self._done.copies]
 
-    def _report(self, copy: _Order, seconds: float, *, failed: bool) -> None:
+    def _report(self, copy: _Order, seconds: float, failed: Reason | None = None) -> None:
         self._done.copies[copy.number] = 1
         self._done.seconds[copy.number] = seconds
         if failed:
-            self._done.failed.add(copy.number)
+            self._done.failed[copy.number] = failed
