@@ -22,7 +22,7 @@ def shared(model: Any, path: Path, *, disk: bool = False, **settings: Any) -> Ca
     """An engine on one remote store, and on a disk of its own where that is wanted."""
     compression = {f"compression.{name}": value for name, value in settings.items()}
     remote = {"storage.remote.url": f"file://{path}/store", "storage.remote.lookup_timeout_s": 30}
-    compression["autopilot.codec"] = "always"
+    compression |= {"autopilot.codec": "always", "engine.timeout_s": 30}
     return open_engine(model, disk=path / "kv" if disk else None, **remote, **compression)
 
 
