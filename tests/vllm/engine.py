@@ -57,7 +57,8 @@ def no_leak(llm: Any) -> None:
     side = connector(llm)._scheduler
     dram = stats(llm)["tiers"]["dram"]
     assert not side._tracked
-    assert [side._loading, side._storing, side._reports, side._failed] == [{}, {}, {}, {}]
+    under_way = side._under_way
+    assert [under_way.copies, under_way._reports, under_way._failed] == [{}, {}, {}]
     assert dram["pinned_blocks"] == 0
     assert dram["reserved_blocks"] == 0
 

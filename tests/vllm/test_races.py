@@ -100,6 +100,11 @@ def held_up(patch: pytest.MonkeyPatch, copy: str, fails: bool = False) -> Iterat
             go.set()
 
 
+def under_way(llm: Any, kind: str) -> bool:
+    """kind: Load or Store."""
+    return any(type(copy).__name__ == kind for copy in side(llm)._under_way.copies.values())
+
+
 def begin_load(llm: Any, patch: pytest.MonkeyPatch) -> tuple[Any, Any]:
     """(a request that runs, one that waits outside of the steps for its load); of OTHER and of LONG."""
     patch.setattr("cairn.plan.autopilot.Autopilot.layerwise", lambda *_, **__: False)
@@ -108,7 +113,7 @@ def begin_load(llm: Any, patch: pytest.MonkeyPatch) -> tuple[Any, Any]:
         step(llm)
     loading = add(llm, LONG)
     step(llm)
-    assert side(llm)._loading
+    assert under_way(llm, "Load")
     assert loading.num_output_tokens == 0
     return other, loading
 
@@ -122,7 +127,7 @@ def test_abort_in_the_step_that_loads_and_stores(
     settle(llm)
     with held_up(monkeypatch, "gather"):
         abort_within_the_next_step(llm, add(llm, LONG))
-        assert side(llm)._storing
+        assert under_way(llm, "Store")
         # These have every block that is free, one after the other.
         for start in range(3):
             answers(llm, [OTHER[start:]])
@@ -181,7 +186,7 @@ def test_abort_between_match_and_blocks(llm: Any, tiny_plain: list[list[int]]) -
     waiting = add(llm, LONG)
     step(llm)
     assert stats(llm)["tiers"]["dram"]["pinned_blocks"] > 0
-    assert not side(llm)._loading
+    assert not under_way(llm, "Load")
     llm.llm_engine.abort_request([waiting.request_id], internal=True)
     assert stats(llm)["tiers"]["dram"]["pinned_blocks"] == 0
     llm.llm_engine.abort_request([big.request_id], internal=True)

@@ -18,7 +18,8 @@ from cairn.connect.vllm.identity import extra_keys, namespace_of, reusable
 from cairn.connect.vllm.messages import Copy, Done, Orders
 from cairn.connect.vllm.mode import Mode
 from cairn.connect.vllm.model import Served, own_arena
-from cairn.connect.vllm.tracked import Load, Tracked
+from cairn.connect.vllm.tracked import Tracked
+from cairn.connect.vllm.under_way import Load, Store, UnderWay
 from cairn.engine.base import BlockStore
 from cairn.engine.core import EngineCore
 from cairn.engine.writing import Writing
@@ -70,12 +71,7 @@ class SchedulerSide:
         self._adapters = Adapters()
         self.blocks: Any = None
         self._tracked: dict[str, Tracked] = {}
-        self._loading: dict[int, Load] = {}
-        self._storing: dict[int, str] = {}
-        self._reports: dict[int, int] = {}
-        self._failed: dict[int, Reason] = {}
-        self._unforgiven: set[int] = set()
-        self._number = 0
+        self._under_way = UnderWay(served.ranks)
         self._epoch = b""
         self._busy = False
         self._orders = Orders()
@@ -135,18 +131,15 @@ class SchedulerSide:
             self._drop_stage(tracked)
             return
         if tracked.chunks:
-            self._number += 1
-            computed = tracked.chunks.stop - tokens
-            blend = tracked.chunks.order(self._number, request.request_id, tracked.pages, computed)
-            tracked.loading.add(blend.number)
-            self._loading[blend.number] = Load(request.request_id)
-            self._orders.blends.append(blend)
+            number, computed = self._under_way.begin(Load(request.request_id)), tracked.chunks.stop - tokens
+            tracked.loading.add(number)
+            self._orders.blends.append(tracked.chunks.order(number, request.request_id, tracked.pages, computed))
             return
         first = stage.span.start // self._block
         for tier, home, rows in stage.rows(stage.span.start + tokens):
-            copy = self._copy(tracked, rows, first, home)
-            tracked.loading.add(copy.number)
-            self._loading[copy.number] = Load(request.request_id, tier, len(rows), home)
+            number = self._under_way.begin(Load(request.request_id, tier, len(rows), home))
+            tracked.loading.add(number)
+            copy = _copy(number, tracked, rows, first, home)
             (self._orders.layered if tracked.layered else self._orders.loads).append(copy)
             first += len(rows)
 
@@ -173,7 +166,7 @@ class SchedulerSide:
             self._finish(tracked)
         orders, self._orders = self._orders, Orders()
         orders.settle_stores = bool(output.preempted_req_ids)
-        orders.forgiven, self._unforgiven = self._unforgiven, set()
+        orders.forgiven = self._under_way.forgiven()
         if not orders.layered and not orders.blends:
             orders.work = self._work(scheduled)
         return orders
@@ -184,15 +177,13 @@ class SchedulerSide:
             self._blending.ready = True
         if done.donation is not None and self._vram:
             self._vram.own = done.donation
-        for number, ranks in done.copies.items():
-            self._reports[number] = self._reports.get(number, 0) + ranks
-            if number in done.failed:
-                # Until every rank has reported: one failure spoils the copy for all.
-                self._failed[number] = done.failed[number]
-                self._unforgiven.add(number)
-            if self._reports[number] >= self._served.ranks:
-                del self._reports[number]
-                self._copied(number, self._failed.pop(number, None), done.seconds.get(number, 0.0))
+        for number, copy, failed, seconds in self._under_way.ended(done):
+            tracked = self._tracked[copy.request]
+            if isinstance(copy, Load):
+                tracked.loading.discard(number)
+                self._loaded(tracked, copy, failed, seconds)
+            else:
+                self._stored(tracked, tracked.writings.pop(number), failed, seconds)
         if done.work:
             self.engine.cost.recompute.observe(done.work, done.work_seconds)
 
@@ -209,7 +200,7 @@ class SchedulerSide:
         if not loading:
             self._drop_stage(tracked)
         # A load that a step under way follows: vLLM would not wait for it, nor for the stores of that step.
-        tracked.held = loading or bool(tracked.writings) or self._whole_blocks(tracked) > tracked.offered
+        tracked.held = loading or bool(tracked.writings) or self._to_store(tracked) > tracked.offered
         if all(other.finished for other in self._tracked.values()):
             tracked.held |= bool(tracked.missing)
         if not tracked.held:
@@ -223,7 +214,7 @@ class SchedulerSide:
             return None
         if not handover.is_wanted(request):
             return None
-        blocks = min(self._whole_blocks(tracked), request.num_prompt_tokens // self._block)
+        blocks = min(self._to_store(tracked), request.num_prompt_tokens // self._block)
         if blocks <= tracked.offered:  # else the rest is stored now, by `_finish`
             ends = [writing.first + len(writing.rows) for writing in tracked.writings.values()]
             blocks = min(blocks, max(ends) if ends else self.engine.held(tracked.chain))
@@ -345,39 +336,31 @@ class SchedulerSide:
         )
         return self._vram
 
-    def _copy(self, tracked: Tracked, rows: Any, first: int, home: Home | VramHome | None) -> Copy:
-        """Between rows and the request's blocks from `first` on."""
-        self._number += 1
-        pages = tracked.pages[first : first + len(rows)]
-        return Copy(self._number, tracked.request.request_id, [int(row) for row in rows], pages, home)
-
     def _note_pages(self, output: Any) -> None:
         """Follows where requests' blocks are, and how far they will be computed when the step is over."""
+        scheduled = output.num_scheduled_tokens
         for new in output.scheduled_new_reqs:
             tracked = self._running(new.req_id)
             if tracked:
-                tracked.pages = list(new.block_ids[0])
-                tracked.computed = new.num_computed_tokens + output.num_scheduled_tokens[new.req_id]
+                tracked.scheduled(new.num_computed_tokens + scheduled[new.req_id], new.block_ids[0], anew=True)
         cached = output.scheduled_cached_reqs
         for i, request_id in enumerate(cached.req_ids):
             tracked = self._running(request_id)
-            if tracked is None:
-                continue
-            pages = cached.new_block_ids[i]
-            if request_id in cached.resumed_req_ids:
-                tracked.pages = list(pages[0]) if pages else []
-            elif pages:
-                tracked.pages.extend(pages[0])
-            tracked.computed = cached.num_computed_tokens[i] + output.num_scheduled_tokens[request_id]
+            if tracked:
+                pages = cached.new_block_ids[i]
+                tracked.scheduled(
+                    cached.num_computed_tokens[i] + scheduled[request_id],
+                    pages[0] if pages else [],
+                    anew=request_id in cached.resumed_req_ids,
+                )
 
-    def _whole_blocks(self, tracked: Tracked) -> int:
-        """Blocks whose tokens are known and whose KV is computed once the step is over."""
-        known = min(tracked.computed, tracked.request.num_tokens, len(tracked.pages) * self._block)
-        return min(known // self._block, tracked.exact) if self._mode.writes else 0
+    def _to_store(self, tracked: Tracked) -> int:
+        """How many of a request's blocks may be stored once the step is over."""
+        return tracked.whole_blocks(self._block) if self._mode.writes else 0
 
     def _store(self, tracked: Tracked) -> None:
         """Orders the store of the blocks that have become whole, unless one is under way: then later, all at once."""
-        blocks = self._whole_blocks(tracked)
+        blocks = self._to_store(tracked)
         if tracked.writings or blocks <= tracked.offered:
             return
         chain = tracked.chain
@@ -385,10 +368,9 @@ class SchedulerSide:
             self._extend(chain, tracked.request)
         given, tracked.offered = tracked.offered, blocks
         for writing in self._reserve(chain, given, blocks):
-            copy = self._copy(tracked, writing.rows, writing.first, writing.home)
-            tracked.writings[copy.number] = writing
-            self._storing[copy.number] = tracked.request.request_id
-            self._orders.stores.append(copy)
+            number = self._under_way.begin(Store(tracked.request.request_id))
+            tracked.writings[number] = writing
+            self._orders.stores.append(_copy(number, tracked, writing.rows, writing.first, writing.home))
 
     def _reserve(self, chain: KeyChain, given: int, blocks: int) -> Iterator[Writing]:
         """Rows for what VRAM and DRAM lack: VRAM first, so that others find it there at once.
@@ -411,21 +393,6 @@ class SchedulerSide:
         chain.extend(tokens[known - blocks * self._block :])
         if self.events:
             self.events.name(request, chain, blocks, tokens)
-
-    def _copied(self, number: int, failed: Reason | None, seconds: float) -> None:
-        """Every rank has made a copy, or failed to."""
-        if number in self._loading:
-            load = self._loading.pop(number)
-            tracked = self._tracked[load.request]
-            tracked.loading.discard(number)
-            self._loaded(tracked, load, failed, seconds)
-        elif number in self._storing:
-            tracked = self._tracked[self._storing.pop(number)]
-            self._stored(tracked.writings.pop(number), failed, seconds)
-            if tracked.writings:
-                return
-            if tracked.finished and not tracked.held and tracked.stage is None:
-                del self._tracked[tracked.request.request_id]
 
     def _loaded(self, tracked: Tracked, load: Load, failed: Reason | None, seconds: float) -> None:
         assert tracked.stage is not None
@@ -468,7 +435,7 @@ class SchedulerSide:
                 if self.blocks is not None:
                     self.blocks.evict_blocks(set(tracked.pages[first:]))
 
-    def _stored(self, writing: Writing, failed: Reason | None, seconds: float) -> None:
+    def _stored(self, tracked: Tracked, writing: Writing, failed: Reason | None, seconds: float) -> None:
         if failed:
             self.engine.metrics.failures.add(1, tier=writing.tier, reason=failed)
         else:
@@ -476,6 +443,8 @@ class SchedulerSide:
             self.engine.metrics.transferred(writing.tier, "store", size, seconds)
             writing.commit(len(writing.rows))
         writing.end()
+        if tracked.finished and not tracked.held and tracked.stage is None and not tracked.writings:
+            del self._tracked[tracked.request.request_id]
 
     def _finish(self, tracked: Tracked) -> None:
         """Stores the rest of a request that is over, and then lets vLLM have its blocks."""
@@ -496,10 +465,9 @@ class SchedulerSide:
             chunk = tracked.missing.pop(0)
             writing = self.engine.reserve(chunk.chain)
             if writing:
-                self._number += 1
-                tracked.writings[self._number] = writing
-                self._storing[self._number] = tracked.request.request_id
-                self._orders.learns.append(chunk.learn(self._number, tracked.request.request_id, writing))
+                number = self._under_way.begin(Store(tracked.request.request_id))
+                tracked.writings[number] = writing
+                self._orders.learns.append(chunk.learn(number, tracked.request.request_id, writing))
 
     def _work(self, scheduled: dict[str, int]) -> Work | None:
         """What the step computes, if that is worth measuring: some prefill, and all of it known."""
@@ -512,3 +480,9 @@ class SchedulerSide:
                 return None
             chunks.append((tokens, tracked.computed - tokens))
         return Work.of(chunks)
+
+
+def _copy(number: int, tracked: Tracked, rows: Any, first: int, home: Home | VramHome | None) -> Copy:
+    """Between rows and the request's blocks from `first` on."""
+    pages = tracked.pages[first : first + len(rows)]
+    return Copy(number, tracked.request.request_id, [int(row) for row in rows], pages, home)

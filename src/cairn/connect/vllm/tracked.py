@@ -2,23 +2,13 @@
 
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from cairn.connect.vllm import handover
 from cairn.connect.vllm.blending import Chunks, Missing
 from cairn.engine.stage import Stage
 from cairn.engine.writing import Writing
 from cairn.kv import KeyChain
-from cairn.node.base import Home, VramHome
-
-
-class Load(NamedTuple):
-    """A copy under way to a request's pages: how many blocks from which tier's memory, and where they are."""
-
-    request: str
-    tier: str = "dram"
-    blocks: int = 0
-    home: Home | VramHome | None = None
 
 
 @dataclass(slots=True)
@@ -55,3 +45,18 @@ class Tracked:
     answer: Future[None] | None = None
     ask_until: float = 0.0
     promise: handover.Promise | None = None
+
+    def scheduled(self, computed: int, pages: list[int], *, anew: bool) -> None:
+        """A step was put together: so many tokens will have KV when it is over, in these pages besides those that it
+        has, or, anew, in these alone.
+        """
+        self.computed = computed
+        if anew:
+            self.pages = list(pages)
+        else:
+            self.pages.extend(pages)
+
+    def whole_blocks(self, block_tokens: int) -> int:
+        """Blocks whose tokens are known and whose KV is computed once the step is over."""
+        known: int = min(self.computed, self.request.num_tokens, len(self.pages) * block_tokens)
+        return min(known // block_tokens, self.exact)
