@@ -50,6 +50,7 @@ def test_the_commands_are_there() -> None:
             "node",
             "remote",
             "policy",
+            "autopilot",
             "fleet-sim",
             "machine",
             "quality",
