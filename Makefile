@@ -55,8 +55,9 @@ $(VLLM_READY): pyproject.toml $(READY)
 	@$(VLLM)/python -m pip install -qq --disable-pip-version-check --editable . pytest pytest-timeout gguf accelerate
 	@touch $@
 
+# OpenMP's threads would spin while others of the tests' processes have work for the cores.
 test-vllm: $(VLLM_READY) ## run the connector's tests on a real vLLM (CPU)
-	@$(VLLM)/python -m pytest tests/vllm
+	@KMP_BLOCKTIME=0 OMP_WAIT_POLICY=passive $(VLLM)/python -m pytest tests/vllm
 
 lint: $(READY) ## check style, types and the direction of imports
 	@$(BIN)/ruff check .

@@ -15,6 +15,7 @@ from cairn.connect.vllm.movers import mover_for
 from cairn.connect.vllm.places import Places
 from cairn.errors import GeometryError
 from cairn.kv import KVGeometry, Layout
+from cairn.node.base import Home
 from cairn.tier.arena import Arena
 from tests.blend.rig import LAYERS, model_of, prefill, tokens_of
 
@@ -128,7 +129,7 @@ def test_what_is_not_there_fails(kind: str) -> None:
     order.parts[-1].rows.pop()
     assert isinstance(rig.blender.run(order).exception(), BlendError)
     order = rig.order(24, 0)
-    order.parts[1].home = ("elsewhere", 1, 1, "gate")
+    order.parts[1].home = Home("elsewhere", 1, 1, "gate")
     assert rig.blender.run(order).exception() is not None
     assert rig.blender.run(rig.order(24, 0)).exception() is None
     rig.close()
