@@ -140,6 +140,16 @@ def test_what_a_node_holds_is_found_and_read(rig: Rig) -> None:
     assert (stats["read_blocks"], stats["evicted_total"], stats["lookups_total"]) == (17, 13, 2)
 
 
+def test_a_peer_that_has_registered_no_address_costs_the_others_nothing(rig: Rig) -> None:
+    keys = prompt(1, 4)
+    rig.store(keys)
+    rig.peers.replace(["tcp://", "nonsense", rig.service.address])
+    assert ask(rig.tier, keys) == 4
+    assert read(rig.tier, keys) == [None] * 4
+    assert rig.tier.stats()["failed_lookups_total"] == 1
+    at_rest(rig)
+
+
 def test_what_went_since_it_was_asked_about_is_a_miss(rig: Rig) -> None:
     keys = prompt(1, 8)
     rig.store(keys)

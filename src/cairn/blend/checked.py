@@ -1,6 +1,7 @@
 """What `cairn blend check` found of a model, in a file beside its weights: where to check, and whether to blend."""
 
 import logging
+import math
 from pathlib import Path
 from typing import Final, Self
 
@@ -60,7 +61,7 @@ def recipe_of(settings: Blending, model: str, layers: int) -> Recipe:
     checked = _load(path) if path else None
     if checked and checked.fits(settings):
         wanted = wanted or checked.check_layers
-        kl = dict(checked.kl).get(wanted, 0.0) if wanted else min(kl for _, kl in checked.kl)
+        kl = dict(checked.kl).get(wanted, 0.0) if wanted else min((kl for _, kl in checked.kl), default=math.inf)
         if kl > checked.most_kl:
             raise GeometryError(
                 f"blending is not possible: by {path} it costs up to {kl:.3g} nats a token, more than "

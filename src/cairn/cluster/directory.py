@@ -2,11 +2,11 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from types import MappingProxyType, TracebackType
-from typing import NamedTuple, Self, TypeVar
+from types import MappingProxyType
+from typing import NamedTuple, TypeVar
 
 from cairn.cluster.base import Change, Entry, Registry
-from cairn.cluster.follower import Follower
+from cairn.cluster.follower import Followed, Follower
 from cairn.cluster.keys import Keys
 from cairn.cluster.metrics import Unread
 from cairn.cluster.values import CacheState, Instance, Load, Versioned, decode
@@ -47,7 +47,7 @@ Listener = Callable[[Event], None]
 V = TypeVar("V", bound=Versioned)
 
 
-class Directory:
+class Directory(Followed):
     """Follows the registry: `async with Directory(registry, keys) as directory`. For one event loop.
 
     Listeners are called in the loop, in order, and must not block. Reports count only for the incarnation that is
@@ -72,25 +72,12 @@ class Directory:
         """Whether changes would come now."""
         return self._follower.connected
 
-    async def wait(self, timeout_s: float) -> bool:
-        """Waits until what stood in the registry at first is known; False: not in time."""
-        return await self._follower.wait(timeout_s)
-
     def listen(self, listener: Listener) -> Callable[[], None]:
         """Tells `listener` of every member (Joined), then of every event. Returns how to stop it."""
         for member in list(self._members.values()):
             listener(Joined(member))
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener) if listener in self._listeners else None
-
-    async def __aenter__(self) -> Self:
-        await self._follower.__aenter__()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
-        await self._follower.__aexit__(kind, error, at)
 
     def _apply(self, changes: tuple[Change, ...]) -> None:
         for change in changes:

@@ -21,6 +21,25 @@ _LAST_PAUSE_S: Final = 5.0
 _CLOSE_S: Final = 2.0
 
 
+class Followed:
+    """What is known by a follower of its own, `_follower`: `async with` it. For one event loop."""
+
+    _follower: "Follower"
+
+    async def wait(self, timeout_s: float) -> bool:
+        """Waits until what stood in the registry at first is known; False: not in time."""
+        return await self._follower.wait(timeout_s)
+
+    async def __aenter__(self) -> Self:
+        await self._follower.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self._follower.__aexit__(kind, error, at)
+
+
 class Follower:
     """Calls `apply` with changes, in the event loop, from a task of its own: `async with Follower(...)`.
 

@@ -2,11 +2,11 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from types import MappingProxyType, TracebackType
-from typing import Generic, Self
+from types import MappingProxyType
+from typing import Generic
 
 from cairn.cluster.base import Change, Registry
-from cairn.cluster.follower import Follower
+from cairn.cluster.follower import Followed, Follower
 from cairn.cluster.keys import Keys
 from cairn.cluster.metrics import Unread
 from cairn.cluster.values import HostNode, Replica, V, decode
@@ -15,7 +15,7 @@ from cairn.observe.log import log_once
 logger = logging.getLogger(__name__)
 
 
-class Listed(Generic[V]):
+class Listed(Followed, Generic[V]):
     """Follows a folder of the registry: `async with Listed(registry, prefix, kind) as listed`. Each registers itself
     with a `Registration`. on_change: told all that are there, in the event loop.
     """
@@ -36,19 +36,6 @@ class Listed(Generic[V]):
     def values(self) -> Mapping[str, V]:
         """By name; a view that changes with the cluster."""
         return MappingProxyType(self._values)
-
-    async def wait(self, timeout_s: float) -> bool:
-        """Waits until what stood in the registry at first is known; False: not in time."""
-        return await self._follower.wait(timeout_s)
-
-    async def __aenter__(self) -> Self:
-        await self._follower.__aenter__()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
-        await self._follower.__aexit__(kind, error, at)
 
     def _apply(self, changes: tuple[Change, ...]) -> None:
         for change in changes:

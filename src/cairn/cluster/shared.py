@@ -2,13 +2,12 @@
 
 import logging
 from collections.abc import Callable
-from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Generic, TypeVar
 
 import msgspec
 
 from cairn.cluster.base import Change, Registry
-from cairn.cluster.follower import Follower
+from cairn.cluster.follower import Followed, Follower
 from cairn.cluster.keys import Keys
 from cairn.cluster.metrics import Unread
 from cairn.observe.log import log_once
@@ -18,7 +17,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class Shared(Generic[T]):
+class Shared(Followed, Generic[T]):
     """Follows one setting: `async with Shared(registry, keys, "slo", Slo, default) as slo: slo.value`.
 
     kind: what msgspec decodes the JSON to (a struct, a dict, a number), with its rules. A value that breaks them is
@@ -38,19 +37,6 @@ class Shared(Generic[T]):
         self._metrics = registry.metrics
         self._key, self._kind, self._default, self._on_change = keys.setting(name), kind, default, on_change
         self._follower = Follower(registry, self._key, self._apply)
-
-    async def wait(self, timeout_s: float) -> bool:
-        """Waits until what stood in the registry at first is known; False: not in time."""
-        return await self._follower.wait(timeout_s)
-
-    async def __aenter__(self) -> Self:
-        await self._follower.__aenter__()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
-        await self._follower.__aexit__(kind, error, at)
 
     def _apply(self, changes: tuple[Change, ...]) -> None:
         for change in changes:

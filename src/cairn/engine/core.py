@@ -114,33 +114,7 @@ class EngineCore:
             ),
             measures=self.config.engine.planner,
         )
-        address = node or self.config.node.address
-        self._store: BlockStore
-        self._copier: Copier
-        if self.config.storage.vram.size and not open_store:
-            self._store, self._copier = open_vram(
-                address, self.config, self.geometry, layout, self.metrics, self.cost, canonical=self._canonical
-            )
-        else:
-            threads = self.config.engine.copy_threads
-            self._copier = cpu_copier(self.geometry, self._quantizer, threads)
-            if open_store:
-                self._store = open_store(self.metrics, self.cost)
-            elif address:
-                self._store = open_node(
-                    address, self.config, self.row_geometry, layout, self.metrics, self.cost, canonical=self._canonical
-                )
-            else:
-                self._store = open_local(
-                    self.config,
-                    self.row_geometry,
-                    layout,
-                    self.metrics,
-                    self.cost,
-                    arena,
-                    canonical=self._canonical,
-                    worth=self.autopilot.write,
-                )
+        self._store, self._copier = self._opened(node or self.config.node.address, layout, arena, open_store)
         self._probes = Probes(self._store, self.row_geometry.block_bytes)
         self._layers = ThreadPoolExecutor(_WORKERS, "cairn-layers")
         self._root = self._own(namespace).digest()
@@ -154,6 +128,26 @@ class EngineCore:
             except CairnError:
                 EngineCore.close(self)  # not what a subclass has not made yet
                 raise
+
+    def _opened(
+        self,
+        address: str | None,
+        layout: Layout,
+        arena: Arena | None,
+        open_store: Callable[[Metrics, CostModel], BlockStore] | None,
+    ) -> tuple[BlockStore, Copier]:
+        """The store that is asked for, and what copies between it and the paged cache."""
+        config, canonical = self.config, self._canonical
+        if config.storage.vram.size and not open_store:
+            return open_vram(address, config, self.geometry, layout, self.metrics, self.cost, canonical=canonical)
+        copier = cpu_copier(self.geometry, self._quantizer, config.engine.copy_threads)
+        if open_store:
+            return open_store(self.metrics, self.cost), copier
+        rows, metrics, cost = self.row_geometry, self.metrics, self.cost
+        if address:
+            return open_node(address, config, rows, layout, metrics, cost, canonical=canonical), copier
+        worth = self.autopilot.write
+        return open_local(config, rows, layout, metrics, cost, arena, canonical=canonical, worth=worth), copier
 
     # --- what a request asks -------------------------------------------------------------------------------------
 

@@ -103,7 +103,7 @@ class Dealer:
         self._messages = _Messages(lambda: self._socket.sendall(_ready(b"DEALER")))
         self._came = deque[bytes]()
         self._buffer = memoryview(bytearray(_READ))
-        patience = struct.pack("ll", int(timeout), int(timeout % 1 * 1e6))
+        patience = struct.pack("ll", *divmod(max(1, round(timeout * 1e6)), 1_000_000))  # 0 would be for ever
         try:
             for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # unlike settimeout no poll before each call
                 self._socket.setsockopt(socket.SOL_SOCKET, option, patience)

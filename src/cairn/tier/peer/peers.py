@@ -64,12 +64,17 @@ class Peers:
         """Asks all at once; what each answers by `deadline` (monotonic), None: nothing. Leaves out those at rest."""
         frame, begun, poller = encode(request), time.monotonic(), zmq.Poller()
         waiting: dict[Socket, Peer] = {}
-        for peer in peers:
-            if peer.answers.allow():
-                socket = self._send(peer, frame)
-                waiting[socket] = peer
-                poller.register(socket, zmq.POLLIN)
         answers: dict[Peer, Reply | None] = {}
+        for peer in peers:
+            if not peer.answers.allow():
+                continue
+            socket = self._send(peer, frame)
+            if socket is None:
+                peer.answers.failure()
+                answers[peer] = None
+                continue
+            waiting[socket] = peer
+            poller.register(socket, zmq.POLLIN)
         while waiting and (left := deadline - time.monotonic()) > 0:
             for socket, _ in poller.poll(max(1, int(1000 * left))):
                 peer = waiting.pop(socket)
@@ -91,21 +96,44 @@ class Peers:
 
     def tell(self, peer: Peer, request: Request) -> None:
         """Tells one what is not answered."""
-        self._keep(peer, self._send(peer, encode(request)))
+        socket = self._send(peer, encode(request))
+        if socket is not None:
+            self._keep(peer, socket)
 
     def close(self) -> None:
         """Ends all connections; no call is under way. Idempotent."""
         self._context.destroy(linger=100)
 
-    def _send(self, peer: Peer, frame: bytes) -> Socket:
+    def _send(self, peer: Peer, frame: bytes) -> Socket | None:
+        """The connection on which it was sent; None: it could not be, by what the peer has registered as its address,
+        by what it has not taken in, or for want of sockets.
+        """
         try:
             socket = peer.idle.pop()
         except IndexError:
+            found = self._connected(peer)
+            if found is None:
+                return None
+            socket = found
+        try:
+            socket.send(frame, zmq.DONTWAIT)
+        except zmq.ZMQError:
+            socket.close(0)
+            return None
+        return socket
+
+    def _connected(self, peer: Peer) -> Socket | None:
+        try:
             socket = self._context.socket(zmq.DEALER)
+        except zmq.ZMQError:
+            return None
+        try:
             self._keypair.guard(socket, server=False)
             socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
             socket.connect(peer.address)
-        socket.send(frame, zmq.DONTWAIT)
+        except zmq.ZMQError:
+            socket.close(0)
+            return None
         return socket
 
     def _keep(self, peer: Peer, socket: Socket) -> None:
