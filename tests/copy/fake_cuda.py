@@ -78,14 +78,11 @@ class FakeCuda:
         self._favoured: list[Stream] = []
         self._local = threading.local()
         self.default = Stream(self)
-        uploads = lambda array: SimpleNamespace(  # noqa: E731
-            pin_memory=lambda: SimpleNamespace(to=lambda *_, **__: torch.from_numpy(array))
-        )
         self.torch = SimpleNamespace(
             device=torch.device,
             uint8=torch.uint8,
-            empty=lambda shape, **_: torch.full(shape, 0xA5, dtype=torch.uint8),
-            from_numpy=uploads,
+            int64=torch.int64,
+            empty=lambda shape, dtype, **_: torch.full(shape, 0xA5, dtype=dtype),
             cuda=SimpleNamespace(
                 device=lambda _: nullcontext(),
                 synchronize=lambda _: None,

@@ -146,6 +146,28 @@ def test_copies_wait_for_the_model(device: FakeCuda, path: str) -> None:
         assert all((tensors[i] == expected[i]).all() for i in range(layer + 1))
 
 
+@pytest.mark.parametrize("device", range(8), indirect=True)
+def test_calls_under_way_keep_their_tables(device: FakeCuda) -> None:
+    """Five calls of different lengths, none waited for: each kernel reads its own call's slots."""
+    tensors, slots, memory, _ = case(4)
+    expected = memory.copy()
+    copier = cuda.CudaCopier(G, path="staged")
+    kv = on_device(tensors)
+    copier.prepare(kv)
+    copier.register(memory)
+    enqueued, first = [], 0
+    for blocks in (1, 3, 1, 2, 2):
+        stop = first + blocks
+        rows, part = np.arange(first, stop, dtype=np.int32), slots[first * 4 : stop * 4]
+        enqueued.append(copier.gather_async(kv, part, memory, rows))
+        CpuCopier(G).gather(PagedKV.from_tensors(tensors, "nhd", G), part, expected, rows)
+        first = stop
+    for copy in reversed(enqueued):
+        copy.synchronize()
+    assert (memory == expected).all()
+    copier.close()
+
+
 @pytest.mark.parametrize("path", ["pieces", "staged"])
 @pytest.mark.parametrize("name", ["gather_async", "scatter_async"])
 def test_a_call_that_fails_half_way_leaves_nothing_under_way(

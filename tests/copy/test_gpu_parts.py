@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cairn.copy import CpuCopier, PagedKV
-from cairn.copy.pieces import merge, plan, vector_shape, word_bytes
+from cairn.copy.pieces import merge, piece_bytes, plan, vector_shape, word_bytes
 from cairn.kv import KVGeometry
 
 PAGES = 6
@@ -127,11 +127,24 @@ def test_a_page_across_all_layers_is_one_piece() -> None:
     assert plan(kv, slots, starts, range(1, 2), g).sizes.tolist() == [g.layer_bytes] * 2
 
 
+@pytest.mark.parametrize("layout", ["nhd", "nhd_paged", "hnd", "mla", "cross_layer"])
+@pytest.mark.parametrize("block", [1, 4, 8])
+@pytest.mark.parametrize("layers", [range(3), range(1, 2)])
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_length_of_pieces_is_known_without_a_plan(layout: str, block: int, layers: range, apart: bool) -> None:
+    g = geometry(layout, block, 8)
+    kv = PagedKV.from_tensors(cache(layout, g, 4, np.random.default_rng(0)), layout, g)
+    # Tokens in order in two pages that are no neighbours, or none of them the next one's neighbour.
+    slots = np.array([0, 2, 8, 6, 16, 18, 12, 22] if apart else [0, 1, 2, 3, 16, 17, 18, 19])[:block]
+    planned = plan(kv, slots, np.zeros(1, np.int64), layers, g)
+    assert piece_bytes(kv, slots, layers, g) == planned.sizes[0]
+
+
 def test_merging_needs_neighbours_on_both_sides() -> None:
     pieces = merge(np.array([0, 8, 16, 32]), np.array([100, 108, 200, 208]), np.full(4, 8))
     assert [part.tolist() for part in pieces] == [[0, 16, 32], [100, 200, 208], [16, 8, 8]]
     empty = np.empty(0, np.int64)
-    assert merge(empty, empty, empty).mean_bytes == 0
+    assert not len(merge(empty, empty, empty).sizes)
 
 
 def test_the_copy_folder_does_not_bring_torch() -> None:

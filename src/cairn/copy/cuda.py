@@ -12,7 +12,8 @@ import numpy.typing as npt
 from cairn.copy import driver
 from cairn.copy.base import Copier, DeviceRows, RowMemory
 from cairn.copy.paged import PagedKV, TokenSlots
-from cairn.copy.pieces import merge, plan, vector_shape, word_bytes
+from cairn.copy.pieces import merge, piece_bytes, plan, vector_shape, word_bytes
+from cairn.copy.uploads import Uploads
 from cairn.errors import InputError
 from cairn.kv import KVGeometry
 
@@ -58,6 +59,7 @@ class _Lane:
         self.copies, self.kernels = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self.filled = [torch.cuda.Event() for _ in range(_STAGING_BUFFERS)]
         self.freed = [torch.cuda.Event() for _ in range(_STAGING_BUFFERS)]
+        self.uploads = Uploads(torch, device, self.kernels)
         self._ring: Any = None
         self._next = 0
         self._torch, self._device = torch, device
@@ -148,10 +150,11 @@ class CudaCopier(Copier):
         with self._torch.cuda.device(self._device):
             for lane, into_rows in ((self._store, True), (self._load, False)):
                 lane.staging(self.row_geometry.block_bytes)
+                lane.uploads.prepare()
                 with self._torch.cuda.stream(lane.kernels):
-                    self._kernel(kv, none, span, into_rows)(0, 0, lane.buffer()[1])
+                    self._kernel(lane, kv, none, span, into_rows)(0, 0, lane.buffer()[1])
                     if direct:
-                        self._kernel(kv, none, span, into_rows, none)(0, 0, 0)
+                        self._kernel(lane, kv, none, span, into_rows, none)(0, 0, 0)
 
     def close(self) -> None:
         """Waits for what is under way and unpins what `register` has pinned. Idempotent."""
@@ -241,13 +244,13 @@ class CudaCopier(Copier):
             begin, device = lane.mark(lane.copies), isinstance(memory, DeviceRows)
             try:
                 path = self._way(memory, kv, slots, span)
+                sizes = (_PEER_FIRST_BYTES, _PEER_STAGING_BYTES) if device else (_FIRST_BYTES, 0)
                 if path == "pieces":
-                    self._pieces(lane, kv, slots, starts, span, pinned, into_rows)
+                    self._pieces(lane, kv, slots, starts, span, pinned, into_rows, sizes[0])
                     return Enqueued(begin, lane.mark(lane.copies, soon=device))
                 if path == "direct":
                     self._direct(lane, kv, slots, starts, span, into_rows)
                     return Enqueued(begin, lane.mark(lane.kernels, soon=device))
-                sizes = (_PEER_FIRST_BYTES, _PEER_STAGING_BYTES) if device else (_FIRST_BYTES, 0)
                 self._staged(lane, kv, slots, starts, span, pinned, into_rows, sizes)
                 # What comes last in every part has waited for all else of it.
                 return Enqueued(begin, lane.mark(lane.copies if into_rows else lane.kernels, soon=device))
@@ -272,14 +275,8 @@ class CudaCopier(Copier):
             return "staged" if self._path == "direct" and not isinstance(memory, DeviceRows) else self._path
         if short == "direct":
             return short
-        return "pieces" if self._long_pieces(kv, slots, span) else short
-
-    def _long_pieces(self, kv: PagedKV, slots: TokenSlots, span: range) -> bool:
-        sample = slots[: 4 * self.geometry.block_tokens]  # requests are alike all along; planning all costs more
-        blocks = len(sample) // self.geometry.block_tokens
-        # Rows that do not touch: what merges in one call may not merge in the next.
-        starts = np.arange(blocks, dtype=np.int64) * (2 * self.geometry.block_bytes)
-        return plan(kv, sample, starts, span, self.geometry).mean_bytes >= BREAK_EVEN
+        long = len(slots) and piece_bytes(kv, slots, span, self.geometry) >= BREAK_EVEN
+        return "pieces" if long else short
 
     def _pieces(
         self,
@@ -290,10 +287,11 @@ class CudaCopier(Copier):
         span: range,
         pinned: bool,
         into_rows: bool,
+        begin: int,
     ) -> None:
-        """One copy a piece."""
+        """One copy a piece. begin: bytes of the first part."""
         tokens = self.geometry.block_tokens
-        for first, stop in _parts(len(starts), len(span) * self.geometry.layer_bytes):
+        for first, stop in _parts(len(starts), len(span) * self.geometry.layer_bytes, begin=begin):
             pieces = plan(kv, slots[first * tokens : stop * tokens], starts[first:stop], span, self.geometry)
             driver.copy_batch(pieces, lane.copies.cuda_stream, into_rows=into_rows, pinned=pinned)
 
@@ -317,14 +315,13 @@ class CudaCopier(Copier):
         holes = (slots.reshape(-1, tokens) < 0).any(axis=1)
         if into_rows and holes.any():
             # A staged row arrives whole: it would overwrite the bytes of tokens that are to be left as they are.
-            self._pieces(
-                lane, kv, slots.reshape(-1, tokens)[holes].reshape(-1), starts[holes], span, pinned, into_rows=True
-            )
+            left_out = slots.reshape(-1, tokens)[holes].reshape(-1)
+            self._pieces(lane, kv, left_out, starts[holes], span, pinned, into_rows=True, begin=sizes[0])
             slots, starts = slots.reshape(-1, tokens)[~holes].reshape(-1), starts[~holes]
         most = lane.staging(max(width, sizes[1]))
         first_stream, last_stream = (lane.kernels, lane.copies) if into_rows else (lane.copies, lane.kernels)
         with self._torch.cuda.stream(lane.kernels):
-            kernel = self._kernel(kv, slots, span, into_rows)
+            kernel = self._kernel(lane, kv, slots, span, into_rows)
             for first, stop in _parts(len(starts), width, most, sizes[0]):
                 number, staging = lane.buffer()
                 outside = starts[first:stop] + span.start * layer_bytes
@@ -355,10 +352,11 @@ class CudaCopier(Copier):
         """One kernel between the paged cache and rows that the device reaches by itself."""
         with self._torch.cuda.stream(lane.kernels):
             first = span.start * self.geometry.layer_bytes
-            self._kernel(kv, slots, span, into_rows, starts + first)(0, len(starts), 0)
+            self._kernel(lane, kv, slots, span, into_rows, starts + first)(0, len(starts), 0)
 
     def _kernel(
         self,
+        lane: _Lane,
         kv: PagedKV,
         slots: TokenSlots,
         span: range,
@@ -375,7 +373,7 @@ class CudaCopier(Copier):
         tokens, width = self.geometry.block_tokens, len(span) * self.geometry.layer_bytes
         bases = np.ascontiguousarray(kv.bases[span.start : span.stop].reshape(-1))
         scattered = np.empty(0, np.int64) if starts is None else starts
-        table = self._upload(bases, scattered, slots)
+        table = lane.uploads.send(bases, scattered, slots)
         word = word_bytes(kv, np.append(scattered, width), self.geometry)
         lead = len(bases) + len(scattered)
 
@@ -396,12 +394,6 @@ class CudaCopier(Copier):
             )
 
         return run
-
-    def _upload(self, *parts: npt.NDArray[np.int64]) -> Any:
-        """A tensor on the device with these, one behind the other, for kernels on the current stream."""
-        # Torch reuses the pinned upload buffer only after the event of its copy: the ring is its allocator's.
-        upload = self._torch.from_numpy(np.concatenate(parts)).pin_memory()
-        return upload.to(self._device, non_blocking=True)
 
 
 def _placed(memory: npt.NDArray[np.uint8]) -> tuple[int, int]:

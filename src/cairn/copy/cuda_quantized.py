@@ -39,6 +39,7 @@ class QuantizedCudaCopier(CudaCopier):
 
     def _kernel(
         self,
+        lane: Any,
         kv: PagedKV,
         slots: TokenSlots,
         span: range,
@@ -48,7 +49,7 @@ class QuantizedCudaCopier(CudaCopier):
         from cairn.copy import triton_quantized
 
         bases = np.ascontiguousarray(kv.bases[span.start : span.stop].reshape(-1))
-        table = self._upload(bases, slots)
+        table = lane.uploads.send(bases, slots)
         tokens = self.geometry.block_tokens
         strides = kv.page_stride, kv.token_stride, kv.head_stride
         places = int(np.bitwise_or.reduce(np.array([*bases, *strides], np.int64)))

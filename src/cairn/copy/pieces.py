@@ -18,11 +18,6 @@ class Pieces(NamedTuple):
     inside: Addresses
     sizes: Addresses
 
-    @property
-    def mean_bytes(self) -> float:
-        """Bytes of a piece on average; 0 when there are none."""
-        return float(self.sizes.mean()) if len(self.sizes) else 0.0
-
 
 def merge(outside: Addresses, inside: Addresses, sizes: Addresses) -> Pieces:
     """Joins neighbours of the list that stand one behind the other on both sides. Arrays: int64 [n]."""
@@ -94,6 +89,25 @@ def plan(kv: PagedKV, slots: TokenSlots, row_starts: Addresses, layers: range, g
     outside = (runs.outside[:, None] + bases.reshape(-1)).reshape(-1)
     inside = (runs.inside[:, None] + planes * plane_bytes).reshape(-1)
     return merge(outside, inside, np.broadcast_to(runs.sizes[:, None], shape).reshape(-1))
+
+
+def piece_bytes(kv: PagedKV, slots: TokenSlots, layers: range, geometry: KVGeometry) -> int:
+    """How long the pieces of a copy between rows that do not touch are, judged by its first block: requests are alike
+    all along, and to plan them takes a hundred times as long.
+    """
+    heads, head_bytes = vector_shape(kv, geometry)
+    vector = heads * head_bytes
+    if heads > 1 and kv.head_stride != head_bytes:
+        return head_bytes
+    tokens = min(geometry.block_tokens, kv.page_tokens)
+    first = slots[:tokens]
+    if kv.token_stride != vector or first[0] < 0 or first[-1] - first[0] != tokens - 1:
+        return vector
+    if tokens < geometry.block_tokens:
+        return tokens * vector
+    bases = kv.bases[layers.start : layers.stop].reshape(-1)
+    apart = np.flatnonzero(np.diff(bases) != tokens * vector)
+    return tokens * vector * (int(apart[0]) + 1 if len(apart) else len(bases))
 
 
 def word_bytes(kv: PagedKV, row_starts: Addresses, geometry: KVGeometry) -> int:
