@@ -21,7 +21,7 @@ from cairn.engine.core import EngineCore
 from cairn.engine.stage import Stage
 from cairn.engine.writing import Writing
 from cairn.errors import CairnError, GeometryError, InputError
-from cairn.kv import KeyChain
+from cairn.kv import KeyChain, as_tokens
 from cairn.kv.keys import Tokens
 from cairn.observe.reasons import Reason
 from cairn.plan import Blend as BlendFacts
@@ -76,7 +76,7 @@ def _separator(tokenizer: Any, text: str | None) -> Tokens:
         return np.zeros(0, np.uint32)
     if tokenizer is None:
         raise GeometryError("skip_tokenizer_init leaves blending.special_str without tokens; set it to null")
-    return np.array(tokenizer.encode(text, add_special_tokens=False), np.uint32)
+    return as_tokens(tokenizer.encode(text, add_special_tokens=False))
 
 
 def _refuse(vllm_config: Any, served: Served) -> None:
@@ -228,7 +228,7 @@ class Blending:
         if not self._engine.autopilot.blends or request.mm_features or request.lora_request or request.pooling_params:
             return None
         # The last token is left to vLLM, whose logits are needed.
-        tokens = np.fromiter(request.all_token_ids, np.uint32, request.num_tokens)[:-1]
+        tokens = as_tokens(request.all_token_ids[:-1])
         pieces = split(tokens, self._separator)
         if len(self._separator):
             pieces = pieces[:-1]  # the question

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from cairn.config import Config
 from cairn.connect.vllm import handover
 from cairn.connect.vllm.adapters import Adapters
@@ -23,7 +21,7 @@ from cairn.connect.vllm.under_way import Load, Store, UnderWay
 from cairn.engine.base import BlockStore
 from cairn.engine.core import EngineCore
 from cairn.engine.writing import Writing
-from cairn.kv import KeyChain
+from cairn.kv import KeyChain, as_tokens
 from cairn.node.base import Home, VramHome
 from cairn.observe.log import serving
 from cairn.observe.metrics import Metrics
@@ -262,7 +260,7 @@ class SchedulerSide:
         if adapter is not None and reusable(request):
             namespace = namespace_of(self._served.namespace, request, self._epoch, adapter)
             extra = extra_keys(request, self._block)
-            tokens = np.fromiter(request.all_token_ids, np.uint32, request.num_tokens)
+            tokens = as_tokens(request.all_token_ids[:])
             chain = self.engine.chain(tokens, namespace=namespace, extra=extra)
             tracked = self._tracked[request.request_id] = Tracked(request, chain)
             if self._mode.hands_over:
@@ -389,7 +387,7 @@ class SchedulerSide:
     def _extend(self, chain: KeyChain, request: Any) -> None:
         """Takes in the tokens that came since."""
         blocks, known = len(chain), chain.tokens
-        tokens = np.array(request.all_token_ids[blocks * self._block :], np.uint32)
+        tokens = as_tokens(request.all_token_ids[blocks * self._block :])
         chain.extend(tokens[known - blocks * self._block :])
         if self.events:
             self.events.name(request, chain, blocks, tokens)
