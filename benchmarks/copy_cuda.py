@@ -7,7 +7,6 @@ Needs one CUDA GPU with 10 GiB free, 5 GiB of host memory and about two minutes.
 
 import argparse
 import json
-import mmap
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ import torch
 from cairn.copy import PagedKV, cuda
 from cairn.copy.cuda import CudaCopier
 from cairn.kv import KVGeometry
+from cairn.tier.arena import Arena
 
 GIB = 1 << 30
 REPEATS = 15
@@ -226,14 +226,16 @@ def measure(piece: int, path: str, arena: np.ndarray) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shared", action="store_true", help="the arena in /dev/shm, as vLLM's workers have it")
     parser.add_argument("--paths", nargs="+", choices=cuda.PATHS, default=list(cuda.PATHS))
     parser.add_argument("--seconds", type=float, default=140, help="start no new measurement after that long")
     args = parser.parse_args()
     began = time.perf_counter()
     right = check_all()
     print(f"{right} combinations right after {time.perf_counter() - began:.0f} s", flush=True)
-    arena = np.frombuffer(mmap.mmap(-1, 4 * GIB), np.uint8).reshape(4, GIB)
-    arena[:, ::4096] = 1
+    home = Arena.shared("bench", 4, GIB) if args.shared else Arena(4, GIB)
+    Arena.unlink("bench")
+    arena = home.memory
     owner = CudaCopier(geometry_for(PIECES[0]))
     start = time.perf_counter()
     owner.register(arena)
@@ -243,6 +245,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name(),
         "date": time.strftime("%Y-%m-%d"),
         "combinations_right": right,
+        "shared_arena": args.shared,
         "ceilings_gbps": limits,
         "pinning_seconds_a_gib": pinning / 4,
         "break_even_bytes": cuda.BREAK_EVEN,
