@@ -93,8 +93,9 @@ def right(place: Place, tensors: Any, seed: int, pages: Any, blocks: int) -> boo
     return True
 
 
-def measure(places: tuple[Place, Place], kills: int, seed: int) -> dict[str, Any]:
-    chance = random.Random(seed)
+def measure(places: tuple[Place, Place], seconds: float, seed: int) -> dict[str, Any]:
+    """Kills givers for so many seconds."""
+    chance, began, kills = random.Random(seed), time.monotonic(), 0
     context = multiprocessing.get_context("spawn")
     latest, taken, over = context.Value("q", 0), context.Value("q", 0), context.Event()
     moved = places[0].blocks * G.block_bytes
@@ -103,12 +104,14 @@ def measure(places: tuple[Place, Place], kills: int, seed: int) -> dict[str, Any
         start(node_process, address, 2 * moved).answer()
         reader = start(taker, address, places[1], latest, taken, over)
         reader.answer()
-        for turn in range(kills):
-            writer = start(giver, address, places[0], turn * 1_000_000 + 1, latest, taken)
+        while time.monotonic() - began < seconds:
+            writer = start(giver, address, places[0], kills * 1_000_000 + 1, latest, taken)
             writer.answer()
             time.sleep(chance.uniform(*PAUSES_S))  # the moment of the kill is what is drawn
             writer.process.kill()
             writer.process.join()
+            kills += 1
+            print(f"killed {kills} after {time.monotonic() - began:.0f} s", flush=True)
         over.set()
         found: dict[str, Any] = reader.answer()
     found |= {"kills": kills, "bytes": moved, "devices": [place.name for place in places]}
@@ -120,13 +123,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--stand-in", action="store_true", help="host memory in the place of VRAM")
-    parser.add_argument("--kills", type=int)
+    parser.add_argument("--seconds", type=float, default=75, help="no giver is started later")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     blocks = 8 if args.stand_in else 1024
     second = 0 if args.stand_in else torch.cuda.device_count() - 1
     places = Place(0, args.stand_in, blocks), Place(min(second, 1), args.stand_in, blocks)
-    result = measure(places, args.kills or (3 if args.stand_in else 15), args.seed)
+    result = measure(places, args.seconds, args.seed)
     result |= {"date": time.strftime("%Y-%m-%d"), "seed": args.seed}
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
