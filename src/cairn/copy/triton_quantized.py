@@ -116,6 +116,52 @@ def _element(value, KIND: tl.constexpr, NAN: tl.constexpr):
     return tl.where(real, bits, NAN)
 
 
+@triton.jit
+def _coded_along_tokens(a, b, heads, more, real, finely, BITS: tl.constexpr, UNIT: tl.constexpr, FINE: tl.constexpr):
+    """Codes of pairs of channels [16, pairs], each a group, whose heads it stores. finely: where its first token is."""
+    a_key, b_key = _key(a.to(tl.int32, bitcast=True)), _key(b.to(tl.int32, bitcast=True))
+    a_low, a_high = tl.reduce((a_key, a_key), 0, _wider)
+    b_low, b_high = tl.reduce((b_key, b_key), 0, _wider)
+    a_head, a_inverse, a_zero = _head(a_low, a_high, BITS, UNIT)
+    b_head, b_inverse, b_zero = _head(b_low, b_high, BITS, UNIT)
+    tl.store(heads, (a_head | (b_head << 16)).to(tl.uint32, bitcast=True), mask=real)
+    a_code = _code(a, a_inverse[None, :], a_zero[None, :], BITS)
+    b_code = _code(b, b_inverse[None, :], b_zero[None, :], BITS)
+    if FINE:
+        a_fine = tl.where(finely, _sixteenths(a, a_inverse[None, :], a_zero[None, :]), 0)
+        b_fine = tl.where(finely, _sixteenths(b, b_inverse[None, :], b_zero[None, :]), 0)
+        a_code, b_code = tl.where(finely, a_fine >> 4, a_code), tl.where(finely, b_fine >> 4, b_code)
+        both = tl.reduce((a_fine & 15) | ((b_fine & 15) << 4), 0, _most)
+        tl.store(more, both.to(tl.uint8), mask=real)
+    return a_code, b_code
+
+
+@triton.jit
+def _scales_along_tokens(heads, more, real, finely, UNIT: tl.constexpr, FINE: tl.constexpr):
+    """(scale, zero) of either channel of a pair; see `_coded_along_tokens`."""
+    head = tl.load(heads, mask=real, other=0).to(tl.int32, bitcast=True)
+    a_scale, a_zero = _scale(head[None, :] & 0xFFFF, UNIT)
+    b_scale, b_zero = _scale((head[None, :] >> 16) & 0xFFFF, UNIT)
+    if FINE:
+        both = tl.load(more, mask=real, other=0).to(tl.int32)[None, :]
+        a_zero += tl.where(finely, ((both & 15) - 8).to(tl.float32) * (1 / 16), 0.0)
+        b_zero += tl.where(finely, ((both >> 4) - 8).to(tl.float32) * (1 / 16), 0.0)
+    return a_scale, a_zero, b_scale, b_zero
+
+
+@triton.jit
+def _coded_along_channels(a, b, heads, whole, BITS: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr):
+    """Codes of pairs of channels [16, pairs], of which 8 of a token are a group, whose heads it stores."""
+    a_key, b_key = _key(a.to(tl.int32, bitcast=True)), _key(b.to(tl.int32, bitcast=True))
+    low = tl.reshape(tl.minimum(a_key, b_key), (_GROUP, TILE // 8, 8))
+    high = tl.reshape(tl.maximum(a_key, b_key), (_GROUP, TILE // 8, 8))
+    low, high = tl.reduce((low, high), 2, _wider)
+    head, inverse, zero = _head(low, high, BITS, UNIT)
+    tl.store(heads, head.to(tl.uint16), mask=whole)
+    inverse, zero = _spread(inverse, TILE), _spread(zero, TILE)
+    return _code(a, inverse, zero, BITS), _code(b, inverse, zero, BITS)
+
+
 # `jobs` is not specialized: each new number would be compiled while a request waits. All else is a cache's own.
 @triton.jit(do_not_specialize=["jobs", "layers"], do_not_specialize_on_alignment=["slots"])
 def _move(
@@ -178,59 +224,33 @@ def _move(
                 (row + heads_bytes).to(tl.pointer_type(PAIR)), BITS
             )  # four words a thread, as of the cache
             codes += token[:, None] * words + word[None, :]
-            if PLANES == 2 and plane == 0:  # along tokens: a head for each channel
+            if PLANES == 2 and plane == 0:
                 more = (row + PLANES * plane_bytes).to(tl.pointer_type(tl.uint8)) + first // _GROUP * words + word
                 heads = tl.multiple_of(row.to(tl.pointer_type(tl.uint32)), 16) + first // _GROUP * words + word
                 if INTO_ROWS:
-                    a, b = _split(tl.load(outside, mask=mask, other=0), KIND)
-                    a_key, b_key = _key(a.to(tl.int32, bitcast=True)), _key(b.to(tl.int32, bitcast=True))
-                    a_low, a_high = tl.reduce((a_key, a_key), 0, _wider)
-                    b_low, b_high = tl.reduce((b_key, b_key), 0, _wider)
-                    a_head, a_inverse, a_zero = _head(a_low, a_high, BITS, UNIT)
-                    b_head, b_inverse, b_zero = _head(b_low, b_high, BITS, UNIT)
-                    tl.store(heads, (a_head | (b_head << 16)).to(tl.uint32, bitcast=True), mask=real)
-                    a_code = _code(a, a_inverse[None, :], a_zero[None, :], BITS)
-                    b_code = _code(b, b_inverse[None, :], b_zero[None, :], BITS)
-                    if FINE:
-                        a_fine = tl.where(finely, _sixteenths(a, a_inverse[None, :], a_zero[None, :]), 0)
-                        b_fine = tl.where(finely, _sixteenths(b, b_inverse[None, :], b_zero[None, :]), 0)
-                        a_code, b_code = tl.where(finely, a_fine >> 4, a_code), tl.where(finely, b_fine >> 4, b_code)
-                        both = tl.reduce((a_fine & 15) | ((b_fine & 15) << 4), 0, _most)
-                        tl.store(more, both.to(tl.uint8), mask=real)
+                    x, y = _split(tl.load(outside, mask=mask, other=0), KIND)
+                    a, b = _coded_along_tokens(x, y, heads, more, real, finely, BITS, UNIT, FINE)
                 else:
-                    head = tl.load(heads, mask=real, other=0).to(tl.int32, bitcast=True)
-                    a_scale, a_zero = _scale(head[None, :] & 0xFFFF, UNIT)
-                    b_scale, b_zero = _scale((head[None, :] >> 16) & 0xFFFF, UNIT)
-                    if FINE:
-                        both = tl.load(more, mask=real, other=0).to(tl.int32)[None, :]
-                        a_zero += tl.where(finely, ((both & 15) - 8).to(tl.float32) * (1 / 16), 0.0)
-                        b_zero += tl.where(finely, ((both >> 4) - 8).to(tl.float32) * (1 / 16), 0.0)
-            else:  # along channels: a head for 8 pairs of a token
+                    a_scale, a_zero, b_scale, b_zero = _scales_along_tokens(heads, more, real, finely, UNIT, FINE)
+            else:
                 heads = tl.multiple_of(row.to(tl.pointer_type(tl.uint16)), 16)
                 heads += token[:, None] * (words // 8) + group[None, :]
                 whole = group[None, :] * 8 < words
                 if INTO_ROWS:
-                    a, b = _split(tl.load(outside, mask=mask, other=0), KIND)
-                    a_key, b_key = _key(a.to(tl.int32, bitcast=True)), _key(b.to(tl.int32, bitcast=True))
-                    low = tl.reshape(tl.minimum(a_key, b_key), (_GROUP, TILE // 8, 8))
-                    high = tl.reshape(tl.maximum(a_key, b_key), (_GROUP, TILE // 8, 8))
-                    low, high = tl.reduce((low, high), 2, _wider)
-                    head, inverse, zero = _head(low, high, BITS, UNIT)
-                    tl.store(heads, head.to(tl.uint16), mask=whole)
-                    inverse, zero = _spread(inverse, TILE), _spread(zero, TILE)
-                    a_code, b_code = _code(a, inverse, zero, BITS), _code(b, inverse, zero, BITS)
+                    x, y = _split(tl.load(outside, mask=mask, other=0), KIND)
+                    a, b = _coded_along_channels(x, y, heads, whole, BITS, UNIT, TILE)
                 else:
                     scale, zero = _scale(tl.load(heads, mask=whole, other=0).to(tl.int32), UNIT)
                     a_scale, a_zero = _spread(scale, TILE), _spread(zero, TILE)
                     b_scale, b_zero = a_scale, a_zero
             if INTO_ROWS:
-                tl.store(codes, (a_code | (b_code << BITS)).to(PAIR), mask=mask)
+                tl.store(codes, (a | (b << BITS)).to(PAIR), mask=mask)
             else:
                 pair = tl.load(codes, mask=mask, other=0).to(tl.int32)
-                a = ((pair & ((1 << BITS) - 1)).to(tl.float32) + a_zero) * a_scale
-                b = ((pair >> BITS).to(tl.float32) + b_zero) * b_scale
-                first_bits, second_bits = _element(a, KIND, NAN).to(WORD), _element(b, KIND, NAN).to(WORD)
-                tl.store(outside, first_bits | (second_bits << (WORD_BYTES * 4)), mask=mask)
+                low = ((pair & ((1 << BITS) - 1)).to(tl.float32) + a_zero) * a_scale
+                high = ((pair >> BITS).to(tl.float32) + b_zero) * b_scale
+                low_bits, high_bits = _element(low, KIND, NAN).to(WORD), _element(high, KIND, NAN).to(WORD)
+                tl.store(outside, low_bits | (high_bits << (WORD_BYTES * 4)), mask=mask)
         job += tl.num_programs(0)
 
 
