@@ -12,7 +12,6 @@ from typing import Any, Final, NamedTuple
 from cairn.codec.choice import refuse_opaque
 from cairn.config import Config
 from cairn.errors import CairnError
-from cairn.kv import Keys
 from cairn.node import wire
 from cairn.node.address import Address
 from cairn.node.base import OpenStore
@@ -21,6 +20,7 @@ from cairn.node.gate import Entrance, Gate
 from cairn.node.pools import VRAM, Pool, Pools, directory_of
 from cairn.node.segments import HOME, Segments, sweep
 from cairn.node.session import Held, Session, Written
+from cairn.node.vram import VramFound
 from cairn.node.wire import keys_of, raw_of, rows_of
 from cairn.node.zmtp import Caller, Router
 from cairn.observe.log import log_once
@@ -220,12 +220,13 @@ class Node:
         if session:
             keys = keys_of(request.keys)
             session.mention(keys)
+            found = session.pool.vram.find(session.number, keys, request.own)
+            if request.number and found.blocks == len(keys) > 0:
+                parts = self._pinned(session, request.number, found)
+                self._send(sender, wire.Matched(request.call, 0, [], found.blocks, found.held, parts))
+                return
             held = session.pool.store.match(keys)
-            in_vram = session.pool.vram.match(session.number, keys, request.own)
-            parts: list[wire.VramPart] = []
-            if request.number and in_vram[0] == len(keys) > 0:
-                parts = self._pinned(session, request.number, keys, request.own)
-            self._send(sender, wire.Matched(request.call, held.dram, list(held.below), *in_vram, parts))
+            self._send(sender, wire.Matched(request.call, held.dram, list(held.below), found.blocks, found.held))
 
     def _take(self, sender: Caller, request: wire.Take) -> None:
         session = self._session(sender, request)
@@ -349,14 +350,15 @@ class Node:
     def _take_vram(self, sender: Caller, request: wire.TakeVram) -> None:
         session = self._session(sender, request)
         if session:
-            parts = self._pinned(session, request.number, keys_of(request.keys), request.own)
+            found = session.pool.vram.find(session.number, keys_of(request.keys), request.own)
+            parts = self._pinned(session, request.number, found)
             self._send(sender, wire.TakenVram(request.call, parts))
 
     @staticmethod
-    def _pinned(session: Session, number: int, keys: Keys, own: int) -> list[wire.VramPart]:
+    def _pinned(session: Session, number: int, found: VramFound) -> list[wire.VramPart]:
         """Where leading blocks are in VRAM, pinned for a session under a number."""
         session.check_new(number)
-        hold = session.vram_holds[number] = session.pool.vram.take(session.number, keys, own)
+        hold = session.vram_holds[number] = found.pin()
         return hold.parts
 
     def _reserve_vram(self, sender: Caller, request: wire.ReserveVram) -> None:

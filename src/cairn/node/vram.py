@@ -7,6 +7,7 @@ asker's own segment and the peer's that reaches furthest.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from cairn.index import EvictionPolicy, PrefixIndex, Reservation
 from cairn.index.slots import SlotIds
@@ -47,6 +48,30 @@ class VramHold:
         self._pinned = []
 
 
+class VramFound(NamedTuple):
+    """A chain's leading blocks in VRAM. held: how many the own segment has; furthest: how far the peer's reaches."""
+
+    keys: Keys
+    own: Donation | None
+    held: int
+    peer: Donation | None
+    furthest: int
+
+    @property
+    def blocks(self) -> int:
+        return max(self.held, self.furthest)
+
+    def pin(self) -> VramHold:
+        """Pins them: those in the own segment there, those beyond it in the peer's."""
+        pinned, upto = [], 0
+        for donation, stop in ((self.own, self.held), (self.peer, self.furthest)):
+            if donation and stop > upto:
+                rows = donation.index.pin(self.keys[upto:stop])
+                pinned.append((donation, rows))
+                upto += len(rows)
+        return VramHold(pinned)
+
+
 class VramDirectory:
     """The donations of one pool, by the session that made them. For the node's loop alone.
 
@@ -77,21 +102,22 @@ class VramDirectory:
             self._retired(donation.number)
         return donation
 
-    def match(self, session: int, keys: Keys, own: int = 0) -> tuple[int, int]:
-        """How many leading blocks are in VRAM, and in the own segment."""
-        mine, peer = self._find(self._own(session, own), keys)
-        held = mine[1] if mine else 0
-        return max(held, peer[1] if peer else 0), held
-
-    def take(self, session: int, keys: Keys, own: int = 0) -> VramHold:
-        """Pins the leading blocks: those in the own segment there, those beyond it in a peer's."""
-        pinned, upto = [], 0
-        for found in self._find(self._own(session, own), keys):
-            if found and found[1] > upto:
-                rows = found[0].index.pin(keys[upto : found[1]])
-                pinned.append((found[0], rows))
-                upto += len(rows)
-        return VramHold(pinned)
+    def find(self, session: int, keys: Keys, own: int = 0) -> "VramFound":
+        """Where the leading blocks are: in the own segment, and in the peer's that reaches furthest."""
+        mine, peer, furthest = self._own(session, own), None, 0
+        held = 0
+        for number, donation in list(self._donations.items()):
+            there = donation.index.match(keys)
+            if not there:
+                continue
+            if not donation.life.sound():
+                self._dead += 1
+                self.retire(number)
+            elif donation is mine:
+                held = there
+            elif peer is None or (there, -donation.index.pinned) > (furthest, -peer.index.pinned):
+                peer, furthest = donation, there
+        return VramFound(keys, mine, held, peer, furthest)
 
     def reserve(self, session: int, keys: Keys, own: int = 0) -> Reservation | None:
         """Slots of the own segment; None if there is none, or it cannot take all that it lacks."""
@@ -128,21 +154,3 @@ class VramDirectory:
         if not number:
             return self._donations.get(session)
         return next((one for one in self._donations.values() if one.number == number), None)
-
-    def _find(
-        self, mine: Donation | None, keys: Keys
-    ) -> tuple[tuple[Donation, int] | None, tuple[Donation, int] | None]:
-        """(own, peer): the own segment, and the peer's that reaches furthest, each with how far it does."""
-        own, peer = None, None
-        for number, donation in list(self._donations.items()):
-            held = donation.index.match(keys)
-            if not held:
-                continue
-            if not donation.life.sound():
-                self._dead += 1
-                self.retire(number)
-            elif donation is mine:
-                own = donation, held
-            elif peer is None or (held, -donation.index.pinned) > (peer[1], -peer[0].index.pinned):
-                peer = donation, held
-        return own, peer

@@ -67,7 +67,7 @@ class Hello(_Call, tag=1):
 
 class Match(_Call, tag=2):
     """How much of the chain is held; answered by Matched. own: as in TakeVram. number: as if TakeVram had been asked,
-    where VRAM has the whole chain; 0: not.
+    where VRAM has the whole chain, and then no other tier is looked at; 0: not.
     """
 
     keys: _Keys
