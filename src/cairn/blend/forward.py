@@ -21,6 +21,11 @@ class Recipe(NamedTuple):
     ratios: tuple[float, ...] = (0.15,)
     head_tokens: int = 4
 
+    def validate(self, layers: int) -> None:
+        """Raises InputError where a model of so many layers lacks one of these."""
+        if self.check_layers and self.check_layers[-1] >= layers:
+            raise InputError(f"blending.check_layers={list(self.check_layers)}: the model has layers 0..{layers - 1}")
+
 
 @torch.inference_mode()  # type: ignore[untyped-decorator]
 def blend(
@@ -32,6 +37,7 @@ def blend(
     gives, the former exact. Every other token is computed, and so are those that `recipe` says. A ratio of 1 computes
     everything, as a prefill would. Nothing reused is a prefill too.
     """
+    recipe.validate(model.layers)
     if len(tokens) <= start:
         return []
     positions = torch.arange(start, len(tokens), device=tokens.device)
@@ -40,8 +46,6 @@ def blend(
         forced[max(piece.start + recipe.head_tokens, start) - start : max(piece.stop, start) - start] = False
     loaded = sum(max(0, piece.stop - max(piece.start, start)) for piece in reused)
     shares = dict(zip(recipe.check_layers, recipe.ratios, strict=True)) if loaded and any(recipe.ratios) else {}
-    if any(layer >= model.layers for layer in shares):
-        raise InputError(f"check_layers={recipe.check_layers}: the model has layers 0..{model.layers - 1}")
     if not shares:
         positions, forced = positions[forced], forced[forced]
     hidden = model.embed(tokens[positions])
