@@ -58,6 +58,11 @@ def llm(engine: Any, plain: list[list[int]]) -> Iterator[Any]:
     no_leak(engine)
 
 
+def whole(chunk: int) -> int:
+    """Tokens of a chunk that are kept."""
+    return (len(SEPARATOR) + len(CHUNKS[chunk])) // 32 * 32 - len(SEPARATOR)
+
+
 def hits(llm: Any) -> float:
     return float(stats(llm)["blend_hits"].get("tokens", 0))
 
@@ -153,6 +158,18 @@ def test_missing_chunks_are_learned_alone(engine: Any, plain: list[list[int]]) -
     with_chunks = [prompt(orders(0)[::-1], 3)]
     expected = answers(engine, with_chunks, tokens=40, cache_salt="never blended")
     assert answers(engine, with_chunks, tokens=40) == expected
-    assert hits(engine) - before >= sum((2 + len(CHUNKS[i])) // 32 * 32 - 2 for i in orders(0))
+    assert hits(engine) - before >= sum(whole(i) for i in orders(0))
+    settle(engine)
+
+
+def test_what_a_crowd_lacked_is_learned_behind_it(engine: Any, plain: list[list[int]]) -> None:
+    """Of all its requests, not of the last one alone."""
+    connector(engine).reset_cache()
+    settle(engine)
+    assert answers(engine, ASKED, tokens=40) == plain
+    settle(engine)
+    before = hits(engine)
+    answers(engine, [prompt(list(range(6)), 20)], tokens=1)
+    assert hits(engine) - before == sum(map(whole, range(6)))
     settle(engine)
     no_leak(engine)
