@@ -34,7 +34,7 @@ ASKED = [prompt(orders(i), i) for i in range(12)]
 def engine(tiny: Path) -> Iterator[Any]:
     """Blends and computes everything, so that answers are those without blending. Few blocks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cairn.connect.vllm.blending._separator", lambda *_: np.array(SEPARATOR, np.uint32))
+        patch.setattr("cairn.connect.vllm.blending.separator_of", lambda *_: np.array(SEPARATOR, np.uint32))
         with serving(tiny, SETTINGS, skip_tokenizer_init=True, num_gpu_blocks_override=40, max_model_len=1024) as llm:
             yield llm
 

@@ -37,7 +37,6 @@ def blend(
     gives, the former exact. Every other token is computed, and so are those that `recipe` says. A ratio of 1 computes
     everything, as a prefill would. Nothing reused is a prefill too.
     """
-    recipe.validate(model.layers)
     if len(tokens) <= start:
         return []
     positions = torch.arange(start, len(tokens), device=tokens.device)
@@ -46,7 +45,9 @@ def blend(
         forced[max(piece.start + recipe.head_tokens, start) - start : max(piece.stop, start) - start] = False
     loaded = sum(max(0, piece.stop - max(piece.start, start)) for piece in reused)
     shares = dict(zip(recipe.check_layers, recipe.ratios, strict=True)) if loaded and any(recipe.ratios) else {}
-    if not shares:
+    if shares:
+        recipe.validate(model.layers)
+    else:
         positions, forced = positions[forced], forced[forced]
     hidden = model.embed(tokens[positions])
     computed = []
