@@ -71,7 +71,7 @@ def loaded(store: ChunkStore, found: Found, length: int) -> list[Any]:
     start=st.integers(0, 60),
 )
 @example(kind="default", block=1, prelude=1, chunks=[(3, 1), (0, 1), (2, 1)], start=0)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_every_boundary(kind: str, block: int, prelude: int, chunks: list[tuple[int, int]], start: int) -> None:
     """Of each chunk, (tokens before it, its own), its whole blocks behind `start` come to where it stands, turned. The
     rest of it is left to be computed, and nothing else is touched, loaded or counted.

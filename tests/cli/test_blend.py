@@ -87,7 +87,7 @@ def test_check_says_yes_and_no_by_its_exit_code(run: Run, model: Path) -> None:
 
 def test_a_prompt_that_is_not_blended_is_no_good_score(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failure inside costs a request nothing, and so would look like blending without a loss."""
-    monkeypatch.setattr("cairn.blend.chunks.ChunkLoad.load", lambda *_: 1 / 0)
+    monkeypatch.setattr("cairn.blend.chunks.Found.load", lambda *_: 1 / 0)
     with pytest.raises(CairnError, match="nothing of a prompt was blended"):
         run_check(model, Blending(), 2, 0.1, lambda *_: None)
 

@@ -169,7 +169,7 @@ def test_what_a_crowd_lacked_is_learned_behind_it(engine: Any, plain: list[list[
     assert answers(engine, ASKED, tokens=40) == plain
     settle(engine)
     before = hits(engine)
-    answers(engine, [prompt(list(range(6)), 20)], tokens=1)
+    answers(engine, [[9, *prompt(list(range(6)), 20)]], tokens=1)
     assert hits(engine) - before == sum(map(whole, range(6)))
     settle(engine)
     no_leak(engine)
