@@ -60,6 +60,7 @@ def test_quantized_chunks_are_blended(tiny: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("cairn.connect.vllm.blending.separator_of", lambda *_: separator)
     order = chunked.orders(0)
     with serving(tiny, chunked.SETTINGS | {"storage.cpu.codec": "int8"}, skip_tokenizer_init=True) as llm:
+        first_token(llm, PROMPTS[0])  # with its first step the worker says that it can blend
         first_token(llm, chunked.prompt(order, 0))  # lacks its chunks, which are learned
         asked = chunked.prompt(order[::-1], 1)
         expected = first_token(llm, asked, cache_salt="never blended")
