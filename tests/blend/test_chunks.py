@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from cairn.blend import ChunkStore, Found, Piece, Rope
 from cairn.config import load_config
@@ -16,7 +18,17 @@ from cairn.kv import Namespace
 from tests.blend.rig import LAYERS, model_of, prefill, tokens_of
 
 BLOCK = 4
-MODEL = model_of()
+SCALED = {"rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 128}
+MODELS = {
+    kind: model_of(rope_parameters={"rope_type": kind, **SCALED, **more})
+    for kind, more in {
+        "default": {},
+        "linear": {},
+        "yarn": {},
+        "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    }.items()
+}
+MODEL = MODELS["default"]
 ROPE = rope_of(MODEL)
 
 
@@ -29,8 +41,9 @@ def namespace(**changes: Any) -> Namespace:
 
 def engine_of(**changes: Any) -> CacheEngine:
     overrides = {"engine.planner": False, "engine.copy_threads": 1, "storage.cpu.size": 1 << 20}
+    block = changes.get("block_tokens", BLOCK)
     return CacheEngine(
-        namespace(**changes), load_config(environ={}, overrides={**overrides, "engine.block_tokens": BLOCK})
+        namespace(**changes), load_config(environ={}, overrides={**overrides, "engine.block_tokens": block})
     )
 
 
@@ -38,64 +51,55 @@ def paged(engine: CacheEngine, planes: list[Any]) -> PagedKV:
     return PagedKV.from_tensors([(k[None], v[None]) for k, v in planes], "nhd", engine.geometry)
 
 
-def put(store: ChunkStore, tokens: Any) -> None:
-    planes = [(k.contiguous(), v.contiguous()) for k, v in prefill(MODEL, np.concatenate([store.prelude, tokens]))]
+def put(store: ChunkStore, tokens: Any, model: Any = MODEL) -> None:
+    planes = [(k.contiguous(), v.contiguous()) for k, v in prefill(model, np.concatenate([store.prelude, tokens]))]
     store.store(store.chain(tokens), paged(store.engine, planes))
 
 
 def loaded(store: ChunkStore, found: Found, length: int) -> list[Any]:
     g = store.engine.geometry
     planes = [tuple(torch.zeros(length, g.kv_heads, g.head_dim) for _ in range(2)) for _ in range(LAYERS)]
-    canvas = found.load(paged(store.engine, planes), planes.__getitem__, ROPE)
+    canvas = found.load(paged(store.engine, planes), planes.__getitem__, store.rope)
     return [canvas.load(layer) for layer in range(LAYERS)]
 
 
-@pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 9, 31])
-@pytest.mark.parametrize("at", [0, 1, 3, 4, 7])
-@pytest.mark.parametrize("prelude", [0, 3])
-def test_every_boundary(length: int, at: int, prelude: int) -> None:
-    """A chunk's whole blocks come to wherever it stands, turned; the rest of it is left to be computed."""
-    chunk = tokens_of(1, length)
-    prompt = np.concatenate([tokens_of(2, at), chunk, tokens_of(3, 5)])
-    piece, whole = Piece(at, at + length), length // BLOCK * BLOCK
-    with engine_of() as engine:
-        store = ChunkStore(engine, ROPE, tokens_of(9, prelude))
-        put(store, chunk)
-        with store.find(prompt, [piece], 0) as found:
-            held = Piece(at, at + whole)
-            assert found.held == ([held] if whole else [])
-            exact = at == prelude == 0
-            assert found.reused == ([held] if whole and not exact else [])
-            assert found.start == (whole if exact else 0)
+@given(
+    kind=st.sampled_from(sorted(MODELS)),
+    block=st.sampled_from([1, 2, 4, 16]),
+    prelude=st.integers(0, 5),
+    chunks=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 40)), min_size=1, max_size=4),
+    start=st.integers(0, 60),
+)
+@example(kind="default", block=1, prelude=1, chunks=[(3, 1), (0, 1), (2, 1)], start=0)
+@settings(max_examples=40, deadline=None)
+def test_every_boundary(kind: str, block: int, prelude: int, chunks: list[tuple[int, int]], start: int) -> None:
+    """Of each chunk, (tokens before it, its own), its whole blocks behind `start` come to where it stands, turned. The
+    rest of it is left to be computed, and nothing else is touched, loaded or counted.
+    """
+    model, tokens = MODELS[kind], tokens_of(1, 2 + sum(map(sum, chunks)))
+    stops = np.cumsum([sum(chunk) for chunk in chunks]).tolist()
+    pieces = [Piece(stop - length, stop) for stop, (_, length) in zip(stops, chunks, strict=True)]
+    wanted = [piece for piece in pieces if piece.stop > start]
+    whole = [Piece(max(a, start), a + (b - a) // block * block) for a, b in pieces]
+    whole = [piece for piece in whole if piece.start < piece.stop]
+    with engine_of(block_tokens=block) as engine:
+        store = ChunkStore(engine, rope_of(model), tokens_of(9, prelude))
+        for first, stop in pieces:
+            put(store, tokens[first:stop], model)
+        with store.find(tokens, pieces, start) as found:
+            assert found.reused == whole
             assert not found.missing
-            planes = loaded(store, found, len(prompt))
-        # Layer 0 knows no context: there a turned key is the one that the model computes at this position.
-        right = prefill(MODEL, prompt)[0]
-        for plane, expected in zip(planes[0], right, strict=True):
-            torch.testing.assert_close(plane[at : at + whole], expected[at : at + whole], rtol=1e-5, atol=1e-5)
-        assert not any(plane[:at].any() or plane[at + whole :].any() for layer in planes for plane in layer)
-
-
-@pytest.mark.parametrize("start", range(8, 22))
-def test_behind_a_prefix(start: int) -> None:
-    """What the prefix holds is neither loaded nor counted."""
-    chunk = tokens_of(1, 12)
-    prompt = np.concatenate([tokens_of(2, 9), chunk, tokens_of(3, 5)])
-    with engine_of() as engine:
-        store = ChunkStore(engine, ROPE)
-        put(store, chunk)
-        with store.find(prompt, [Piece(9, 21)], start) as found:
-            first = max(start, 9)
-            assert found.reused == ([Piece(first, 21)] if first < 21 else [])
-            planes = loaded(store, found, len(prompt)) if found.reused else []
-        right = prefill(MODEL, prompt)[0][0]
-        for layer in planes[:1]:
-            torch.testing.assert_close(layer[0][first:21], right[first:21], rtol=1e-5, atol=1e-5)
-            assert not layer[0][:first].any()
-        hits, lookups = engine.metrics.blend_hits, engine.metrics.blend_lookups
-        for counter in (hits, lookups):
-            assert counter.value(unit="chunks") == (first < 21)
-            assert counter.value(unit="tokens") == max(0, 21 - first)
+            planes = loaded(store, found, len(tokens))
+        for counter, some in ((engine.metrics.blend_lookups, wanted), (engine.metrics.blend_hits, whole)):
+            assert counter.value(unit="chunks") == len(some)
+            assert counter.value(unit="tokens") == sum(stop - max(first, start) for first, stop in some)
+    # Layer 0 knows no context: there a turned key is the one that the model computes at this position.
+    there = np.zeros(len(tokens), np.bool_)
+    for first, stop in whole:
+        there[first:stop] = True
+    for plane, right in zip(planes[0], prefill(model, tokens)[0], strict=True):
+        torch.testing.assert_close(plane[there], right[there], rtol=1e-5, atol=1e-5)
+    assert not any(plane[~there].any() for layer in planes for plane in layer)
 
 
 def test_what_is_missing() -> None:

@@ -1,5 +1,7 @@
 """Which tokens are computed anew."""
 
+import math
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,9 +12,14 @@ from cairn.blend.selection import deviation, keep
 from cairn.plan import Blend
 
 
-@given(st.lists(st.tuples(st.integers(0, 1000), st.booleans()), min_size=1, max_size=30), st.integers(0, 40))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 1000) | st.just(math.inf) | st.just(math.nan), st.booleans()), min_size=1, max_size=30
+    ),
+    st.integers(0, 40),
+)
 @settings(deadline=None)
-def test_forced_rows_and_the_largest_others(rows: list[tuple[int, bool]], count: int) -> None:
+def test_forced_rows_and_the_largest_others(rows: list[tuple[float, bool]], count: int) -> None:
     deviations = torch.tensor([float(value) for value, _ in rows])
     forced = torch.tensor([force for _, force in rows])
     kept = keep(deviations, forced, count).tolist()
@@ -21,8 +28,9 @@ def test_forced_rows_and_the_largest_others(rows: list[tuple[int, bool]], count:
     chosen = [i for i in kept if not rows[i][1]]
     assert len(kept) - len(chosen) == len(rows) - len(others)
     assert len(chosen) == min(count, len(others))
-    left = [rows[i][0] for i in others if i not in chosen]
-    assert not left or not chosen or min(rows[i][0] for i in chosen) >= max(left)
+    value = [math.inf if math.isnan(row[0]) else row[0] for row in rows]
+    left = [value[i] for i in others if i not in chosen]
+    assert not left or not chosen or min(value[i] for i in chosen) >= max(left)
 
 
 def test_deviation_is_of_keys_and_values() -> None:
@@ -40,7 +48,7 @@ def test_what_blending_computes() -> None:
     pieces = [Piece(100, 500), Piece(510, 910)]
 
     def share(recipe: Recipe) -> float:
-        return Blend(1001, 0, 0, 1000, pieces, *recipe, layers=30).share
+        return Blend(1001, 0, 1000, pieces, *recipe, layers=30).share
 
     assert share(Recipe((1,), (1.0,))) == 1
     assert share(Recipe((1,), (0.0,), 0)) == 0.2

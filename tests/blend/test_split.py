@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cairn.blend import Piece, join, split
+from cairn.blend import Piece, join, separator_of, split
 from cairn.errors import InputError
 
 SEPARATOR = np.array([7, 7, 8], np.uint32)
@@ -52,12 +52,49 @@ def test_what_is_joined_is_split(parts: list[list[int]]) -> None:
     assert [prompt[p.start : p.stop].tolist() for p in split(prompt, separator)] == parts
 
 
-def test_natural_separators_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("pieces", "separator", "times"),
+    [
+        ([[1, 7, 7, 8, 2, 7, 7, 8], [3]], [7, 7, 8], 2),
+        ([[1, 9], [2]], [9, 9], 1),  # a piece's last token and the separator's first
+        ([[1, 7], [7, 8, 2]], [7, 7, 8], 0),
+    ],
+)
+def test_natural_separators_are_warned_of(
+    pieces: list[list[int]], separator: list[int], times: int, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING):
-        join([tokens(1, 7, 7, 8, 2, 7, 7, 8), tokens(3)], SEPARATOR)
-    assert "occurs 2 times inside of 2 pieces" in caplog.text
+        join([tokens(*piece) for piece in pieces], tokens(*separator))
+    assert (f"occurs {times} times in the text of 2 pieces" in caplog.text) == (times > 0)
+    assert len(caplog.records) == (times > 0)
+
+
+class Tokenizer:
+    """Strips spaces, and knows one token a letter."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        assert not add_special_tokens
+        return [ord(letter) for letter in text.strip()]
+
+
+def test_separators_are_the_tokenizers() -> None:
+    assert separator_of(" # ", Tokenizer()).tolist() == [35]
+    assert len(separator_of(None, None)) == 0
+    with pytest.raises(InputError, match="' # ' without a tokenizer"):
+        separator_of(" # ", None)
+    with pytest.raises(InputError, match="'  ' has no token in this model; choose another"):
+        separator_of("  ", Tokenizer())
     with pytest.raises(InputError, match="pieces are joined by one"):
         join([tokens(1)], NONE)
+
+
+@given(st.integers(0, 1 << 30), st.integers(0, 3000), st.sampled_from([[], [1], [1, 1], [1, 2]]))
+@settings(deadline=None)
+def test_a_piece_is_one_piece(seed: int, length: int, separator: list[int]) -> None:
+    """So what is learned of a prompt is found in others."""
+    prompt = np.random.default_rng(seed).integers(0, 8, length).astype(np.uint32)
+    for start, stop in split(prompt, tokens(*separator)):
+        assert split(prompt[start:stop], tokens(*separator)) == [Piece(0, stop - start)]
 
 
 @given(st.integers(0, 1 << 30), st.integers(0, 3000))

@@ -12,8 +12,9 @@ from tests.connect.rig import tiny_model
 from cairn.blend.checked import recipe_of
 from cairn.cli.blend.measure import f1
 from cairn.cli.blend.prompts import Shape, rag_prompts
+from cairn.cli.blend.run import run_check
 from cairn.config.schema import Blending
-from cairn.errors import GeometryError
+from cairn.errors import CairnError, GeometryError
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -76,8 +77,25 @@ def test_check_says_yes_and_no_by_its_exit_code(run: Run, model: Path) -> None:
     assert "leave blending.enabled false, or raise recompute_ratios" in refused.stderr.splitlines()[-1]
     with pytest.raises(GeometryError, match="costs up to"):
         recipe_of(Blending(), str(model), 8)
+    for layers, why in (([8], "the model has layers 0..7"), ([1, 3], "1 recompute_ratios for 2 check_layers")):
+        wrong = run(*command, "--set", f"blending.check_layers={layers}")
+        assert wrong.returncode == 2
+        assert why in wrong.stderr.splitlines()[-1]
     exact = run(*command, "--set", "blending.recompute_ratios=[1.0]", "--most-kl", "1e-6")
     assert exact.returncode == 0
+
+
+def test_a_prompt_that_is_not_blended_is_no_good_score(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure inside costs a request nothing, and so would look like blending without a loss."""
+    monkeypatch.setattr("cairn.blend.chunks.Found.load", lambda *_: 1 / 0)
+    with pytest.raises(CairnError, match="nothing of a prompt was blended"):
+        run_check(model, Blending(), 2, 0.1, lambda *_: None)
+
+
+def test_a_directory_without_a_model(run: Run, tmp_path: Path) -> None:
+    ended = run("blend", "check", tmp_path)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"cairn: {tmp_path}: no model in Hugging Face format (")
 
 
 def test_a_stopped_bench_goes_on(run: Run, model: Path, tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from cairn.blend.checked import Checked
+from cairn.config import load_config
 from cairn.config.schema import Blending
-from cairn.connect.transformers import CairnConnector
+from cairn.connect.transformers import CairnConnector, namespace_of
+from cairn.engine import CacheEngine
 from cairn.errors import GeometryError, InputError
 from tests.blend.rig import model_of, tokens_of
 from tests.connect.rig import BLOCK, check, generate, open_engine
@@ -22,9 +24,9 @@ SETTINGS = {"blending.enabled": True, "blending.special_str": "sep", "blending.c
 class Tokenizer:
     """Knows one word."""
 
-    def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         assert (text, add_special_tokens) == ("sep", False)
-        return {"input_ids": SEPARATOR}
+        return SEPARATOR
 
 
 def prompt(*chunks: Any, system: int = 37) -> Any:
@@ -49,6 +51,84 @@ def test_ratio_one_answers_as_the_model(family: str) -> None:
         assert engine.metrics.blend_lookups.value(unit="chunks") == 3
         warm = check(model, cairn, prompt(C, A, B))
         assert warm.blended.reused == WHOLE
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ["", "A", "B", "question"],  # a separator first
+        ["system", "A", "B", ""],  # and last
+        ["", "A", "", "", "B", "", ""],  # adjacent
+        ["", ""],
+        ["one", "A", "one", "B", "one", "question"],
+    ],
+)
+def test_wherever_separators_stand(parts: list[str]) -> None:
+    """Ratio 1: whatever is loaded, the answer is the model's."""
+    model = model_of()
+    texts = {"": A[:0], "one": A[:1], "A": A, "B": B, "system": tokens_of(100, 37), "question": tokens_of(101, 9)}
+    joined = [part for name in parts for part in (np.array(SEPARATOR), texts[name])][1:]
+    settings = {**SETTINGS, "blending.recompute_ratios": [1.0]}
+    with open_engine(model, **settings) as engine, CairnConnector(model, engine, Tokenizer()) as cairn:
+        for chunk in (A[:1], A, B):
+            cairn.learn(chunk)
+        cache = check(model, cairn, torch.from_numpy(np.concatenate(joined).astype(np.int64))[None])
+        assert cache.blended.reused == (64 + 48 if "A" in parts else 0)
+        assert not cache.blended.missing
+
+
+def test_without_a_separator() -> None:
+    """Chunks are cut by their content: a text that was learned is found where it stands behind another."""
+    model = model_of()
+    settings = {**SETTINGS, "blending.special_str": None, "blending.recompute_ratios": [1.0]}
+    texts = [tokens_of(seed, 1200) for seed in (1, 2)]
+    with open_engine(model, dram_blocks=1024, **settings) as engine, CairnConnector(model, engine) as cairn:
+        assert sum(map(cairn.learn, texts)) > 2000
+        whole = np.concatenate([tokens_of(3, 333), texts[1], tokens_of(4, 77), texts[0], tokens_of(5, 9)])
+        cache = check(model, cairn, torch.from_numpy(whole.astype(np.int64))[None])
+        assert cache.blended.reused > 800
+
+
+def test_a_learned_text_is_cut_where_prompts_are() -> None:
+    model = model_of()
+    with open_engine(model, **SETTINGS) as engine, CairnConnector(model, engine, Tokenizer()) as cairn:
+        cairn.learn(np.concatenate([A, SEPARATOR, B]))
+        assert cairn.cache(prompt(B, A)).blended.reused == 64 + 48
+
+
+@pytest.mark.parametrize("other", ["weights", "salt", "theta", "scaling"])
+def test_nothing_of_others_is_blended(tmp_path: Path, other: str) -> None:
+    """The same texts in a store that all share, by another model, for another tenant, or with other positions: even
+    where the operator has given both models one name and revision.
+    """
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    changes = {"theta": {"rope_theta": 2e4}, "scaling": {"factor": 4.0}}.get(other, {})
+    models = [model_of(rope_parameters=rope), model_of(seed=other == "weights", rope_parameters={**rope, **changes})]
+    named = {"name": "one", "revision": "1"} if changes else {}
+
+    def blended(model: Any, salt: bytes) -> Any:
+        config = load_config(
+            environ={},
+            overrides={
+                **SETTINGS,
+                "engine.planner": False,
+                "engine.timeout_s": 30,
+                "storage.cpu.size": 4 << 20,
+                "storage.remote.url": f"file://{tmp_path}/store",
+                "storage.remote.lookup_timeout_s": 60,
+            },
+        )
+        with CacheEngine(namespace_of(model, salt=salt, **named), config) as engine:
+            with CairnConnector(model, engine, Tokenizer()) as cairn:
+                found = cairn.cache(prompt(C, A, B)).blended
+                for chunk in (A, B, C):
+                    cairn.learn(chunk)
+            assert engine.flush(60)
+        return found.reused
+
+    assert blended(models[0], b"") == 0
+    assert blended(models[1], b"tenant" if other == "salt" else b"") == 0
+    assert blended(models[0], b"") == WHOLE
 
 
 def test_reused_chunks_do_not_reach_prefixes() -> None:
@@ -98,6 +178,7 @@ def tokens_of_torch(seed: int, length: int) -> Any:
     ("tier", "settings"),
     [
         ("disk", {}),
+        ("disk", {"storage.cpu.codec": "int8"}),
         ("remote", {"compression.algorithm": "none"}),
         ("remote", {"compression.algorithm": "lossless"}),
         ("remote", {"compression.algorithm": "cachegen"}),
@@ -105,7 +186,7 @@ def tokens_of_torch(seed: int, length: int) -> Any:
 )
 def test_chunks_come_back_after_a_restart(tmp_path: Path, tier: str, settings: dict[str, Any]) -> None:
     """What is blended then is what was blended before, or near it where the store's codec loses something."""
-    model, ids = model_of(), prompt(C, A, B)
+    model, ids = model_of(head_dim=16), prompt(C, A, B)
     settings = {**SETTINGS, "engine.timeout_s": 30, "autopilot.codec": "always", **settings}
     if tier == "remote":
         settings |= {"storage.remote.url": f"file://{tmp_path}/store", "storage.remote.lookup_timeout_s": 60}
@@ -120,7 +201,7 @@ def test_chunks_come_back_after_a_restart(tmp_path: Path, tier: str, settings: d
         assert cache.blended.reused == WHOLE
         found, again = generate(model, ids, cache)
         assert engine.metrics.hit_tokens.value(tier=tier) >= WHOLE
-    if settings.get("compression.algorithm") == "cachegen":
+    if settings.get("compression.algorithm") == "cachegen" or "storage.cpu.codec" in settings:
         assert 0 < divergence(logits[:1], again[:1]) < 0.05
     else:
         assert torch.equal(found, expected)

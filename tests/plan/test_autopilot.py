@@ -42,7 +42,7 @@ def rag(chunks: int = 4, held: int = 4, chunk: int = 200, prefix: int = 32) -> B
     """A prompt of chunks, the first `held` of which are."""
     pieces = [(prefix + i * chunk, prefix + (i + 1) * chunk) for i in range(held)]
     stop = pieces[-1][1] if pieces else prefix
-    return Blend(prefix + chunks * chunk + 20, prefix, prefix, stop, pieces, (6,), (0.15,), 4, 30)
+    return Blend(prefix + chunks * chunk + 20, prefix, stop, pieces, (6,), (0.15,), 4, 30)
 
 
 @given(

@@ -11,13 +11,15 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from cairn.connect.vllm.blend_model import rope_of
 from cairn.errors import GeometryError
 
-DIM, POSITIONS = 64, 4096
+DIM, POSITIONS, TRAINED = 64, 4096, 2048
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 1024}
 KINDS: dict[str, dict[str, Any]] = {
     "default": {},
     "linear": {"factor": 3.0},
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 1024},
     "llama3": LLAMA3,
+    "ntk": {"factor": 2.0},
+    "dynamic": {"factor": 2.0, "max_trained_positions": TRAINED},
 }
 
 
@@ -33,11 +35,15 @@ def rotary(rope: dict[str, Any], *, neox: bool = True) -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 def test_frequencies_are_the_models_own(kind: str, theta: float) -> None:
     parameters = {"rope_type": kind, "rope_theta": theta} | KINDS[kind]
-    config = LlamaConfig(hidden_size=DIM, num_attention_heads=1, max_position_embeddings=POSITIONS)
+    config = LlamaConfig(hidden_size=DIM, num_attention_heads=1, max_position_embeddings=TRAINED)
     config.rope_parameters = parameters
-    expected, scaling = 1.0 / theta ** (torch.arange(0, DIM, 2) / DIM), 1.0
-    if kind != "default":
-        expected, scaling = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
+    exponents, scaling = torch.arange(0, DIM, 2) / DIM, 1.0
+    if kind == "default":
+        expected = 1.0 / theta**exponents
+    elif kind == "ntk":  # Transformers has it not
+        expected = 1.0 / (2.0 * theta) ** exponents / 2.0 ** (2 / DIM)
+    else:  # dynamic: for a prompt of so many tokens
+        expected, scaling = ROPE_INIT_FUNCTIONS[kind](config, "cpu", seq_len=POSITIONS)
     rope = rope_of(rotary(parameters))
     np.testing.assert_allclose(rope.frequencies, expected.numpy(), rtol=3e-7)
     assert rope.scaling == pytest.approx(scaling)

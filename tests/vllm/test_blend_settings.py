@@ -23,10 +23,10 @@ G = KVGeometry(layers=4, kv_heads=2, head_dim=16, block_tokens=16)
 
 
 def asked(blending: dict[str, Any] | None = None, ranks: int = 1, home: Path | str = "", **vllm: Any) -> Any:
-    """What `settings_of` says. home: of the model. vllm: of its config; of the model's where the name is one of Llama's
-    config.
-    """
-    text = LlamaConfig(num_hidden_layers=4, **{key: vllm.pop(key) for key in list(vllm) if key.startswith("llama_4")})
+    """What `settings_of` says. home: of the model. vllm: of its config, or of its model's."""
+    text = LlamaConfig(num_hidden_layers=4)
+    for name in ("llama_4_scaling", "rope_parameters"):
+        setattr(text, name, vllm.pop(name, getattr(text, name, None)))
     model = SimpleNamespace(hf_text_config=text, skip_tokenizer_init=True, model=str(home))
     vllm_config = SimpleNamespace(**{"model_config": model, "lora_config": None} | vllm)
     served = SimpleNamespace(namespace=SimpleNamespace(geometry=vllm.pop("geometry", G)), ranks=ranks)
@@ -41,16 +41,22 @@ def test_as_configured() -> None:
     assert asked({"enabled": False}) is None
 
 
+@pytest.mark.parametrize("kind", ["linear", "ntk", "dynamic"])
+def test_every_rope_with_a_table_of_its_own(kind: str) -> None:
+    assert asked(rope_parameters={"rope_type": kind, "rope_theta": 1e4, "factor": 2.0})
+
+
 @pytest.mark.parametrize(
     ("reason", "how"),
     [
+        ("longrope", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}),
         ("blending.check_layers=[4]: the model has layers 0..3", {"blending": {"check_layers": (4,)}}),
         ("parallelism", {"ranks": 2}),
         ("LoRA", {"lora_config": object()}),
         ("draft model", {"speculative_config": object()}),
         ("scales", {"geometry": KVGeometry(layers=4, kv_heads=2, head_dim=16, block_tokens=16, dtype="float8_e4m3")}),
         ("llama_4_scaling", {"llama_4_scaling": {"beta": 0.1}}),
-        ("skip_tokenizer_init", {"blending": {"special_str": " # # "}}),
+        ("without a tokenizer", {"blending": {"special_str": " # # "}}),
     ],
 )
 def test_refusals_say_why_and_prefixes_go_on(reason: str, how: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -34,7 +34,7 @@ ASKED = [prompt(orders(i), i) for i in range(12)]
 def engine(tiny: Path) -> Iterator[Any]:
     """Blends and computes everything, so that answers are those without blending. Few blocks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cairn.connect.vllm.blending._separator", lambda *_: np.array(SEPARATOR, np.uint32))
+        patch.setattr("cairn.connect.vllm.blending.separator_of", lambda *_: np.array(SEPARATOR, np.uint32))
         with serving(tiny, SETTINGS, skip_tokenizer_init=True, num_gpu_blocks_override=40, max_model_len=1024) as llm:
             yield llm
 
@@ -56,6 +56,11 @@ def llm(engine: Any, plain: list[list[int]]) -> Iterator[Any]:
     yield engine
     settle(engine)
     no_leak(engine)
+
+
+def whole(chunk: int) -> int:
+    """Tokens of a chunk that are kept."""
+    return (len(SEPARATOR) + len(CHUNKS[chunk])) // 32 * 32 - len(SEPARATOR)
 
 
 def hits(llm: Any) -> float:
@@ -153,6 +158,18 @@ def test_missing_chunks_are_learned_alone(engine: Any, plain: list[list[int]]) -
     with_chunks = [prompt(orders(0)[::-1], 3)]
     expected = answers(engine, with_chunks, tokens=40, cache_salt="never blended")
     assert answers(engine, with_chunks, tokens=40) == expected
-    assert hits(engine) - before >= sum((2 + len(CHUNKS[i])) // 32 * 32 - 2 for i in orders(0))
+    assert hits(engine) - before >= sum(whole(i) for i in orders(0))
+    settle(engine)
+
+
+def test_what_a_crowd_lacked_is_learned_behind_it(engine: Any, plain: list[list[int]]) -> None:
+    """Of all its requests, not of the last one alone."""
+    connector(engine).reset_cache()
+    settle(engine)
+    assert answers(engine, ASKED, tokens=40) == plain
+    settle(engine)
+    before = hits(engine)
+    answers(engine, [[9, *prompt(list(range(6)), 20)]], tokens=1)
+    assert hits(engine) - before == sum(map(whole, range(6)))
     settle(engine)
     no_leak(engine)

@@ -6,10 +6,11 @@ from cairn.blend.checked import recipe_of
 from cairn.blend.chunks import ChunkLoad, ChunkStore, Found
 from cairn.blend.forward import Recipe, blend
 from cairn.blend.rotation import Turn
-from cairn.blend.split import join, prelude_of, split
-from cairn.blend.supported import refuse_blending
+from cairn.blend.split import join, prelude_of, separator_of, split
+from cairn.blend.supported import FIXED_ROPES, refuse_blending
 
 __all__ = [
+    "FIXED_ROPES",
     "BlendError",
     "BlendModel",
     "Canvas",
@@ -28,5 +29,6 @@ __all__ = [
     "prelude_of",
     "recipe_of",
     "refuse_blending",
+    "separator_of",
     "split",
 ]

@@ -9,7 +9,7 @@ import msgspec
 
 from cairn.blend.forward import Recipe
 from cairn.config.schema import Blending
-from cairn.errors import GeometryError, InputError
+from cairn.errors import GeometryError
 from cairn.observe.log import log_once
 
 logger = logging.getLogger(__name__)
@@ -67,12 +67,13 @@ def recipe_of(settings: Blending, model: str, layers: int) -> Recipe:
                 f"blending is not possible: by {path} it costs up to {kl:.3g} nats a token, more than "
                 f"{checked.most_kl:g}; set blending.enabled to false, or check again with other settings"
             )
-    wanted = wanted or (min(DEFAULT.check_layers[0], layers - 1),)
-    if wanted[-1] >= layers:
-        raise InputError(f"blending.check_layers={list(wanted)}: the model has layers 0..{layers - 1}")
+    recipe = Recipe(
+        wanted or (min(DEFAULT.check_layers[0], layers - 1),), settings.recompute_ratios, settings.head_tokens
+    )
+    recipe.validate(layers)
     if not (checked and checked.fits(settings)):
         log_once(logger, model, f"blending was not checked with {model} and its settings: run `cairn blend check`")
-    return Recipe(wanted, settings.recompute_ratios, settings.head_tokens)
+    return recipe
 
 
 def _file(model: str) -> Path | None:

@@ -60,7 +60,7 @@ class ChunkStore:
                 staged.stage.part_of(whole)
         found = Found(stages, start, len(self.prelude))
         hits, lookups = self.engine.metrics.blend_hits, self.engine.metrics.blend_lookups
-        for counter, some in ((lookups, [piece for piece, _ in wanted]), (hits, found.held)):
+        for counter, some in ((lookups, [piece for piece, _ in wanted]), (hits, found.reused)):
             counter.add(len(some), unit="chunks")
             counter.add(sum(piece.stop - max(piece.start, start) for piece in some), unit="tokens")
         return found
@@ -81,36 +81,25 @@ class _Staged(NamedTuple):
 class Found:
     """What is held of a prompt's chunks, kept until `release` (a context manager does it).
 
-    start: tokens before it are exact; without a prelude a chunk at the prompt's beginning is. reused: the tokens of
-    others that can be loaded, ascending. missing: chunks that are not held whole, to be computed alone and stored when
-    there is time.
+    reused: the tokens that can be loaded, ascending. missing: chunks that are not held whole, to be computed alone and
+    stored when there is time.
     """
 
     def __init__(self, staged: Sequence[_Staged], start: int, prelude: int) -> None:
-        self.start = start
         self.reused: list[Piece] = []
         self.missing: list[Piece] = []
         self._staged = staged
-        self._wanted: list[tuple[Piece, Stage]] = []
+        self._loading: list[Stage] = []
         self._origins: list[int] = []
         for piece, chain, stage in staged:
             held = stage.wait()
             if held < len(chain) * chain.block_tokens:
                 self.missing.append(piece)
             some = Piece(max(piece.start, start), piece.start + held)
-            if some.stop <= some.start:
-                continue
-            self._wanted.append((some, stage))
-            if piece.start == prelude == 0:
-                self.start = some.stop
-            else:
+            if some.stop > some.start:
                 self.reused.append(some)
+                self._loading.append(stage)
                 self._origins.append(piece.start - prelude)
-
-    @property
-    def held(self) -> list[Piece]:
-        """The tokens that can be loaded, an exact chunk's among them."""
-        return [piece for piece, _ in self._wanted]
 
     def load(self, kv: PagedKV, planes: Callable[[int], Planes], rope: Rope, *before: LayerLoad) -> "ChunkLoad":
         """Starts to copy all that is held into `kv`, token i of the prompt into slot i, layer after layer.
@@ -118,7 +107,8 @@ class Found:
         planes: the same memory, layer by layer. before: other loads of the same layers.
         """
         loads = [
-            stage.load_layers(kv, np.arange(piece.start, piece.stop, dtype=np.int64)) for piece, stage in self._wanted
+            stage.load_layers(kv, np.arange(piece.start, piece.stop, dtype=np.int64))
+            for piece, stage in zip(self.reused, self._loading, strict=True)
         ]
         return ChunkLoad([*before, *loads], planes, rope, list(zip(self.reused, self._origins, strict=True)))
 

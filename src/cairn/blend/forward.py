@@ -21,6 +21,11 @@ class Recipe(NamedTuple):
     ratios: tuple[float, ...] = (0.15,)
     head_tokens: int = 4
 
+    def validate(self, layers: int) -> None:
+        """Raises InputError where a model of so many layers lacks one of these."""
+        if self.check_layers and self.check_layers[-1] >= layers:
+            raise InputError(f"blending.check_layers={list(self.check_layers)}: the model has layers 0..{layers - 1}")
+
 
 @torch.inference_mode()  # type: ignore[untyped-decorator]
 def blend(
@@ -40,9 +45,9 @@ def blend(
         forced[max(piece.start + recipe.head_tokens, start) - start : max(piece.stop, start) - start] = False
     loaded = sum(max(0, piece.stop - max(piece.start, start)) for piece in reused)
     shares = dict(zip(recipe.check_layers, recipe.ratios, strict=True)) if loaded and any(recipe.ratios) else {}
-    if any(layer >= model.layers for layer in shares):
-        raise InputError(f"check_layers={recipe.check_layers}: the model has layers 0..{model.layers - 1}")
-    if not shares:
+    if shares:
+        recipe.validate(model.layers)
+    else:
         positions, forced = positions[forced], forced[forced]
     hidden = model.embed(tokens[positions])
     computed = []

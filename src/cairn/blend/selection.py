@@ -21,7 +21,10 @@ def deviation(keys: Any, values: Any, planes: Planes, positions: Any) -> Any:
 
 
 def keep(deviations: Any, forced: Any, count: int) -> Any:
-    """Row numbers, ascending, of all `forced` rows (bool [rows]) and of the `count` others that deviate most."""
-    wanted = deviations.masked_fill(forced, math.inf)
+    """Row numbers, ascending, of all `forced` rows (bool [rows]) and of the `count` others that deviate most, first of
+    all those by what is no number.
+    """
+    most = torch.finfo(deviations.dtype).max
+    wanted = deviations.nan_to_num(nan=most, posinf=most).masked_fill(forced, math.inf)
     count = min(len(wanted), count + int(forced.sum()))
     return wanted.topk(count, sorted=False).indices.sort().values

@@ -35,6 +35,24 @@ def split(tokens: Tokens, separator: Tokens) -> list[Piece]:
     return [piece for piece in pieces[:-1] if piece.stop > piece.start] + pieces[-1:]
 
 
+def separator_of(special_str: str | None, tokenizer: Any) -> Tokens:
+    """The tokens of `blending.special_str`; none for None: then chunks are cut by their content.
+
+    tokenizer: the model's, or none. Raises InputError for a text that it makes no tokens of.
+    """
+    if special_str is None:
+        return as_tokens(())
+    if tokenizer is None:
+        raise InputError(
+            f"blending.special_str={special_str!r} without a tokenizer: pass the model's (vLLM: no "
+            "--skip-tokenizer-init), or set special_str to null"
+        )
+    separator = as_tokens(tokenizer.encode(special_str, add_special_tokens=False))
+    if not len(separator):
+        raise InputError(f"blending.special_str={special_str!r} has no token in this model; choose another")
+    return separator
+
+
 def prelude_of(separator: Tokens, tokenizer: Any) -> Tokens:
     """What every chunk is computed behind (see `ChunkStore`): the token that begins a text, if the tokenizer has one,
     and a separator. tokenizer: the model's, or none.
@@ -58,20 +76,22 @@ def find(tokens: Tokens, separator: Tokens) -> list[int]:
 def join(pieces: Sequence[Tokens], separator: Tokens) -> Tokens:
     """A prompt out of its pieces, each tokenized by itself, so that a chunk has the same tokens wherever it stands.
 
-    Warns, with the count, of separators inside of pieces: there a chunk is cut in two. Raises InputError without a
-    separator.
+    Warns, with the count, of separators that pieces bring themselves, inside or at an edge: there a chunk is cut
+    otherwise. Raises InputError without a separator.
     """
     if not len(separator):
         raise InputError("separator of no tokens: pieces are joined by one; set blending.special_str")
-    arrays = [as_tokens(piece) for piece in pieces]
-    natural = sum(len(find(piece, separator)) for piece in arrays)
+    parts = [part for piece in pieces for part in (as_tokens(piece), separator)][:-1]
+    joined = np.concatenate(parts)
+    ends = np.cumsum([len(part) for part in parts]).tolist()
+    natural = len(set(find(joined, separator)).difference(ends[:-1:2]))
     if natural:
         logger.warning(
-            "blending.special_str occurs %d times inside of %d pieces, which are cut there: choose a rarer one",
+            "blending.special_str occurs %d times in the text of %d pieces, which are cut there: choose a rarer one",
             natural,
-            len(arrays),
+            len(pieces),
         )
-    return np.concatenate([part for piece in arrays for part in (piece, separator)][:-1])
+    return joined
 
 
 def _cuts(tokens: Tokens) -> list[int]:

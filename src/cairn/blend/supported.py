@@ -7,11 +7,11 @@ from cairn.kv.geometry import refuse_stateful
 
 #: Decoder layers of one and the same shape: RoPE over whole heads, grouped queries, plain causal attention.
 FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")
-#: Frequencies that do not depend on the prompt's length.
-_ROPES: Final = ("default", "linear", "yarn", "llama3")
+#: Frequencies that do not depend on the prompt's length. (NTK in itself is another `rope_theta`.)
+FIXED_ROPES: Final = ("default", "linear", "yarn", "llama3")
 
 
-def refuse_blending(config: Any, *, ropes: tuple[str, ...] = _ROPES) -> None:
+def refuse_blending(config: Any, *, ropes: tuple[str, ...] = FIXED_ROPES) -> None:
     """Raises GeometryError, with the reason, for a model whose chunks cannot be moved to other positions.
 
     config: the model's, as `transformers` reads it. ropes: kinds of RoPE whose frequencies the caller keeps fixed.

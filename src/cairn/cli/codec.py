@@ -33,13 +33,11 @@ def calibrate(
     Example:
       cairn codec calibrate ./SmolLM2-135M-Instruct book.txt --out smollm2.json
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    from cairn.cli.demo.model import open_model
     from cairn.cli.quality.calibrate import calibrate as run
 
     made = run(
-        AutoModelForCausalLM.from_pretrained(model, dtype="float32", local_files_only=True).eval(),
-        AutoTokenizer.from_pretrained(model, local_files_only=True),
+        *open_model(model),
         text.read_text(encoding="utf-8", errors="replace"),
         name=model.resolve().name,
         windows=windows,

@@ -21,12 +21,12 @@ from cairn.blend import (
     prelude_of,
     recipe_of,
     refuse_blending,
+    separator_of,
     split,
 )
 from cairn.connect.hf_layer import Tensors
 from cairn.copy import PagedKV
 from cairn.engine import CacheEngine, LayerLoad, Stage
-from cairn.errors import InputError
 from cairn.kv import as_tokens
 from cairn.kv.keys import Tokens
 from cairn.plan import Blend
@@ -99,7 +99,8 @@ class Blender:
         refuse_blending(model.config)
         settings = engine.config.blending
         self.recipe = recipe or recipe_of(settings, model.config.name_or_path, engine.geometry.layers)
-        self.separator = _separator(settings.special_str, tokenizer)
+        self.recipe.validate(engine.geometry.layers)
+        self.separator = separator_of(settings.special_str, tokenizer)
         self.chunks = ChunkStore(engine, rope_of(model), prelude_of(self.separator, tokenizer))
         self._autopilot = engine.autopilot
         self._model = model
@@ -127,16 +128,15 @@ class Blender:
         with self.chunks.find(tokens, pieces, start, whole) as found:
             missing = [tokens[piece.start : piece.stop] for piece in found.missing]
             stop = found.reused[-1].stop if found.reused else start
-            facts = Blend(len(tokens), start, found.start, stop, found.reused, *self.recipe, layers=len(buffers))
+            facts = Blend(len(tokens), start, stop, found.reused, *self.recipe, layers=len(buffers))
             plan = self._autopilot.blend(facts)
             if not plan.yes:
                 return Blended(start, start, 0, missing)
             began = time.perf_counter()
             canvas = found.load(kv, _planes_of(buffers), self.chunks.rope, *([before] if before else []))
-            blend(HfBlendModel(self._model, stop), _ids(tokens[:stop]), canvas, found.start, found.reused, self.recipe)
+            blend(HfBlendModel(self._model, stop), _ids(tokens[:stop]), canvas, start, found.reused, self.recipe)
             self._autopilot.blended(plan, time.perf_counter() - began)
-            reused = sum(piece.stop - piece.start for piece in found.held)
-            return Blended(stop, found.reused[0].start, reused, missing)
+            return Blended(stop, found.reused[0].start, facts.loaded, missing)
 
     def join(self, parts: Sequence[Any]) -> Tokens:
         """A prompt's token ids out of those of its parts: system prompt, chunks, question; see `cairn.blend.join`."""
@@ -145,9 +145,12 @@ class Blender:
     def learn(self, tokens: Any) -> int:
         """Computes a chunk alone and stores it, unless it is held; returns how many tokens are new.
 
-        tokens: its ids [n], as they stand between separators.
+        tokens: its ids [n], as they stand between separators; without separators, a text that is cut as prompts are.
         """
         ids = as_tokens(tokens)
+        return sum(self._learn(ids[start:stop]) for start, stop in split(ids, self.separator))
+
+    def _learn(self, ids: Tokens) -> int:
         chain = self.chunks.chain(ids)
         geometry = self.chunks.engine.geometry
         whole = len(chain) * geometry.block_tokens
@@ -168,13 +171,3 @@ def _ids(tokens: Tokens) -> torch.Tensor:
 def _planes_of(buffers: list[Tensors]) -> Callable[[int], Planes]:
     """Transformers' [1, heads, room, dim] as blending has them: [room, heads, dim]."""
     return lambda layer: (buffers[layer][0][0].transpose(0, 1), buffers[layer][1][0].transpose(0, 1))
-
-
-def _separator(special_str: str | None, tokenizer: Any) -> Tokens:
-    if special_str is None:
-        return as_tokens(())
-    if tokenizer is None:
-        raise InputError(
-            f"blending.special_str={special_str!r} without a tokenizer: pass the model's, or set special_str to null"
-        )
-    return as_tokens(tokenizer(special_str, add_special_tokens=False)["input_ids"])

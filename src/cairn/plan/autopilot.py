@@ -127,12 +127,12 @@ class Autopilot:
 
     def _blend_seconds(self, facts: Blend) -> tuple[float, float, float]:
         """What blending takes by itself, what the prompt takes with it, and without it; NaN: not known."""
-        recompute, behind = self._cost.recompute, facts.prompt - facts.prefix
-        if not facts.loaded or not recompute.knows(behind, facts.prefix):
+        recompute, behind = self._cost.recompute, facts.prompt - facts.start
+        if not facts.loaded or not recompute.knows(behind, facts.start):
             return math.nan, math.nan, math.nan
         bare = recompute.seconds_of(facts.work) + self._cost.load_seconds("dram", facts.loaded * self._token_bytes)
         rest = recompute.seconds(facts.prompt - facts.stop, facts.stop)
-        return bare, self._cost.blend.factor * bare + rest, recompute.seconds(behind, facts.prefix)
+        return bare, self._cost.blend.factor * bare + rest, recompute.seconds(behind, facts.start)
 
     # --- storing -------------------------------------------------------------------------------------------------
 

@@ -13,13 +13,12 @@ MOST_COMPUTED: Final = 0.8
 class Blend(NamedTuple):
     """A prompt that could be blended.
 
-    prompt: its tokens. prefix: leading tokens that are exact without it. start, stop: blending makes tokens
-    start..stop; what is behind is computed as ever. reused: (first, behind the last) of the tokens that come from
-    chunks, ascending. check_layers, ratios, head_tokens: see `cairn.blend.Recipe`. layers: of the model.
+    prompt: its tokens. start, stop: leading tokens are exact without it, blending makes tokens start..stop, and what is
+    behind is computed as ever. reused: (first, behind the last) of the tokens that come from chunks, ascending.
+    check_layers, ratios, head_tokens: see `cairn.blend.Recipe`. layers: of the model.
     """
 
     prompt: int
-    prefix: int
     start: int
     stop: int
     reused: Sequence[tuple[int, int]]

@@ -14,6 +14,7 @@ from cairn.cli.blend.prompts import Rag
 from cairn.cli.quality.measure import divergence
 from cairn.connect.hf_blend import Blender
 from cairn.connect.transformers import CairnConnector
+from cairn.errors import CairnError
 
 #: Tokens of an answer.
 ANSWER: Final = 12
@@ -87,13 +88,15 @@ def _score(model: Any, tokenizer: Any, connector: CairnConnector, ids: torch.Ten
         cache.crop(ids.shape[1] + same)
         more = _greedy(model, cache, found[same : same + 1], ANSWER - same, tokenizer.eos_token_id)
         tokens = right.tokens[:same] + more
-    reused = cache.reused_tokens + (cache.blended.reused if cache.blended else 0)
+    by_chunks = cache.blended.reused if cache.blended else 0
+    if connector.blender and not by_chunks:
+        raise CairnError("nothing of a prompt was blended, though its chunks are stored: the log says why")
     return Score(
         kl=divergence(right.probabilities, found),
         exact=float(tokens == right.tokens),
         f1=f1(tokenizer.decode(tokens), tokenizer.decode(right.tokens)),
         ttft=seconds / right.ttft_s,
-        hit=reused / ids.shape[1],
+        hit=(cache.reused_tokens + by_chunks) / ids.shape[1],
     )
 
 

@@ -10,7 +10,7 @@ from cairn.blend.checked import Checked
 from cairn.cli.blend.measure import ANSWER, Score, Variants, compare, quality
 from cairn.cli.blend.prompts import Rag, Shape, rag_prompts
 from cairn.cli.blend.sheet import BASES, Sheet
-from cairn.cli.demo.model import default_cache_dir, fetch_model
+from cairn.cli.demo.model import default_cache_dir, fetch_model, open_model
 from cairn.cli.demo.show import Screen
 from cairn.config import Config
 from cairn.config.schema import Blending, Cpu, Engine, Storage
@@ -99,10 +99,7 @@ class _Bench:
     """A model with an engine that holds all documents of prompts of these shapes."""
 
     def __init__(self, home: Path, blending: Blending, shapes: Sequence[Shape]) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        self._model = AutoModelForCausalLM.from_pretrained(home, dtype="float32", local_files_only=True).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(home, local_files_only=True)
+        self._model, self.tokenizer = open_model(home)
         namespace = namespace_of(self._model)
         # Every variant is to be measured, whether it pays or not: without a planner what is held is loaded.
         size = _ROOM * namespace.geometry.token_bytes * sum(shape.documents * shape.tokens[1] for shape in shapes)

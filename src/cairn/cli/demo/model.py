@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from cairn.cli.demo.child import Child
 from cairn.cli.demo.show import Screen
@@ -83,6 +84,22 @@ def context_of(model_dir: Path) -> int:
         return int(config["max_position_embeddings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--model {model_dir}: no readable config.json with max_position_embeddings") from error
+
+
+def open_model(home: Path) -> tuple[Any, Any]:
+    """A model in Hugging Face format, in float32 on the CPU, and its tokenizer. Raises InputError if there is none."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        return (
+            AutoModelForCausalLM.from_pretrained(home, dtype="float32", local_files_only=True).eval(),
+            AutoTokenizer.from_pretrained(home, local_files_only=True),
+        )
+    except (OSError, ValueError, KeyError) as error:
+        why = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"{home}: no model in Hugging Face format ({why}); name a directory with its config, weights and tokenizer"
+        ) from error
 
 
 def _move_into_place(made: Path, home: Path) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from cairn.cli.demo.model import NAME, fetch_model
+from cairn.cli.demo.model import NAME, fetch_model, open_model
 from cairn.cli.demo.show import Screen
 from cairn.cli.quality.measure import Score, Subject, codec_subject, quantizer_subject, scores, summary
 from cairn.cli.quality.published import Published
@@ -56,14 +56,11 @@ def run_quality(
     tick: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Takes a minute a window on two cores. Raises InputError and StorageError as its parts do."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from cairn.cli.demo.model import default_cache_dir
     from cairn.connect.hf_model import geometry_of
 
     home = model_dir or fetch_model(default_cache_dir(), Screen())
-    model = AutoModelForCausalLM.from_pretrained(home, dtype="float32", local_files_only=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(home, local_files_only=True)
+    model, tokenizer = open_model(home)
     g = geometry_of(model)
     geometry = KVGeometry(layers=g.layers, kv_heads=g.kv_heads, head_dim=g.head_dim, dtype="bfloat16")
     known = Calibration.load(calibration) if calibration else shipped(NAME) if home.name == NAME else None

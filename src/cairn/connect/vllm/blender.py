@@ -3,87 +3,31 @@
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 import torch
 
 from cairn.blend import BlendError, BlendModel, Canvas, Piece, Planes, Recipe, Turn, blend
+from cairn.codec.quantized import Quantizer
 from cairn.connect.vllm.messages import Blend, Learn, Part
 from cairn.connect.vllm.movers import Copying, Layers, Mover, failed
+from cairn.connect.vllm.pages import ArenaRows, Pages
 from cairn.connect.vllm.places import Place, Places, refused
 from cairn.copy import TokenSlots
-from cairn.errors import CairnError, GeometryError
+from cairn.errors import CairnError
 from cairn.kv import KVGeometry, Layout
 from cairn.node.base import Home, VramHome
 
-UNKNOWN: Final = "the order of values in this attention backend's pages is not known"
-#: Numbers up to 256 are exact in every dtype; their remainders by these two tell up to 60,491 values apart.
-_MODULI: Final = (251, 241)
 #: No slots, no rows: of a copy that is made by hand.
 _NOTHING: Final = (np.empty(0, np.int64), np.empty(0, np.int32))
-
-
-class Pages(NamedTuple):
-    """K and V of one layer of a paged cache: [pages, page_tokens, heads, dim], any strides."""
-
-    keys: Any
-    values: Any
-
-    @classmethod
-    def of(cls, cache: Any, geometry: KVGeometry, layout: Layout) -> "Pages":
-        """Views of vLLM's tensor of one layer. Raises GeometryError where the order of its values is not known."""
-        tokens, heads, dim = geometry.block_tokens, geometry.kv_heads, geometry.head_dim
-        if cache.dim() == 5:
-            return cls(*cache.unbind(0 if cache.shape[0] == 2 else 1))
-        if cache.dim() == 4 and layout.page != "vllm_cpu" and cache.shape[1:] == (heads, tokens, 2 * dim):
-            return cls(*cache.transpose(1, 2).split(dim, dim=-1))
-        if cache.dim() != 4 or layout.page != "vllm_cpu":
-            raise GeometryError(UNKNOWN)
-        planes = cache.view(len(cache), heads, 2, tokens * dim)
-        keys = planes[:, :, 0].view(-1, heads, dim, tokens).permute(0, 3, 1, 2)
-        return cls(keys, planes[:, :, 1].view(-1, heads, tokens, dim).permute(0, 2, 1, 3))
-
-    @classmethod
-    def of_rows(
-        cls, memory: Any, layer: int, dtype: Any, geometry: KVGeometry, layout: Layout, *, opaque: bool
-    ) -> "Pages":
-        """Views of a layer in the arena's rows: uint8 [rows, bytes], in host memory. opaque: as `PagedKV` has it."""
-        size, tokens, heads = geometry.layer_bytes, geometry.block_tokens, geometry.kv_heads
-        rows = torch.from_numpy(memory[:, layer * size : (layer + 1) * size]).view(dtype)
-        if layout.page == "vllm_cpu":
-            return cls.of(rows.view(len(rows), heads, tokens, -1), geometry, layout)
-        if opaque:
-            return cls(*rows.view(len(rows), tokens, heads, -1).split(geometry.head_dim, dim=-1))
-        return cls(*rows.view(len(rows), 2, tokens, heads, -1).unbind(1))
-
-
-def prove_order(cache: Any, geometry: KVGeometry, attention: Any) -> None:
-    """Lets a layer's own attention write numbered values into page 0, and looks whether `Pages` finds them in order.
-
-    cache: the layer's tensor, which nobody uses yet; it is put back. Raises GeometryError where they are not.
-    """
-    pages = Pages.of(cache, geometry, Layout())
-    numbers = torch.arange(2 * pages.keys[0].numel(), device=cache.device).view(2, *pages.keys.shape[1:])
-    before = cache.select(0 if len(pages.keys) == len(cache) else 1, 0).clone()
-    try:
-        for modulus in _MODULI:
-            keys, values = (numbers % modulus).to(cache.dtype)
-            slots = torch.arange(len(keys), device=cache.device)
-            attention.impl.do_kv_cache_update(attention, keys, values, cache, slots)
-            if not (torch.equal(pages.keys[0], keys) and torch.equal(pages.values[0], values)):
-                raise GeometryError(UNKNOWN)
-    except (AttributeError, TypeError, RuntimeError) as error:
-        raise GeometryError(f"{UNKNOWN}: {error}") from None
-    finally:
-        cache.select(0 if len(pages.keys) == len(cache) else 1, 0).copy_(before)
 
 
 class Blender:
     """Blends prompts with one loaded model. For the model runner's thread alone.
 
-    caches: vLLM's tensors, one a layer. layout: of the arena's rows. timeout_s: how long a load is waited for.
-    Raises GeometryError as `Pages.of`.
+    caches: vLLM's tensors, one a layer. layout: of the arena's rows, unless they are quantized. timeout_s: how long a
+    load is waited for. Raises GeometryError as `Pages.of`.
     """
 
     def __init__(
@@ -95,6 +39,7 @@ class Blender:
         caches: Sequence[Any],
         places: Places,
         timeout_s: float,
+        quantizer: Quantizer | None = None,
     ) -> None:
         self._model = model
         self._recipe = recipe
@@ -103,6 +48,7 @@ class Blender:
         self._layers = [Pages.of(cache, geometry, layout) for cache in caches]
         self._places = places
         self._timeout = timeout_s
+        self._quantizer = quantizer
 
     def run(self, order: Blend) -> Copying:
         """Makes the KV of an order's tokens complete: all of it is computed, or enqueued, on return.
@@ -140,7 +86,7 @@ class Blender:
         inside = place.copy(lambda *_: over, *_NOTHING)
         if inside is not over:
             return inside
-        canvas = _RowsCanvas(order, place.mover, self._layers[0].keys, self._geometry, self._layout)
+        canvas = _RowsCanvas(order, self._rows(place.mover), self._layers[0].keys, self._geometry)
         try:
             blend(self._model, self._tokens(order.tokens), canvas, 0, [], Recipe((), ()))
             over.set_result(canvas.seconds)
@@ -174,9 +120,13 @@ class Blender:
         if place.mover.by_token:
             place = place.by_token()
         elif place.mover.kv.opaque:
-            return _Read(place, parts, self._geometry, self._layout, self._layers[0].keys.dtype)
+            return _Read(place, parts, self._rows(place.mover), block)
         slots = np.concatenate([self._slots(part, order) for part in parts])
         return place.load_layers(slots, np.concatenate([part.rows for part in parts], dtype=np.int32))
+
+    def _rows(self, mover: Mover) -> ArenaRows:
+        dtype, opaque = self._layers[0].keys.dtype, mover.kv.opaque
+        return ArenaRows(mover.memory, dtype, self._geometry, self._layout, opaque=opaque, quantizer=self._quantizer)
 
     def _slots(self, part: Part, order: Blend) -> TokenSlots:
         """Where the tokens of a part's rows belong in the paged cache; none for those that it leaves out."""
@@ -191,13 +141,11 @@ class Blender:
 class _Read(Layers):
     """Parts that are read from the arena, in host memory, right into a layer's planes."""
 
-    def __init__(self, place: Place, parts: list[Part], geometry: KVGeometry, layout: Layout, dtype: Any) -> None:
+    def __init__(self, place: Place, parts: list[Part], rows: ArenaRows, block_tokens: int) -> None:
         self._over: Future[float] = Future()
         self._parts = parts
-        self._geometry = geometry
-        self._layout = layout
-        self._memory = place.mover.memory
-        self._dtype = dtype
+        self._rows = rows
+        self._block = block_tokens
         inside = place.copy(lambda *_: self._over, *_NOTHING)
         if inside is not self._over:
             raise BlendError(f"a chunk's rows cannot be read: {inside.exception()}")
@@ -207,12 +155,10 @@ class _Read(Layers):
 
     def fill(self, layer: int, planes: Planes) -> None:
         """Copies the parts' tokens into the layer's planes."""
-        pages = Pages.of_rows(self._memory, layer, self._dtype, self._geometry, self._layout, opaque=True)
         for part in self._parts:
-            rows, first = torch.tensor(part.rows), part.skipped(self._geometry.block_tokens)
-            for plane, held in zip(planes, pages, strict=True):
-                tokens = held[rows].flatten(0, 1)
-                plane[part.start : part.stop] = tokens[first : first + part.stop - part.start]
+            first = part.skipped(self._block)
+            for plane, held in zip(planes, self._rows.read(layer, part.rows), strict=True):
+                plane[part.start : part.stop] = held.flatten(0, 1)[first : first + part.stop - part.start]
 
     def end(self) -> Copying:
         self._over.set_result(0.0)
@@ -269,15 +215,13 @@ class _RowsCanvas(Canvas):
     like: a tensor of the planes' device and dtype. seconds: how long the writing took.
     """
 
-    def __init__(self, order: Learn, mover: Mover, like: Any, geometry: KVGeometry, layout: Layout) -> None:
-        self._memory, self._opaque = mover.memory, mover.kv.opaque
-        self._geometry = geometry
-        self._layout = layout
-        self._first = order.first
-        self._rows = torch.tensor(order.rows)
+    def __init__(self, order: Learn, rows: ArenaRows, like: Any, geometry: KVGeometry) -> None:
+        self._rows = rows
+        self._order = order
         blocks = order.first + len(order.rows)
         shape = (blocks * geometry.block_tokens, geometry.kv_heads, geometry.head_dim)
         self._planes = (like.new_zeros(shape), like.new_zeros(shape))
+        self._block = geometry.block_tokens
         self.seconds = 0.0
 
     def load(self, layer: int) -> Planes:  # noqa: ARG002 - the contract
@@ -285,8 +229,6 @@ class _RowsCanvas(Canvas):
 
     def finish(self, layer: int) -> None:
         started = time.monotonic()
-        dtype = self._planes[0].dtype
-        pages = Pages.of_rows(self._memory, layer, dtype, self._geometry, self._layout, opaque=self._opaque)
-        for plane, rows in zip(self._planes, pages, strict=True):
-            rows[self._rows] = plane.view(-1, *rows.shape[1:])[self._first :].cpu()
+        keys, values = (plane.unflatten(0, (-1, self._block))[self._order.first :] for plane in self._planes)
+        self._rows.write(layer, self._order.rows, Pages(keys, values))
         self.seconds += time.monotonic() - started

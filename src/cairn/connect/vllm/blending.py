@@ -9,11 +9,11 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from cairn.blend import Piece, Recipe, prelude_of, recipe_of, refuse_blending, split
+from cairn.blend import FIXED_ROPES, Piece, Recipe, prelude_of, recipe_of, refuse_blending, separator_of, split
 from cairn.config import Config
 from cairn.connect.vllm.messages import Blend, Learn, Part
 from cairn.connect.vllm.model import Served
@@ -28,6 +28,9 @@ from cairn.plan import Blend as BlendFacts
 from cairn.plan import BlendPlan
 
 logger = logging.getLogger(__name__)
+
+#: vLLM makes one table of angles for prompts of all lengths, also where others follow the prompt (NTK).
+_ROPES: Final = (*FIXED_ROPES, "ntk", "dynamic")
 
 
 class Settings(NamedTuple):
@@ -46,11 +49,9 @@ def settings_of(vllm_config: Any, served: Served, config: Config, *, tell: bool 
     if not wanted.enabled:
         return None
     try:
-        if config.storage.cpu.codec != "none":
-            raise GeometryError(f"storage.cpu.codec={config.storage.cpu.codec}: chunks are read as they are")
         _refuse(vllm_config, served)
         tokenizer = _tokenizer(vllm_config)
-        separator = _separator(tokenizer, wanted.special_str)
+        separator = separator_of(wanted.special_str, tokenizer)
         recipe = recipe_of(wanted, vllm_config.model_config.model, served.namespace.geometry.layers)
     except (GeometryError, InputError) as error:
         if tell:
@@ -71,17 +72,9 @@ def _tokenizer(vllm_config: Any) -> Any:
     return cached_tokenizer_from_config(vllm_config.model_config)
 
 
-def _separator(tokenizer: Any, text: str | None) -> Tokens:
-    if text is None:
-        return np.zeros(0, np.uint32)
-    if tokenizer is None:
-        raise GeometryError("skip_tokenizer_init leaves blending.special_str without tokens; set it to null")
-    return as_tokens(tokenizer.encode(text, add_special_tokens=False))
-
-
 def _refuse(vllm_config: Any, served: Served) -> None:
     geometry, config = served.namespace.geometry, vllm_config.model_config.hf_text_config
-    refuse_blending(config)
+    refuse_blending(config, ropes=_ROPES)
     reasons = {
         "its ranks have to agree layer by layer (tensor or pipeline parallelism), which is not built": served.ranks > 1,
         "layers with LoRA are given a step's rows only": vllm_config.lora_config is not None,
@@ -244,7 +237,7 @@ class Blending:
                 counter.add(len(some), unit="chunks")
                 counter.add(sum(piece.stop - max(piece.start, chunks.start) for piece in some), unit="tokens")
             start, layers = chunks.start, self._engine.geometry.layers
-            facts = BlendFacts(chunks.prompt, start, start, chunks.stop, pieces, *self._recipe, layers=layers)
+            facts = BlendFacts(chunks.prompt, start, chunks.stop, pieces, *self._recipe, layers=layers)
             chunks.plan = self._engine.autopilot.blend(facts)
         return chunks.plan.yes
 

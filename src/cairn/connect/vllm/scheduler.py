@@ -5,12 +5,12 @@ import os
 import time
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from cairn.config import Config
 from cairn.connect.vllm import handover
 from cairn.connect.vllm.adapters import Adapters
-from cairn.connect.vllm.blending import Blending, Settings, make_private
+from cairn.connect.vllm.blending import Blending, Missing, Settings, make_private
 from cairn.connect.vllm.events import TierEvents
 from cairn.connect.vllm.identity import extra_keys, namespace_of, reusable
 from cairn.connect.vllm.messages import Copy, Done, Orders
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from cairn.engine.vram_orders import OrderedVramStore
 
 logger = logging.getLogger(__name__)
+
+#: Chunks that requests lacked are remembered until nobody runs; up to so many.
+_MOST_LACKING: Final = 256
 
 
 class SchedulerSide:
@@ -66,6 +69,7 @@ class SchedulerSide:
         self.events = TierEvents(self.engine.watch(), self._block) if mode.events else None
         self._mode = mode
         self._blending = Blending(self.engine, blending) if blending else None
+        self._lacking: dict[bytes, Missing] = {}
         self._adapters = Adapters()
         self.blocks: Any = None
         self._tracked: dict[str, Tracked] = {}
@@ -200,7 +204,7 @@ class SchedulerSide:
         # A load that a step under way follows: vLLM would not wait for it, nor for the stores of that step.
         tracked.held = loading or bool(tracked.writings) or self._to_store(tracked) > tracked.offered
         if all(other.finished for other in self._tracked.values()):
-            tracked.held |= bool(tracked.missing)
+            tracked.held |= bool(self._lacking)
         if not tracked.held:
             del self._tracked[request.request_id]
         return tracked.held
@@ -231,6 +235,7 @@ class SchedulerSide:
         as the steps under way do. Requests that only wait get new keys when vLLM asks about them again.
         """
         self._epoch = os.urandom(16)
+        self._lacking.clear()
         if self.events:
             self.events.clear()
         for request_id, tracked in list(self._tracked.items()):
@@ -239,7 +244,7 @@ class SchedulerSide:
             if not tracked.pages:
                 del self._tracked[request_id]
                 continue
-            tracked.offered, tracked.loads, tracked.missing = 1 << 30, False, []
+            tracked.offered, tracked.loads = 1 << 30, False
 
     def close(self) -> None:
         for tracked in self._tracked.values():
@@ -314,9 +319,9 @@ class SchedulerSide:
         if tracked.chunks and not tracked.chunks.settle():
             return None
         if tracked.chunks and self._mode.writes:
-            tracked.missing = [
-                chunk for chunk in tracked.chunks.missing if len(chunk.tokens) <= self._served.step_tokens
-            ]
+            for chunk in tracked.chunks.missing:
+                if len(chunk.tokens) <= self._served.step_tokens and len(self._lacking) < _MOST_LACKING:
+                    self._lacking[chunk.chain.key(-1)] = chunk
         if tracked.chunks is None or not self._blending.take(tracked.chunks):
             tracked.blends = False
             self._drop_chunks(tracked)
@@ -456,11 +461,11 @@ class SchedulerSide:
             del self._tracked[tracked.request.request_id]
 
     def _learn(self, tracked: Tracked) -> None:
-        """Orders the next chunk that the request lacked to be computed alone: nobody waits for this step. So what is
-        stored of a chunk depends on its own tokens only.
+        """Orders the next chunk that a request lacked to be computed alone: nobody waits for this step. So what is
+        stored of a chunk depends on its own tokens only. tracked: a request that is over, for which vLLM still steps.
         """
-        while tracked.missing and not tracked.writings:
-            chunk = tracked.missing.pop(0)
+        while self._lacking and not tracked.writings:
+            chunk = self._lacking.pop(next(iter(self._lacking)))
             writing = self.engine.reserve(chunk.chain)
             if writing:
                 number = self._under_way.begin(Store(tracked.request.request_id))

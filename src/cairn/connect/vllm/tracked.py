@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cairn.connect.vllm import handover
-from cairn.connect.vllm.blending import Chunks, Missing
+from cairn.connect.vllm.blending import Chunks
 from cairn.engine.stage import Stage
 from cairn.engine.writing import Writing
 from cairn.kv import KeyChain
@@ -20,9 +20,9 @@ class Tracked:
     blocks offered for storing so far.
     computed: tokens that have KV once the step is over. finished: it is over. held: and vLLM keeps its blocks for us.
     loads: false once a load of it has failed: it is not tried again. chunks: what it will be blended from, or is.
-    missing: chunks that it lacked, to be stored when it is over. blends: false once that was found not to pay. exact:
-    its blocks from there on are no prefix's. asked, answer, ask_until: whether a remote store was asked about it, how
-    it goes, and until when that is waited for. promise: what a prefill instance has stored.
+    blends: false once that was found not to pay. exact: its blocks from there on are no prefix's. asked, answer,
+    ask_until: whether a remote store was asked about it, how it goes, and until when that is waited for. promise: what
+    a prefill instance has stored.
     """
 
     request: Any
@@ -38,7 +38,6 @@ class Tracked:
     held: bool = False
     loads: bool = True
     chunks: Chunks | None = None
-    missing: list[Missing] = field(default_factory=list)
     blends: bool = True
     exact: int = 1 << 30
     asked: bool = False

@@ -10,11 +10,12 @@ import numpy as np
 
 from cairn.config import Config
 from cairn.connect.vllm.blend_model import model_of
-from cairn.connect.vllm.blender import Blender, prove_order
+from cairn.connect.vllm.blender import Blender
 from cairn.connect.vllm.blending import Settings, no_blending
 from cairn.connect.vllm.messages import Blend, Copy, Done, Learn, Orders
 from cairn.connect.vllm.model import Served, own_arena
 from cairn.connect.vllm.movers import Copying, Layers, Mover, Polled, Rows, Timer, by_token, mover_for
+from cairn.connect.vllm.pages import prove_order
 from cairn.connect.vllm.places import Places, Refused, refused
 from cairn.connect.vllm.vram import VramError, WorkerVram
 from cairn.copy import RowMemory, TokenSlots
@@ -115,17 +116,7 @@ class WorkerSide:
         if self._config.storage.vram.size:
             self._vram = WorkerVram(self._config, self._served)
         if self._blending:
-            try:
-                attentions, layout = [self._attentions.get(name) for name in names], self._served.layout
-                model = model_of(attentions)
-                if layout.page != "vllm_cpu":
-                    prove_order(tensors[0], self._geometry, attentions[0])
-                self._blender = Blender(
-                    model, self._blending.recipe, self._geometry, layout, tensors, self._places, self._timeout
-                )
-                self._done.blends = True
-            except GeometryError as error:
-                no_blending(error)
+            self._find_model(self._blending, names, tensors)
 
     # --- a step --------------------------------------------------------------------------------------------------
 
@@ -214,6 +205,27 @@ class WorkerSide:
             self._vram.close()
 
     # --- parts ---------------------------------------------------------------------------------------------------
+
+    def _find_model(self, blending: Settings, names: list[str], tensors: list[Any]) -> None:
+        """Gets ready to blend with the model that writes these tensors, by the names of its layers, or says why not."""
+        attentions, layout = [self._attentions.get(name) for name in names], self._served.layout
+        try:
+            model = model_of(attentions)
+            if layout.page != "vllm_cpu":
+                prove_order(tensors[0], self._geometry, attentions[0])
+            self._blender = Blender(
+                model,
+                blending.recipe,
+                self._geometry,
+                layout,
+                tensors,
+                self._all_places,
+                self._timeout,
+                self._quantizer,
+            )
+            self._done.blends = True
+        except GeometryError as error:
+            no_blending(error)
 
     @property
     def _all_places(self) -> Places:
