@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cairn.cli.plan.show import amount
+from cairn.cli.plan.show import NAMES, amount
 from cairn.errors import InputError, StorageError
 from cairn.sim.advice import ENOUGH, curves, needed
 from cairn.sim.study import TIERS_TO_BUY
@@ -13,7 +13,6 @@ _COLOURS = {"dram": "#1f6fb4", "disk": "#2a9d8f", "remote": "#d1495b"}
 _MARKERS = {"dram": "o", "disk": "s", "remote": "^"}
 _WIDTHS = {"dram": 4.0, "disk": 2.0, "remote": 1.5}  # curves may lie on one another
 _STYLES = ("-", "--", ":", "-.")
-_NAMES = {"dram": "DRAM", "disk": "disk", "remote": "remote"}
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
@@ -37,7 +36,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
             "linewidth": _WIDTHS[tier],
             "marker": _MARKERS[tier],
             "markersize": 6,
-            "label": f"{_NAMES[tier]}{_kind(kind, kinds)}",
+            "label": f"{NAMES[tier]}{_kind(kind, kinds)}",
         }
         points = [row for row in curve if row[f"{tier}_bytes"]]
         x = [row[f"{tier}_total_bytes"] / 1e9 for row in points]
@@ -66,7 +65,7 @@ def _hits(axes: Any, lines: Sequence[tuple[str, Any, Any]], kinds: Sequence[Any]
         axes.axhline(curve[0]["of_possible_percent"], color="#8a8f98", linewidth=1, linestyle=":")
         best = max(row["of_possible_percent"] for row in curve)
         reached = f"{best:.0f} % at most" if size is None else f"90 % with {amount(size)}" if size else "not needed"
-        text = f"{_NAMES[tier]}{_kind(kind, kinds)}: {reached}"
+        text = f"{NAMES[tier]}{_kind(kind, kinds)}: {reached}"
         axes.text(0.02, 0.98 - 0.065 * i, text, color=colour, weight="bold", va="top", transform=axes.transAxes)
         if size:
             axes.plot([size / 1e9] * 2, [bottom, ENOUGH], color=colour, linewidth=1, linestyle=(0, (1, 2)))
