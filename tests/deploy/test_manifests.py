@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -184,6 +185,13 @@ def test_the_unit_starts_a_command_that_there_is() -> None:
     unit = (DEPLOY / "cairn-node.service").read_text()
     (line,) = re.findall(r"^ExecStart=/usr/bin/env cairn (.+)$", unit, re.MULTILINE)
     check_cairn(shlex.split(line))
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no `systemd-analyze`")
+def test_systemd_takes_the_unit() -> None:
+    command = ["systemd-analyze", "verify", "--man=no", str(DEPLOY / "cairn-node.service")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert ran.stderr == ""
 
 
 def test_the_compose_file_fits_together(tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ def test_vllm_takes_the_options_that_are_shown(block: Block) -> None:
 def log(tmp_path: Path) -> Path:
     """Of a chat, whose answer is told, and of a completion, whose answer is not."""
     handler = logging.FileHandler(tmp_path / "vllm.log")
-    handler.setFormatter(NewLineFormatter(_FORMAT, datefmt=_DATE_FORMAT, log_level="DEBUG"))
+    form = _FORMAT.replace("%(vllm_process_name)s", "APIServer")  # which a server's start puts into records
+    handler.setFormatter(NewLineFormatter(form, datefmt=_DATE_FORMAT, log_level="DEBUG"))
     logger = logging.getLogger(request_logger.__name__)
     before = logger.level
     logger.addHandler(handler)
