@@ -13,6 +13,9 @@ _KEY = (
     "good: requests a second within the SLO; SLO: % of the requests within it, * if enough; cost: of an hour"
 )
 
+#: Columns that the table may take: in a narrow terminal its lines wrap, and no figure is cut.
+_WIDTH = 160
+
 NAMES = {"dram": "DRAM", "disk": "disk", "remote": "remote"}
 
 
@@ -26,6 +29,7 @@ def amount(size: float) -> str:
 
 def show_plan(result: Mapping[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, _WIDTH)
     demand = result["demand"]
     console.print(
         f"{result['trace']}: {result['requests']:,} requests at {demand['rate']:.3g}/s, "
