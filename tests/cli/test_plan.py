@@ -28,10 +28,11 @@ def test_a_plan_in_every_form(run: Run, tmp_path: Path) -> None:
     assert [one["tier"] for one in result["needed_for_90_percent"]] == ["remote"]
     assert "<svg" in picture.read_text()
 
-    shown = run("plan", SLICE, *options).stdout
-    assert "remote alone: 90 % of the possible hits" in shown
+    shown = run("plan", SLICE, *options, "--codec", "none", "--codec", "cachegen-high").stdout
+    assert "remote alone, cachegen-high: 90 % of the possible hits" in shown
     assert "cheapest fleet" in shown
     assert "4 TB" in shown
+    assert "…" not in shown
 
 
 def test_a_trace_is_repeated_and_every_combination_tried(run: Run, tmp_path: Path) -> None:

@@ -2,14 +2,19 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from cairn.config import Config, load_config
 from tests.docs.commands import check, check_cairn
@@ -17,6 +22,8 @@ from tests.docs.pages import ROOT
 
 DEPLOY = ROOT / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
+DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MANIFESTS = [path for path in sorted(KUBERNETES.glob("*.yaml")) if path.name != "kustomization.yaml"]
 
 
@@ -44,14 +51,49 @@ def test_the_dockerfile_lints() -> None:
     subprocess.run([linter, "--failure-threshold", "style", DEPLOY / "Dockerfile"], check=True, timeout=60)
 
 
-def test_the_dockerfile_copies_and_installs_what_there_is() -> None:
-    text = (DEPLOY / "Dockerfile").read_text()
-    for line in re.findall(r"^COPY (?!--from)(.+)$", text, re.MULTILINE):
-        assert [part for part in line.split()[:-1] if not (ROOT / part).exists()] == []
-    extras = re.search(r"^ARG EXTRAS=(\S+)$", text, re.MULTILINE)
+def test_the_dockerfile_copies_what_its_build_needs() -> None:
+    """Nothing that is not there, all that pyproject.toml names, and no more than is let into the build's context."""
+    copied = {
+        part for line in re.findall(r"^COPY (?!--from)(.+)$", DOCKERFILE, re.MULTILINE) for part in line.split()[:-1]
+    }
+    assert [part for part in copied if not (ROOT / part).exists()] == []
+    hatch = PYPROJECT["tool"]["hatch"]
+    needed = [PYPROJECT["project"]["readme"], *PYPROJECT["project"]["license-files"], hatch["version"]["path"]]
+    for path in ("pyproject.toml", *needed, *hatch["build"]["targets"]["wheel"]["packages"]):
+        assert {path, path.partition("/")[0]} & copied, path
+    ignored, *let_in = (DEPLOY / "Dockerfile.dockerignore").read_text().split()
+    assert ignored == "*"
+    assert {path.removeprefix("!") for path in let_in if path.startswith("!")} == copied
+
+
+def test_what_the_image_installs_is_pinned_and_fits_together() -> None:
+    """All that its extras need, and all that those need, in the versions of constraints.txt."""
+    extras = re.search(r"^ARG EXTRAS=(\S+)$", DOCKERFILE, re.MULTILINE)
     assert extras
-    assert check(f"pip install 'cairn-kv[{extras[1]}]'") == 1
-    assert "USER 10001:10001\nENTRYPOINT" in text
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = {canonicalize_name(name): pin for name, _, pin in (line.partition("==") for line in lines) if pin}
+    wanted = [Requirement(f"cairn-kv[{extras[1]}]")]
+    seen: set[str] = set()
+    while wanted:
+        one = wanted.pop()
+        if str(one) in seen:
+            continue
+        seen.add(str(one))
+        if one.name != "cairn-kv":
+            assert pins[canonicalize_name(one.name)] in one.specifier, one
+        needs = map(Requirement, metadata.requires(one.name) or ())
+        wanted += [
+            need
+            for need in needs
+            if not need.marker or any(need.marker.evaluate({"extra": extra}) for extra in ("", *one.extras))
+        ]
+    assert len(seen) > 30
+
+
+def test_the_dockerfile_starts_a_command_that_there_is_as_nobody_else() -> None:
+    entry = re.search(r'USER 10001:10001\nENTRYPOINT \["(.+)"\]\nCMD \["--help"\]\n$', DOCKERFILE)
+    assert entry
+    assert entry[1] in PYPROJECT["project"]["scripts"]
 
 
 @pytest.mark.parametrize("version", ["1.28", "1.37"])
@@ -145,12 +187,16 @@ def test_the_unit_starts_a_command_that_there_is() -> None:
     check_cairn(shlex.split(line))
 
 
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no `systemd-analyze`")
+def test_systemd_takes_the_unit() -> None:
+    command = ["systemd-analyze", "verify", "--man=no", str(DEPLOY / "cairn-node.service")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert ran.stderr == ""
+
+
 def test_the_compose_file_fits_together(tmp_path: Path) -> None:
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
-    services, targets = (
-        compose["services"],
-        re.findall(r" AS (\S+)$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE),
-    )
+    services, targets = compose["services"], re.findall(r" AS (\S+)$", DOCKERFILE, re.MULTILINE)
     config = config_of((DEPLOY / "cairn.yaml").read_text(), tmp_path)
     assert int(services["node"]["shm_size"].removesuffix("gb")) << 30 > config.storage.cpu.size
     for name, service in services.items():
@@ -161,7 +207,9 @@ def test_the_compose_file_fits_together(tmp_path: Path) -> None:
         for volume in service.get("volumes", []):
             source = volume.partition(":")[0]
             assert source in compose["volumes"] or (DEPLOY / source).is_file()
-        if service.get("entrypoint", ["cairn"]) == ["cairn"] and name != "etcd":
+        if "entrypoint" in service:
+            assert check(shlex.join([*service["entrypoint"], *service["command"]])) == 1
+        elif name != "etcd":
             check_cairn(service["command"])
             files = [part for part in service["command"] if part.startswith("/run/secrets/")]
             assert {Path(part).name for part in files} == {*service.get("secrets", [])}

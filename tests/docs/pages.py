@@ -1,17 +1,19 @@
 """The pages of the documentation and their code blocks.
 
 A block's language says what becomes of it in the tests: `python` is run, `console` is run and its output compared,
-`bash` has its command lines checked, `yaml` must be a file that Cairn or Kubernetes takes, `text` is prose.
+`bash` has its command lines checked, `yaml` must be a file that Cairn or Kubernetes takes, `json` a trace that it can
+read, `text` is prose.
 """
 
 import re
 from pathlib import Path
+from textwrap import dedent
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
-_BLOCK = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(r"^( *)```([^\n`]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _TITLE = re.compile(r'title="([^"]+)"')
 
 
@@ -31,10 +33,10 @@ class Block(NamedTuple):
 def blocks(page: Path) -> list[Block]:
     text, found = page.read_text(), []
     for match in _BLOCK.finditer(text):
-        language, _, rest = match[1].partition(" ")
+        language, _, rest = match[2].partition(" ")
         title = _TITLE.search(rest)
         line = text.count("\n", 0, match.start()) + 1
-        found.append(Block(page, line, language, title[1] if title else "", match[2]))
+        found.append(Block(page, line, language, title[1] if title else "", dedent(match[3])))
     return found
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,18 @@ import yaml
 
 from cairn.cli.up.spec import ClusterSpec
 from cairn.config import Config, load_config
+from cairn.sim.logs import open_trace
 from tests.cluster.etcd import free_ports
 from tests.docs.commands import check, check_cairn
 from tests.docs.given import GIVEN, REPLACED
-from tests.docs.pages import BLOCKS, PAGES, Block, blocks, of
+from tests.docs.pages import BLOCKS, PAGES, ROOT, Block, blocks, of
 
 DEADLINE_S = 120.0
 _SECTIONS = {*Config.model_fields}
 
 
 def test_every_block_has_a_language_that_is_checked() -> None:
-    known = {"python", "console", "bash", "yaml", "text"}
+    known = {"python", "console", "bash", "yaml", "json", "text"}
     assert [f"{block} {block.language!r}" for block in BLOCKS if block.language not in known] == []
 
 
@@ -59,6 +61,13 @@ def test_files_are_what_they_are_taken_for(block: Block, tmp_path: Path) -> None
             path = tmp_path / "cairn.yaml"
             path.write_text(block.text)
             load_config(path, environ={})
+
+
+@pytest.mark.parametrize("block", of("json"), ids=str)
+def test_logs_are_read_as_they_are_shown(block: Block, tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text(block.text)
+    assert len(open_trace(path, block_tokens=1)) == len(block.text.splitlines())
 
 
 _LARGE = re.compile(r"\b\d+( << 30|GiB\b)")
@@ -94,7 +103,7 @@ def test_python_runs(page: Path, names: Callable[[Path], dict[str, Any]]) -> Non
 
 @pytest.mark.parametrize("page", pages_with("console"), ids=lambda page: page.name)
 def test_sessions_go_as_they_are_shown(page: Path, tmp_path: Path) -> None:
-    """All of a page's, in one shell, in a directory with the files that the page shows."""
+    """All of a page's, in one shell, in a directory with the files that the page shows, and a short trace."""
     ports = dict(zip(("9888", "8600"), map(str, free_ports(2)), strict=True))
     steps: list[tuple[str, str]] = []
     for block in blocks(page):
@@ -102,6 +111,8 @@ def test_sessions_go_as_they_are_shown(page: Path, tmp_path: Path) -> None:
             (tmp_path / block.title).write_text(moved(block.text, ports))
         if block.language == "console":
             steps += sessions(block)
+    with (ROOT / "tests" / "data" / "conversation_2000.jsonl").open() as trace:
+        (tmp_path / "conversation_trace.jsonl").write_text("".join(islice(trace, 50)))
     if page.name == "fleet.md":
         steps.insert(0, (FOLLOWED, ""))
     script = "trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT\nexec 2>&1\n"

@@ -2,7 +2,9 @@
 
 import re
 
+from cairn.config.autopilot import PRESETS
 from cairn.observe.reasons import Reason
+from cairn.plan import Kind, Why
 from tests.docs.pages import PAGES, ROOT
 
 _NAME = re.compile(r"\bcairn_[a-z_]+[a-z]\b(?!/)")
@@ -38,10 +40,30 @@ def test_every_claim_about_others_has_a_source_with_a_date() -> None:
     figures = [row[3] for row in tables["Figures measured side by side"]]
     cells = [cell for row in tables["Side by side"] for cell in row[2:] if cell]
     assert min(map(len, (better, figures, cells))) > 5
+    ours = {row[0]: row[1] for row in tables["Side by side"]}
+    assert [claim for claim, cell in ours.items() if not re.search(r"\]\([a-z-]+\.md", cell)] == []
     for claim in (*better, *figures, *cells):
         named = re.findall(r"\[(\w\d?)\]", claim)
         assert named, claim
         assert {*named} <= {*sources}, claim
+
+
+def test_the_autopilots_page_has_every_preset_decision_and_reason() -> None:
+    parts = re.split(r"^## ", (ROOT / "docs" / "autopilot.md").read_text(), flags=re.MULTILINE)
+    tables = {part.splitlines()[0]: rows_of(part) for part in parts}
+
+    def named(table: str) -> set[str]:
+        return {name for row in tables[table] for name in re.findall(r"`([\w-]+)`", row[0])}
+
+    head = re.search(r"^\| preset \| (.+) \|$", parts[1], re.MULTILINE)
+    assert head
+    shown = {re.findall(r"`([\w-]+)`", row[0])[0]: row[1:] for row in tables["The scenario table"]}
+    columns = head[1].split(" | ")
+    assert {name: dict(zip(columns, row, strict=True)) for name, row in shown.items()} == {
+        name: pins for name, pins in PRESETS.items() if name != "auto"
+    }
+    assert named("Decisions") == {*map(str, Kind)}
+    assert named("Reasons") == {*map(str, Why)}
 
 
 def rows_of(text: str) -> list[list[str]]:

@@ -83,6 +83,10 @@ def test_how_large_a_tier_has_to_be() -> None:
     assert needed([row(of_possible_percent=95.0)], "dram") == 0
     other = row(remote_bytes=5, remote_total_bytes=5, of_possible_percent=50.0)
     assert list(curves([*curve, other], "dram").values()) == [curve]
+    coded = [{**one, "codec": "zip"} for one in curve]
+    assert list(curves([*curve, *coded], "dram").values()) == [curve]
+    remote = [row(remote_bytes=size, codec=codec) for codec in ("none", "zip") for size in (0, 5)]
+    assert [part[0]["codec"] for part in curves(remote, "remote").values()] == ["none", "zip"]
     beside = [{**one, "disk_bytes": 7} for one in curve]
     assert list(curves(beside, "dram").values()) == [beside]
     assert [(one["tier"], one["total_bytes"]) for one in needed_by_tier([*curve, other])] == [

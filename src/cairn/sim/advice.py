@@ -33,13 +33,14 @@ def instances(trace: Trace, machine: Machine, demand: Demand) -> int:
 
 def curves(rows: Sequence[Row], tier: str) -> dict[tuple[Any, ...], list[Row]]:
     """By number of instances, policy, codec and scheduler: fleets that differ in `tier` alone, the smallest first. The
-    other tiers are as small as any simulated: most often empty.
+    other tiers are as small as any simulated: most often empty. A codec is the remote tier's: of others there is one.
     """
     others = [f"{name}_bytes" for name in TIERS_TO_BUY if name != tier]
     least = [min(row[name] for row in rows) for name in others]
     found: dict[tuple[Any, ...], list[Row]] = {}
+    codecs = {row["codec"] for row in rows} if tier == "remote" else {rows[0]["codec"]}
     for row in rows:
-        if [row[name] for name in others] == least:
+        if row["codec"] in codecs and [row[name] for name in others] == least:
             found.setdefault(tuple(row[name] for name in _KINDS), []).append(row)
     return {kind: sorted(part, key=lambda row: row[f"{tier}_bytes"]) for kind, part in found.items() if len(part) > 1}
 

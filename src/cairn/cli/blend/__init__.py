@@ -20,7 +20,7 @@ app = typer.Typer(
 def check(
     model: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A model in Hugging Face format.")],
     prompts: Annotated[int, typer.Option(min=2, help="RAG prompts of real texts, chunks in permuted order.")] = 24,
-    most_kl: Annotated[float, typer.Option(min=0, help="Nats a token of the answer that it may cost.")] = 0.1,
+    most_kl: Annotated[float, typer.Option(min=0, help="Nats a token of the answer that it may cost.")] = 0.15,
     file: Annotated[Path | None, typer.Option(help="YAML file, whose section `blending` is checked.")] = None,
     settings: Settings = [],  # noqa: B006 (typer copies it)
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cairn.cli.plan.show import amount
+from cairn.cli.plan.show import NAMES, amount
 from cairn.errors import InputError, StorageError
 from cairn.sim.advice import ENOUGH, curves, needed
 from cairn.sim.study import TIERS_TO_BUY
@@ -13,7 +13,8 @@ _COLOURS = {"dram": "#1f6fb4", "disk": "#2a9d8f", "remote": "#d1495b"}
 _MARKERS = {"dram": "o", "disk": "s", "remote": "^"}
 _WIDTHS = {"dram": 4.0, "disk": 2.0, "remote": 1.5}  # curves may lie on one another
 _STYLES = ("-", "--", ":", "-.")
-_NAMES = {"dram": "DRAM", "disk": "disk", "remote": "remote"}
+_FONT = 10  # points, in lines that take _LINE of the axes' height
+_LINE = 0.065
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
@@ -37,7 +38,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
             "linewidth": _WIDTHS[tier],
             "marker": _MARKERS[tier],
             "markersize": 6,
-            "label": f"{_NAMES[tier]}{_kind(kind, kinds)}",
+            "label": f"{NAMES[tier]}{_kind(kind, kinds)}",
         }
         points = [row for row in curve if row[f"{tier}_bytes"]]
         x = [row[f"{tier}_total_bytes"] / 1e9 for row in points]
@@ -60,20 +61,22 @@ def _hits(axes: Any, lines: Sequence[tuple[str, Any, Any]], kinds: Sequence[Any]
     """The share of the possible hits, where each curve crosses 90 %, and how much that is, in words."""
     low = min(row["of_possible_percent"] for _, _, curve in lines for row in curve)
     bottom = max(0.0, low - 5)
+    each = _line_height(len(lines))
     axes.axhline(ENOUGH, color="black", linewidth=1, linestyle=(0, (4, 3)))
     for i, (tier, kind, curve) in enumerate(lines):
         colour, size = _COLOURS[tier], needed(curve, tier)
         axes.axhline(curve[0]["of_possible_percent"], color="#8a8f98", linewidth=1, linestyle=":")
         best = max(row["of_possible_percent"] for row in curve)
         reached = f"{best:.0f} % at most" if size is None else f"90 % with {amount(size)}" if size else "not needed"
-        text = f"{_NAMES[tier]}{_kind(kind, kinds)}: {reached}"
-        axes.text(0.02, 0.98 - 0.065 * i, text, color=colour, weight="bold", va="top", transform=axes.transAxes)
+        text = f"{NAMES[tier]}{_kind(kind, kinds)}: {reached}"
+        words = {"color": colour, "weight": "bold", "size": _FONT * each / _LINE, "va": "top"}
+        axes.text(0.02, 0.98 - each * i, text, transform=axes.transAxes, **words)
         if size:
             axes.plot([size / 1e9] * 2, [bottom, ENOUGH], color=colour, linewidth=1, linestyle=(0, (1, 2)))
             axes.plot(
                 size / 1e9, ENOUGH, _MARKERS[tier], color=colour, markersize=10, markeredgecolor="black", zorder=5
             )
-    axes.set_ylim(bottom, 102 + 7 * len(lines))
+    axes.set_ylim(bottom, bottom + (102 - bottom) / (0.97 - each * len(lines)))  # curves stay below the words
     axes.set_yticks([tick for tick in range(0, 101, 10) if tick >= bottom])
     axes.set_ylabel("% of the possible hits")
     axes.set_title("What reaches 90 % of the possible hits", loc="left", weight="bold")
@@ -88,7 +91,13 @@ def _ttft(axes: Any, result: Mapping[str, Any], lines: Sequence[tuple[str, Any, 
     axes.set_ylim(0, 1.15 * max(slo, *(row["ttft_p95_s"] for _, _, curve in lines for row in curve)))
     axes.set_ylabel("seconds")
     axes.set_title("Time to the first token, p95", loc="left", weight="bold")
-    axes.legend(loc="lower left", frameon=False)
+    size = _FONT * _line_height(len(lines)) / _LINE
+    axes.legend(loc="lower left", framealpha=0.8, edgecolor="none", fontsize=size, handlelength=3)
+
+
+def _line_height(lines: int) -> float:
+    """Of the words on the left, in heights of the axes: they take half of it at most."""
+    return min(_LINE, 0.5 / lines)
 
 
 def _kind(kind: tuple[Any, ...], kinds: Sequence[tuple[Any, ...]]) -> str:

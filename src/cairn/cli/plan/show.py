@@ -13,6 +13,11 @@ _KEY = (
     "good: requests a second within the SLO; SLO: % of the requests within it, * if enough; cost: of an hour"
 )
 
+#: Columns that the table may take: in a narrow terminal its lines wrap, and no figure is cut.
+_WIDTH = 160
+
+NAMES = {"dram": "DRAM", "disk": "disk", "remote": "remote"}
+
 
 def amount(size: float) -> str:
     """Bytes in decimal units, as they are bought."""
@@ -24,6 +29,7 @@ def amount(size: float) -> str:
 
 def show_plan(result: Mapping[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, _WIDTH)
     demand = result["demand"]
     console.print(
         f"{result['trace']}: {result['requests']:,} requests at {demand['rate']:.3g}/s, "
@@ -54,12 +60,12 @@ def needs(result: Mapping[str, Any]) -> list[str]:
         kind = "".join(f", {one[name]}{' instances' * (name == 'instances')}" for name in kinds)
         each = f" ({amount(size / hosts)} a host)" if size and one["tier"] != "remote" and hosts > 1 else ""
         reached = "not with any size" if size is None else f"with {amount(size)}{each}" if size else "without it"
-        lines.append(f"{one['tier']} alone{kind}: 90 % of the possible hits {reached}")
+        lines.append(f"{NAMES[one['tier']]} alone{kind}: 90 % of the possible hits {reached}")
     return lines
 
 
 def _describe(row: Mapping[str, Any]) -> str:
-    tiers = [f"{amount(row[f'{tier}_bytes'])} {tier}" for tier in TIERS_TO_BUY if row[f"{tier}_bytes"]]
+    tiers = [f"{amount(row[f'{tier}_bytes'])} {NAMES[tier]}" for tier in TIERS_TO_BUY if row[f"{tier}_bytes"]]
     cost = f", {row['cost_per_hour']:,.2f} an hour" if row["cost_per_hour"] else ""
     return f"{row['instances']} instances, {' + '.join(tiers) or 'no tiers'}, {row['policy']}, {row['codec']}{cost}"
 
