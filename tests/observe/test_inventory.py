@@ -147,7 +147,7 @@ def test_every_metric_moves_in_a_test(pages: Mapping[str, Page]) -> None:
 
 def _named(metric: str) -> str:
     bare = re.sub("^cairn_(tier_)?|_total$", "", metric)
-    return rf'\b({metric}|{bare}_total|Reason\.{bare.upper()}|metrics\.{bare})\b|"{bare}"'
+    return rf'\b({metric}(_count|_sum)?|{bare}_total|Reason\.{bare.upper()}|metrics\.{bare})\b|"{bare}"'
 
 
 def _is_tiers(one: Described) -> bool:
