@@ -11,6 +11,9 @@ import pytest
 from tests.cluster.engine import Engine
 from tests.cluster.etcd import DEADLINE_S, Cluster, etcd, needs_etcd
 
+from cairn.cluster import HostNode, Keys, Replica
+from cairn.cluster.values import encode
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 CAIRN = [sys.executable, "-c", "from cairn.cli import main; main()"]
@@ -54,7 +57,7 @@ def test_an_engine_is_registered_shown_and_forgotten(run: Run, cluster: Cluster)
             assert first.stdout.readline() == f"a: registered as {shown['incarnation']}\n"
             first.kill()
             assert next(one for one in events if one["event"] != "changed")["event"] == "left"
-            assert listing(run, cluster) == {"instances": {}, "replicas": {}}
+            assert listing(run, cluster) == {"instances": {}, "replicas": {}, "nodes": {}}
             lasting = [*register[:-1], "cluster.lease_s=300", "--http", engine.url]
             with subprocess.Popen(lasting, stdout=subprocess.PIPE, text=True) as second:
                 rejoined = next(events)
@@ -70,10 +73,17 @@ def test_an_engine_is_registered_shown_and_forgotten(run: Run, cluster: Cluster)
 
 
 @needs_etcd
-def test_the_table_is_for_people(run: Run, cluster: Cluster) -> None:
-    ended = run("cluster", "list", "--etcd-addr", cluster.endpoints[0], "--namespace", "empty")
+def test_replicas_and_nodes_are_listed_in_a_table_for_people(run: Run, cluster: Cluster) -> None:
+    keys = Keys("people")
+    node = HostNode(incarnation="1", name="10.0.0.1:8700", peers="tcp://10.0.0.1:8700")
+    replica = Replica(incarnation="2", name="s", http="http://10.0.0.2:9888")
+    cluster.members[0].put(keys.node("10.0.0.1:8700"), encode(node).decode())
+    cluster.members[0].put(keys.replica("s"), encode(replica).decode())
+    ended = run("cluster", "list", "--etcd-addr", cluster.endpoints[0], "--namespace", "people")
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "cairn cluster list" in ended.stdout
+    assert "tcp://10.0.0.1:8700" in ended.stdout
+    assert "http://10.0.0.2:9888" in ended.stdout
 
 
 AT_NOWHERE = ("--etcd-addr", "127.0.0.1:1")

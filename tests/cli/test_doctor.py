@@ -30,6 +30,8 @@ from cairn.cluster import Events, Instance, Keys
 from cairn.cluster.values import encode
 from cairn.config import Config, load_config
 from cairn.fleet.publisher import Publisher
+from cairn.observe.metrics import Metrics
+from cairn.observe.prometheus import MetricsCollector
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -302,6 +304,13 @@ def test_finds_engine_unreachable(doctor: Doctor, two: Any) -> None:
     assert doctor(*SMALL, *options).keys() == {"engine-unreachable"}
 
 
+def names_blocks_after(engine: Engine, revision: str, geometry: str) -> None:
+    """As Cairn tells in an engine's /metrics."""
+    metrics = Metrics()
+    metrics.identity.add(1, 1, model="tiny", revision=revision, geometry=geometry)
+    engine.metrics.registry.register(MetricsCollector(metrics))
+
+
 @needs_etcd
 def test_finds_engines_differ(doctor: Doctor, two: Any) -> None:
     engines, publishers, options = two
@@ -313,6 +322,12 @@ def test_finds_engines_differ(doctor: Doctor, two: Any) -> None:
     assert doctor(*SMALL, *options) == {}
     engines[1].metrics.block_size("16")
     assert doctor(*SMALL, *options) == {"engines-differ": "block size of tiny: 32 (a), 16 (b)"}
+    engines[1].metrics.block_size("32")
+    names_blocks_after(engines[0], "xxh3:1", "30 layers")
+    names_blocks_after(engines[1], "xxh3:2", "32 layers")
+    assert doctor(*SMALL, *options) == {
+        "engines-differ": "revision of tiny: xxh3:1 (a), xxh3:2 (b); geometry of tiny: 30 layers (a), 32 layers (b)"
+    }
 
 
 def test_finds_engines_that_are_to_differ(tmp_path: Path) -> None:

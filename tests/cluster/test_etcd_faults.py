@@ -112,6 +112,7 @@ def test_a_frozen_leader_costs_a_few_seconds(three: Cluster) -> None:
                 changes = await asyncio.wait_for(anext(watch), 10)
                 assert [change.key for change in changes] == ["/f/b"]
                 assert registry.metrics.cluster_watch_resumes.value() == 1
+                assert registry.metrics.cluster_failovers.value() >= 1
             finally:
                 leader.signal(signal.SIGCONT)
 

@@ -96,7 +96,10 @@ def test_an_instance_joins_reports_changes_and_leaves(within: Within) -> None:
         assert isinstance(events[3], Changed)
         assert (events[3].before.instance.role, events[3].member.instance.role) == (Role.MIX, Role.DECODE)
         assert len(late) == 1
-        assert registry.metrics.cluster_internal.value() == 0
+        metrics = registry.metrics
+        assert metrics.cluster_internal.value() == 0
+        assert metrics.cluster_joined.value() == metrics.cluster_left.value() >= 1
+        assert metrics.cluster_requests.value() >= 1
 
     within(body)
 

@@ -71,6 +71,13 @@ def test_every_alert_has_a_case_where_it_fires_and_one_where_it_does_not() -> No
     assert {case["alertname"] for case in cases if not case["exp_alerts"]} == named
 
 
+@pytest.mark.parametrize("told", sorted({one["series"] for test in TESTS for one in test["input_series"]}))
+def test_what_the_cases_are_made_of_is_there(told: str) -> None:
+    """An alert that fires on series which no process exports would say nothing."""
+    name, _, labels = told.partition("{")
+    assert {*re.findall(r"(\w+)=", labels)} <= series()[name]
+
+
 @needs_promtool
 def test_a_case_that_expects_wrongly_fails(tmp_path: Path) -> None:
     """promtool is not one that passes whatever is in the file."""

@@ -66,6 +66,13 @@ def test_dram_disk_and_remote_each_give_their_part(tmp_path: Path) -> None:
         at_rest(engine)
 
 
+def test_what_waits_for_a_store_is_bounded(tmp_path: Path) -> None:
+    with shared(tmp_path, 4, **{"storage.remote.linger_s": 100}) as engine:
+        assert [stored(engine, prompt(seed, 3 * BLOCK)) for seed in (1, 2)] == [3 * BLOCK] * 2
+        assert engine.metrics.skipped_tokens.value(tier="remote", reason="backpressure") == 3 * BLOCK
+        assert engine.get_stats()["tiers"]["remote"]["write_queue_blocks"] == 3  # type: ignore[index,call-overload]
+
+
 def test_a_growing_prompt_is_stored_in_whole_objects(tmp_path: Path) -> None:
     """Block after block, as decoding makes them: what ends the prompt is stored once it grows no more."""
     tokens = prompt(3, 130)

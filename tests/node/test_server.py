@@ -119,6 +119,17 @@ def test_rules_of_calls(peers: Callable[[], Peer], what: Callable[[Peer], wire.R
     assert one.match(keys_of(0, 3)) == 0
 
 
+def test_a_bug_costs_one_call_and_is_counted(tmp_path: Path) -> None:
+    with thread_node(address_in(tmp_path), **{"storage.cpu.size": ROWS * SLOT}) as running:
+        peer = Peer(address_in(tmp_path)).hello()
+        running.node._handlers[wire.Match] = lambda *_: 1 / 0
+        refused = peer.ask(wire.Match, wire.raw_of(keys_of(50, 1)))
+        assert isinstance(refused, wire.Refused)
+        assert "its log says how" in refused.why
+        assert peer.figures()["node"]["failed_calls_total"] == 1
+        peer.close()
+
+
 def test_another_version_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with thread_node(address_in(tmp_path), **{"storage.cpu.size": ROWS * SLOT}):
         monkeypatch.setattr(wire, "_HEAD", bytes([wire.VERSION + 1]))
@@ -142,6 +153,7 @@ def test_what_a_silent_client_holds_is_taken_back(peers: Callable[[], Peer]) -> 
     assert isinstance(silent.commit(2, 4), wire.Gone), "nor publish what it had begun"
     assert other.match(keys_of(11, 4)) == 0
     assert not silent.gate.exists()
+    assert other.figures()["node"]["expired_sessions_total"] >= 1
 
 
 def test_rows_are_nobody_elses_while_a_silent_client_may_write(peers: Callable[[], Peer]) -> None:
@@ -273,6 +285,7 @@ def test_clients_find_the_next_node_and_its_disk_is_warm(tmp_path: Path) -> None
         assert engine.metrics.miss_tokens.value(reason="node_away") > 0
         second = ProcessNode(address_in(tmp_path), **settings_of)
         linked(engine)
+        assert engine.get_stats()["tiers"]["node"]["losses_total"] == 1  # type: ignore[index,call-overload]
         assert retrieved(engine, tokens, timeout=10) == 40
         assert engine.metrics.hit_tokens.value(tier="disk") == 40
         assert retrieved(engine, tokens) == 40

@@ -1,16 +1,20 @@
 """Spans of a request, through a real gateway and an engine in processes of their own, as a collector has them."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.engine.pages import GEOMETRY
+from cairn.observe import trace
+from tests.engine.pages import GEOMETRY, make_engine, prompt, retrieved, stored
 from tests.observe.collector import Collector
+from tests.serve.gateway.running import Engine as MockEngine
 from tests.serve.gateway.running import Gateway, Process
-from tests.serve.running import until
+from tests.serve.running import Service, until
 
 PROMPT = "Prefill once, reuse anywhere. " * 4
 
@@ -92,6 +96,51 @@ def test_a_request_that_fails_ends_its_spans(collector: Collector, gateway: Gate
     assert "status" not in spans["cairn.serve"].attributes
 
 
+def test_a_prefill_elsewhere_is_in_the_trace(collector: Collector, engine: Process) -> None:
+    """Its engine's spans are below it, and not below that of the engine that decodes."""
+    apart = "dd" * 16
+    options = ["--backend", f"p={engine.said.split()[0]},role=prefill", "--set", "serve.policy=round_robin"]
+    environ = traced(collector) | {"CAIRN_SERVE__ADMIN_KEY": "boss"}
+    with (
+        MockEngine(model="m") as decode,
+        Gateway(*options, "--backend", f"d={decode.url},role=decode", **environ) as gateway,
+    ):
+        gateway.wait_for("p", "d")
+        ask(gateway, apart, PROMPT + "?")
+        spans = collector.wait_for(apart, "cairn.serve", "cairn.engine", "cairn.prefill", "cairn.load")
+        told = decode.seen()["requests"][-1]["headers"]["traceparent"]
+    assert spans["cairn.prefill"].parent == spans["cairn.engine"].span
+    assert spans["cairn.load"].parent == spans["cairn.prefill"].span
+    assert told.split("-")[1:3] == [apart, spans["cairn.engine"].span]
+    assert [spans[name].attributes["instance"] for name in ("cairn.engine", "cairn.prefill")] == ["d", "p"]
+
+
+def test_the_index_is_part_of_its_askers_trace(collector: Collector) -> None:
+    asking = "1d" * 16
+    with Service("--no-rpc", **traced(collector)) as index:
+        index.client.headers["traceparent"] = f"00-{asking}-00000000000000aa-01"
+        index.score(token_ids=[1, 2, 3])
+        span = collector.wait_for(asking, "cairn.score")["cairn.score"]
+    assert (span.service, span.parent, span.attributes["request"]) == ("cairn-index", "00000000000000aa", "score")
+
+
+def test_lookups_and_decisions_are_in_the_trace(
+    collector: Collector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
+    monkeypatch.setattr(trace, "_otel", None)
+    asking = "10" * 16
+    remote = {"storage.remote.url": f"file://{tmp_path}", "observe.otlp_endpoint": collector.endpoint}
+    with make_engine(32, **remote) as engine:
+        stored(engine, prompt(1, 40))
+        with trace.joined({"traceparent": f"00-{asking}-00000000000000aa-01"}):
+            assert retrieved(engine, prompt(1, 60)) == 40
+        spans = collector.wait_for(asking, "cairn.lookup", "cairn.load", "cairn.decide")
+    assert spans["cairn.lookup"].parent == spans["cairn.load"].parent == "00000000000000aa"
+    assert spans["cairn.lookup"].attributes["blocks"] == 15
+    assert spans["cairn.decide"].attributes["kind"] == "load"
+
+
 def test_layerwise_stats_of_the_engine(engine: Process, gateway: Gateway) -> None:
     ask(gateway, "aa" * 16, PROMPT + "!")
     found = httpx.get(f"{engine.said.split()[1]}/api/v1/layerwise/stats", timeout=60).json()
@@ -101,6 +150,10 @@ def test_layerwise_stats_of_the_engine(engine: Process, gateway: Gateway) -> Non
         assert one["waits"] >= one["loads"]
         assert one["load_seconds"] > 0
         assert one["wait_seconds"] >= 0
+    page = httpx.get(f"{engine.said.split()[1]}/metrics", timeout=60).text
+    loaded = re.search(r"^cairn_layerwise_load_latency_seconds_count (\S+)", page, re.MULTILINE)
+    assert loaded
+    assert float(loaded[1]) == sum(one["loads"] for one in found["layers"])
 
 
 def test_who_does_not_trace_does_not_import_it() -> None:

@@ -14,6 +14,8 @@ import httpx
 import numpy as np
 
 DEADLINE_S = 60.0
+#: A first start compiles kernels.
+START_S = 180.0
 RUN = "from cairn.cli import main; main()"
 
 
@@ -31,14 +33,14 @@ class Service:
             env=clean | {"CAIRN_INDEX__REQUEST_S": "50"} | environ,  # the first chat imports what renders it
         )
         self.lines: list[str] = []
-        line = self.line()
+        line = self.line(START_S)
         assert line.startswith("cairn index: HTTP on http://"), line
         self.http, _, self.rpc = line.removeprefix("cairn index: HTTP on http://").strip().partition(", gRPC on ")
         self.client = httpx.Client(base_url=f"http://{self.http}", timeout=DEADLINE_S)
 
-    def line(self) -> str:
+    def line(self, timeout_s: float = DEADLINE_S) -> str:
         assert self.process.stdout is not None
-        assert select.select([self.process.stdout], [], [], DEADLINE_S)[0], "nothing printed"
+        assert select.select([self.process.stdout], [], [], timeout_s)[0], "nothing printed"
         self.lines.append(self.process.stdout.readline())
         return self.lines[-1]
 

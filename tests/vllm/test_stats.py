@@ -38,6 +38,7 @@ def samples(page: bytes) -> set[str]:
 def test_the_page_is_that_of_cairn_itself() -> None:
     """Taken piece by piece, over the wire, and by an engine that follows another in this process."""
     metrics, takes = Metrics(), []
+    metrics.identity.add(1, 1, model="m", revision="xxh3:1", geometry="2 layers")
     figures = {"resident_blocks": 3.0, "evicted_blocks_total": 0.0}
     metrics.watch("dram", lambda: dict(figures))
     source = StatsSource(metrics)

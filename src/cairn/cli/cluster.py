@@ -19,7 +19,7 @@ app = typer.Typer(
     callback=help_if_alone,
     invoke_without_command=True,
     rich_markup_mode=None,
-    help="Show the instances and replicas that are registered in etcd.",
+    help="Show the instances, replicas and nodes that are registered in etcd.",
 )
 
 ConfigFile = Annotated[
@@ -39,7 +39,7 @@ def list_members(
     settings: Settings = [],  # noqa: B006 (typer copies it)
     as_json: _Json = False,
 ) -> None:
-    """List the instances with their last reports, and the service's replicas.
+    """List the instances with their last reports, the service's replicas, and the nodes that answer peers.
 
     \b
     Example:
@@ -88,17 +88,22 @@ def cluster_config(etcd_addr: str | None, namespace: str | None, config: Path | 
 
 
 async def _listing(cluster: "Cluster") -> dict[str, Any]:
-    from cairn.cluster import Directory, Keys, Replicas, open_registry
+    from cairn.cluster import Directory, HostNodes, Keys, Replicas, open_registry
 
     keys = Keys(cluster.namespace)
     async with open_registry(cluster) as registry:
         await registry.range(keys.instances)  # so that what is wrong ends in one line
-        async with Directory(registry, keys) as directory, Replicas(registry, keys) as replicas:
-            if not (await directory.wait(cluster.timeout_s) and await replicas.wait(cluster.timeout_s)):
+        async with (
+            Directory(registry, keys) as directory,
+            Replicas(registry, keys) as replicas,
+            HostNodes(registry, keys) as nodes,
+        ):
+            if not all([await one.wait(cluster.timeout_s) for one in (directory, replicas, nodes)]):
                 _not_in_time(cluster)
             return {
                 "instances": {name: _figures(member) for name, member in sorted(directory.members.items())},
-                "replicas": {name: _plain(one) for name, one in sorted(replicas.replicas.items())},
+                "replicas": {name: _plain(one) for name, one in sorted(replicas.values.items())},
+                "nodes": {name: _plain(one) for name, one in sorted(nodes.values.items())},
             }
 
 

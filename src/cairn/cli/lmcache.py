@@ -236,7 +236,8 @@ _WHY_NOT: Final[dict[tuple[str, ...], str]] = {
         "enable_xpyd",
         "transfer_channel",
     ): "`cairn serve` sends prefill and decode to engines by their role; KV goes by a shared node or remote store",
-    ("enable_p2p", "p2p_", "peer_", "mp_"): "engines of a host share a node (node.address), hosts a remote store",
+    ("enable_p2p", "p2p_", "peer_", "mp_"): "engines of a host share a node (node.address), and nodes of several hosts "
+    "read from each other (node.peers)",
     ("enable_controller", "controller_", "lmcache_"): "`cairn register` and cluster.etcd_addr make engines known",
     ("external_lookup",): "`cairn index` follows KV events and answers who holds what",
     ("internal_api", "enable_chunk_stat", "chunk_stat"): "metrics are on vLLM's /metrics; see `cairn inspect`, too",

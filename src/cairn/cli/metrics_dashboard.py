@@ -75,7 +75,12 @@ ROWS: Final[dict[str, tuple[Panel, ...]]] = {
         Panel("Batches under way", "short", _level("cairn_tier_batches_under_way", "tier")),
         Panel("Blocks that wait to be written", "short", _level("cairn_tier_write_queue_blocks", "tier")),
         Panel("Failures by reason", "short", _rate("cairn_failures_total", "tier", "reason")),
-        Panel("Open circuit breakers", "short", _level("cairn_tier_breaker_open", "instance", "tier", of="max")),
+        Panel(
+            "Open circuit breakers",
+            "short",
+            _level("cairn_tier_breaker_open", "instance", "tier", of="max"),
+            (_level("cairn_tier_write_breaker_open", "instance", "tier", of="max")[0], "{{instance}} {{tier}} stores"),
+        ),
         Panel("Decoding an object", "s", *_both("cairn_decompression_duration_seconds", "tier"), alert=0.25),
         Panel("Compression", "short", _level("cairn_compression_ratio", "tier", of="avg")),
         Panel("Loading one layer", "s", *_both("cairn_layerwise_load_latency_seconds"), alert=0.05),

@@ -18,34 +18,41 @@ _USAGE: Final = ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc")
 _TTFT: Final = "vllm:time_to_first_token_seconds"
 _TPOT: Final = ("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds")
 _PROMPT: Final = "vllm:prompt_tokens_total"
-_CACHE: Final = "vllm:cache_config_info"
+#: Gauges whose labels are what an engine says of itself: vLLM, and Cairn in it.
+_INFO: Final = ("vllm:cache_config_info", "cairn_engine_info")
 
 
 class Scrape(NamedTuple):
     """sums: samples by name, added up over their labels (data-parallel ranks). peaks: their maxima.
 
-    block_tokens: 0: not told. cache: of its tiers, see `cache_metrics`.
+    says: of itself, by label (`block_size`, `revision`, `geometry`). cache: of its tiers, see `cache_metrics`.
     """
 
     sums: Mapping[str, float]
     peaks: Mapping[str, float]
-    block_tokens: int
+    says: Mapping[str, str]
     cache: Figures
+
+    @property
+    def block_tokens(self) -> int:
+        """0: not told."""
+        told = self.says.get("block_size", "")
+        return int(told) if told.isdigit() else 0
 
 
 def parse(text: str) -> Scrape:
     """A scrape in Prometheus' text format. Raises ValueError where it is none."""
     sums: dict[str, float] = {}
     peaks: dict[str, float] = {}
-    block_tokens = 0
+    says: dict[str, str] = {}
     wanted = "\n".join(filter(_wanted, text.splitlines())) + "\n"
     samples = [sample for family in text_string_to_metric_families(wanted) for sample in family.samples]
     for sample in samples:
-        if sample.name == _CACHE and sample.labels.get("block_size", "").isdigit():
-            block_tokens = int(sample.labels["block_size"])
+        if sample.name in _INFO:
+            says |= sample.labels
         sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
         peaks[sample.name] = max(peaks.get(sample.name, sample.value), sample.value)
-    return Scrape(sums, peaks, block_tokens, figures_of(samples))
+    return Scrape(sums, peaks, says, figures_of(samples))
 
 
 class LoadMeter:
@@ -94,4 +101,4 @@ def _count(value: float) -> int:
 
 def _wanted(line: str) -> bool:
     """Histograms' buckets are most of a scrape, and not needed."""
-    return line.startswith(("vllm:", *WANTED)) and "_bucket{" not in line
+    return line.startswith(("vllm:", *_INFO, *WANTED)) and "_bucket{" not in line

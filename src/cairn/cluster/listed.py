@@ -69,5 +69,7 @@ class Replicas(Listed[Replica]):
 class HostNodes(Listed[HostNode]):
     """The hosts' nodes, under `Keys.node`."""
 
-    def __init__(self, registry: Registry, keys: Keys, on_change: Callable[[Mapping[str, HostNode]], None]) -> None:
+    def __init__(
+        self, registry: Registry, keys: Keys, on_change: Callable[[Mapping[str, HostNode]], None] = lambda _: None
+    ) -> None:
         super().__init__(registry, keys.nodes, HostNode, on_change)

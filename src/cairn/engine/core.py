@@ -103,6 +103,9 @@ class EngineCore:
         for policy in {self.config.storage.cpu.policy, self.config.storage.disk.policy}:
             rehearse(POLICIES[policy])
         self.metrics = Metrics()
+        g = self.geometry
+        shape = f"{g.layers} layers, {g.planes}x{g.kv_heads}x{g.head_dim} {g.dtype}"
+        self.metrics.identity.add(1, 1, model=namespace.model, revision=namespace.revision, geometry=shape)
         self.layer_times = LayerTimes(self.geometry.layers, self.metrics.layerwise)
         self.cost = CostModel()
         self.autopilot = Autopilot(

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from cairn.observe.reasons import Reason
+from cairn.observe.reasons import TIERS_REASONS
 
 #: The meaning of every figure that a tier, the node or a client of it reports; names end in `_total` where they grow.
 TIER_FIGURES: Final[dict[str, str]] = {
@@ -62,4 +62,4 @@ TIER_FIGURES: Final[dict[str, str]] = {
     "connected": "1: the engine has a session at the node.",
     "links_total": "Sessions begun at the node.",
     "losses_total": "Sessions lost.",
-} | {f"{reason}_total": f"Blocks not read or not written: {reason}." for reason in Reason}
+} | {f"{reason}_total": f"Blocks not read or not written: {reason}." for reason in TIERS_REASONS}

@@ -186,6 +186,8 @@ class Metrics(Counted):
     """Everything one engine counts. Thread-safe."""
 
     def __init__(self) -> None:
+        #: A gauge that is 1, which is how Prometheus has texts.
+        self.identity = Ratio("engine_info", "1: what its blocks are named after.", "model", "revision", "geometry")
         self.lookups = Ticks("lookups", "Requests looked up.")
         self.hit_tokens = Counter("hit_tokens", "Tokens served from a tier.", "tier")
         self.miss_tokens = Counter("miss_tokens", "Tokens asked for and not served, by reason.", "reason")

@@ -1,6 +1,7 @@
 """Why a block was not served, not stored or not moved. Every miss has one of these, and every one is counted."""
 
 from enum import StrEnum
+from typing import Final
 
 
 class Reason(StrEnum):
@@ -26,3 +27,15 @@ class Reason(StrEnum):
     OWNER_GONE = "owner_gone"  # the process in whose VRAM it was is gone, or has taken its segment back
     INTERNAL = "internal"  # a bug in Cairn; the log has it once
     CLOSED = "closed"  # the engine is shutting down
+
+
+_ENGINES: Final = (
+    Reason.BACKPRESSURE,
+    Reason.CHEAPER_TO_RECOMPUTE,
+    Reason.PINNED,
+    Reason.PARTIAL_BLOCK,
+    Reason.NODE_AWAY,
+    Reason.OWNER_GONE,
+)
+#: Those that a tier below DRAM has for a block; an engine alone has the others.
+TIERS_REASONS: Final = tuple(reason for reason in Reason if reason not in _ENGINES)

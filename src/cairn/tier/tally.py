@@ -5,17 +5,17 @@ from collections import Counter
 from concurrent.futures import Future
 from typing import Final
 
-from cairn.observe.reasons import Reason
+from cairn.observe.reasons import TIERS_REASONS, Reason
 from cairn.tier.base import Outcomes
 
 _TRAFFIC: Final = ("read_blocks", "read_bytes", "written_blocks", "written_bytes", "dropped_blocks")
 
 
 class Tally:
-    """Counters by name, those of every reason and of every kind of traffic from zero on. Thread-safe."""
+    """Counters by name, those of every reason of tiers and of every kind of traffic from zero on. Thread-safe."""
 
     def __init__(self) -> None:
-        self._counts = Counter({f"{reason}_total": 0 for reason in Reason} | dict.fromkeys(_TRAFFIC, 0))
+        self._counts = Counter({f"{reason}_total": 0 for reason in TIERS_REASONS} | dict.fromkeys(_TRAFFIC, 0))
         self._lock = threading.Lock()
 
     def add(self, **amounts: int) -> None:

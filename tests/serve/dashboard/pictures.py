@@ -1,5 +1,6 @@
 """Makes docs/images/dashboard-*.png anew, of `examples/dashboard.yaml` after some minutes: `make pictures`."""
 
+import hashlib
 import io
 import signal
 import subprocess
@@ -10,16 +11,24 @@ from pathlib import Path
 
 import yaml
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from selenium import webdriver
 
+from cairn.serve.dashboard import page_files
 from tests.serve.dashboard.browser import chromium, prefer, resize
 from tests.serve.running import RUN
 
 _ROOT = Path(__file__).parents[3]
+IMAGES = _ROOT / "docs" / "images"
 _TRAFFIC_S = 240
 _COLORS = 256
 #: Name, width in pixels, height (0: the whole page), colours.
 _PICTURES = (("light", 1280, 0, "light"), ("dark", 1280, 0, "dark"), ("360", 360, 1400, "light"))
+
+
+def page_digest() -> str:
+    """What a picture carries as its text `page`, so that one of another page than today's is found out."""
+    return hashlib.blake2s(b"".join(one.body for _, one in sorted(page_files().items()))).hexdigest()
 
 
 def take(browser: webdriver.Chrome, width: int, height: int, scheme: str) -> Image.Image:
@@ -34,6 +43,8 @@ def take(browser: webdriver.Chrome, width: int, height: int, scheme: str) -> Ima
 
 def make(directory: Path, traffic_s: float) -> None:
     """Of a cluster that is started for it, on ports and in a directory of its own."""
+    info = PngInfo()
+    info.add_text("page", page_digest())
     with tempfile.TemporaryDirectory(prefix="cairn-") as home:
         told = yaml.safe_load((_ROOT / "examples" / "dashboard.yaml").read_text())
         told["config"]["serve"]["http_server_port"] = 0
@@ -49,10 +60,10 @@ def make(directory: Path, traffic_s: float) -> None:
                 with chromium() as browser:
                     browser.get(ready.partition("dashboard: ")[2].partition(";")[0])
                     for name, *how in _PICTURES:
-                        take(browser, *how).save(directory / f"dashboard-{name}.png", optimize=True)
+                        take(browser, *how).save(directory / f"dashboard-{name}.png", optimize=True, pnginfo=info)
             finally:
                 cluster.send_signal(signal.SIGINT)
 
 
 if __name__ == "__main__":
-    make(_ROOT / "docs" / "images", float(sys.argv[1]) if len(sys.argv) > 1 else _TRAFFIC_S)
+    make(IMAGES, float(sys.argv[1]) if len(sys.argv) > 1 else _TRAFFIC_S)

@@ -1,10 +1,13 @@
 """What a board tells: history out of counts, one snapshot for all, both bounded."""
 
+import re
 from typing import Any, Final
 
 import msgspec
 import pytest
+from PIL import Image
 
+from cairn.observe.reasons import Reason
 from cairn.serve.dashboard.base import (
     PERIOD_S,
     SAMPLES,
@@ -18,6 +21,8 @@ from cairn.serve.dashboard.base import (
 )
 from cairn.serve.dashboard.board import Board
 from cairn.serve.dashboard.pages import page_files, since_of
+from cairn.serve.gateway import shown
+from tests.serve.dashboard.pictures import IMAGES, page_digest
 
 NOBODY: Final = Served(0, 0, [], [])
 
@@ -133,3 +138,18 @@ def test_the_page_is_small_and_needs_nothing_from_elsewhere() -> None:
     for body in found.values():
         assert b"https://" not in body
         assert b"http://" not in body.replace(b"http://www.w3.org/", b"")
+
+
+def test_the_page_knows_tiers_and_reasons_by_their_names() -> None:
+    script = page_files()["/dashboard/dashboard.js"].body.decode()
+    lines = dict(re.findall(r"^const (\w+) = (.*)", script, re.MULTILINE))
+    assert re.findall(r"(\w+): ", lines["TIERS"]) == [*shown._ORDER]
+    told = re.findall(r"(\w+): ", lines["WHY"]) + re.findall(r'"(\w+)"', lines["FAULTS"])
+    assert {*told} <= {*map(str, Reason)}
+
+
+def test_the_pictures_in_the_documentation_are_of_this_page() -> None:
+    found = {path.name: Image.open(path).info.get("page") for path in IMAGES.glob("dashboard-*.png")}
+    assert found == dict.fromkeys(["dashboard-360.png", "dashboard-dark.png", "dashboard-light.png"], page_digest()), (
+        "make pictures"
+    )

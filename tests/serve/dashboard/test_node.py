@@ -6,9 +6,12 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from selenium.webdriver.common.keys import Keys
 
 from tests.engine.pages import BLOCK, SLOT, make_engine, stored
 from tests.node.rig import ProcessNode, address_in
+from tests.serve.dashboard.browser import chromium, complaints, requested
+from tests.serve.dashboard.page import Page, fits
 from tests.serve.running import DEADLINE_S, until
 
 KEY = "CAIRN_OBSERVE__HTTP_TOKEN"
@@ -64,3 +67,34 @@ def test_a_node_shows_its_pools_and_what_they_move(node: tuple[str, str]) -> Non
             return any("disk" in one.get("store_bytes", {}) for one in client.get(state).json()["samples"])
 
         until(moved, "what was written")
+
+
+def test_somebody_with_the_key_looks_at_a_node(node: tuple[str, str]) -> None:
+    address, url = node
+    with chromium() as browser, make_engine(32, **{"node.address": address}) as engine:
+        page = Page(browser, url)
+        until(lambda: page.js("document.activeElement.id") == "token", "that it asks for the key")
+        assert "observe.http_token" in page.js("document.activeElement.placeholder")
+        fits(page)
+        page.press("guess", Keys.ENTER)
+        until(page.shows("#refused", "not the right one"), "that the key is wrong")
+        complaints(browser)  # the console tells of both refusals
+        page.js("document.querySelector('#token').value = ''")
+        page.press("secret", Keys.ENTER)
+        assert stored(engine, np.arange(10 * BLOCK)) == 10 * BLOCK
+        until(page.shows("#tiers", "10 blocks"), "what the node holds")
+        assert {"DRAM", "Disk"} <= {*page.text("#tiers").split()}
+        assert page.text("#instances").split()[:2] == ["Pools", "1"]
+        assert page.js("[...document.querySelectorAll('#tiles b')].map((one) => one.innerText)") == [
+            "Loaded",
+            "Clients",
+        ]
+        assert page.text("#kind") == "node"
+        fits(page)
+        assert not complaints(browser)
+        assert {one.split("/")[2] for one in requested(browser)} == {url.split("/")[2]}
+        page.js("sessionStorage.clear()")
+        open_by_link = Page(browser, f"{url}#token=secret")
+        browser.refresh()  # another part behind # alone loads nothing anew
+        until(open_by_link.shows("#connection", "live"), "the key out of the address")
+        assert "secret" not in browser.current_url

@@ -12,10 +12,7 @@ from typing import Any, Self
 import httpx
 
 from tests.cluster.etcd import free_ports
-from tests.serve.running import DEADLINE_S, RUN, until
-
-#: A first start compiles kernels.
-START_S = 180.0
+from tests.serve.running import DEADLINE_S, RUN, START_S, until
 
 
 class Process:

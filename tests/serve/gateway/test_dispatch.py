@@ -14,6 +14,7 @@ from cairn.plan.schedule.base import Ask, Choice, InstanceView, Send, Shed, Wait
 from cairn.serve.gateway.base import Prompt
 from cairn.serve.gateway.dispatch import Dispatch, RefusedError
 from cairn.serve.gateway.members import Members
+from cairn.serve.gateway.metrics import GatewayMetrics
 
 PROMPT = Prompt(100, {})
 
@@ -103,6 +104,25 @@ def test_refusals_say_when_to_come_again(
         with pytest.raises(RefusedError, match=says) as caught:
             await Dispatch(members, scheduler(members), config, shed).place(ask(0), "m", ())
         assert (caught.value.status, caught.value.retry_after_s) == (status, after)
+
+    asyncio.run(main())
+
+
+def test_refusals_and_requests_under_way_are_counted() -> None:
+    async def main() -> None:
+        config = Serve()
+        members = members_of(config, "a")
+        metrics = GatewayMetrics(members)
+
+        def shown() -> set[str]:
+            return {line for line in metrics.exposition().decode().splitlines() if line.endswith((" 1.0", " 100.0"))}
+
+        with members.flight(members.members["a"], PROMPT):
+            figures = ("cairn_serve_running", 1.0), ("cairn_serve_queued_tokens", 100.0), ("cairn_serve_ready", 1.0)
+            assert {f'{name}{{instance="a"}} {value}' for name, value in figures} <= shown()
+        with pytest.raises(RefusedError):
+            await Dispatch(members, Sheds(members), config, metrics.shed.inc).place(ask(0), "m", ())
+        assert "cairn_serve_shed_total 1.0" in shown()
 
     asyncio.run(main())
 

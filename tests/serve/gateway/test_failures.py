@@ -82,13 +82,16 @@ def test_what_cannot_be_gone_on_with_ends_with_an_error(bench: Bench, more: dict
     with ExitStack() as stack:
         dying, other = (stack.enter_context(one) for one in bench.engines(model, {"stall_after": 3}, {}))
         only(bench, dying, other)
-        found = []
+        found, broken = [], bench.gateway.metric("cairn_serve_broken_total")
+        failures = bench.gateway.metric("cairn_serve_engine_failures_total")
         with bench.gateway.client.stream("POST", "/v1/completions", json=body_of(model, "", **more)) as answer:
             for event in events(answer):
                 found.append(event)
                 if len(found) == 3:
                     only(bench, other, dying)
                     dying.kill()
+        assert bench.gateway.metric("cairn_serve_broken_total") == broken + 1
+        assert bench.gateway.metric("cairn_serve_engine_failures_total") == failures + 1
     assert [bool(text_of(event)) for event in found] == [True] * 3 + [False] * 2
     assert found[3] is not None
     assert "the answer ends here" in found[3]["error"]["message"]

@@ -112,7 +112,10 @@ def test_frozen_and_thawed(victim: Victim) -> None:
         assert time.monotonic() - begun < 0.5 + 2 * LIMITS.timeout_s + GRACE_S
         for _ in range(3):
             in_time(tier, keys)
-        assert tier.stats()["breaker_open"] == 1
+        stats = tier.stats()
+        assert stats["breaker_open"] == 1
+        if "free_lanes" in stats:
+            assert stats["abandoned_calls_total"] >= 1
         victim.server.thaw()
         resumes(tier, lambda: set(in_time(tier, keys)) == {None})
         assert stored(tier, others)
@@ -273,4 +276,14 @@ def test_the_longest_unused_files_go_first(tmp_path: Path) -> None:
         tier._machine.known.clear()
         kept = [ask(tier, keys) == PACK for keys in prompts]
         assert kept == [False] * 6 + [True] * 4
-        assert tier.stats()["resident_bytes"] <= 5 * 21_000
+        stats = tier.stats()
+        assert (stats["resident_bytes"] <= 5 * 21_000, stats["swept_objects_total"]) == (True, 6)
+
+
+def test_writes_that_give_way_to_loads_are_counted(tmp_path: Path) -> None:
+    with opened(Place(f"file://{tmp_path}/shared", "files")) as tier:
+        share = tier._machine.share
+        share.begin_load()
+        write(tier, fresh(PACK), timeout=0.2)
+        share.end_load(0)
+        assert tier.stats()["held_back_writes_total"] == 1

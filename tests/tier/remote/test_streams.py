@@ -198,6 +198,8 @@ def test_a_broken_object_is_dropped_and_a_part_of_one_can_be_read(tmp_path: Path
     target = Rows(memory(3), np.array([2, 0, 1], np.int32))
     assert one.read(keys, 1, target, deadline=soon()).result(60) == [None] * 3
     assert np.array_equal(target.memory[[2, 0, 1]], rows[1:4])
+    assert one.stats()["decompressed_objects_total"] == 1
+    assert one.stats()["decompression_seconds_total"] > 0
     name = one._machine.packing.name(keys[3].tobytes()).decode()
     path = next(tmp_path.rglob(name.split("/")[-1]))
     path.write_bytes(path.read_bytes()[:-1])

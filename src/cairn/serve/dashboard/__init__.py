@@ -1,4 +1,4 @@
-"""The web page that shows a cluster, a node or an index live, and the JSON that it draws."""
+"""The web page that shows a cluster or a node live, and the JSON that it draws."""
 
 from cairn.serve.dashboard.board import Board
 from cairn.serve.dashboard.pages import PAGE, STATE, page_files, since_of

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from cairn.observe.log import log_once
+from cairn.observe.trace import begin
 from cairn.serve.gateway.asked import Asked, edited
 from cairn.serve.gateway.base import Headers, Prompt, UpstreamError
 from cairn.serve.gateway.members import Member
@@ -47,9 +48,10 @@ async def prefilled(
         changes["max_completion_tokens"] = 1
     patience_s = relay.config.first_token_s
     try:
-        with relay.members.flight(member, prompt) as flight:
+        with begin("cairn.prefill", instance=member.name) as asking, relay.members.flight(member, prompt) as flight:
             relay.prompts.sent(prompt, member.name)
-            answer = await member.pool.post(asked.path.encode(), headers, edited(body, changes), patience_s)
+            path, headers = asked.path.encode(), asking.headers(headers)
+            answer = await member.pool.post(path, headers, edited(body, changes), patience_s)
             try:
                 told = bytearray()
                 while data := await answer.read(patience_s):

@@ -17,7 +17,7 @@ from cairn.serve.gateway.members import Member, Members
 _GONE_S: Final = 600.0
 _GONE: Final = 16
 _NOTHING: Final = Counts({}, {}, {}, {})
-_ORDER: Final = {tier: place for place, tier in enumerate(("vram", "dram", "disk", "remote"))}
+_ORDER: Final = {tier: place for place, tier in enumerate(("vram", "dram", "disk", "peer", "remote"))}
 
 
 class ClusterShown:

@@ -48,10 +48,11 @@ def engine_unreachable(config: Config, engines: Sequence[Engine]) -> Iterator[Fo
     Severity.ERROR,
     why="Weights, dtype and block size are part of every block's name, so engines that differ share nothing, "
     "though one name stands for both; and a client gets one model's answers or the other's.",
-    fix="the same {trait} for all engines of {model}, or another served name (--served-model-name)",
+    fix="the same {trait} for all engines of {model} (engine.model_revision names weights that are copies of each "
+    "other), or another served name (--served-model-name)",
 )
 def engines_differ(config: Config, engines: Sequence[Engine]) -> Iterator[Found]:
-    """Engines of one model name with different block sizes, weights, dtypes or lengths."""
+    """Engines of one model name with different block sizes, weights, revisions of them, geometries or dtypes."""
     seen: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for one in engines:
         for trait, value in one.traits.items():

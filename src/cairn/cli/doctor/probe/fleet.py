@@ -99,12 +99,18 @@ async def _ask(instance: Instance, token: str | None) -> _Asked:
     except (HttpError, InputError) as error:
         return _Asked(engine._replace(fault=str(error)), [], False)
     told = _model(models)
-    block, root = scrape.block_tokens or instance.block_tokens, Path(str(told.get("root", "")))
+    block = scrape.block_tokens or instance.block_tokens
+    traits = {
+        "block size": str(block or ""),
+        "weights": Path(str(told.get("root", ""))).name,
+        "revision": scrape.says.get("revision", ""),
+        "geometry": scrape.says.get("geometry", ""),
+    }
     prompts, tokens = (scrape.sums.get(f"vllm:request_prompt_tokens_{part}", 0.0) for part in ("count", "sum"))
     longest = told.get("max_model_len")
     engine = engine._replace(
         model=instance.model or str(told.get("id", "")),
-        traits=({"block size": str(block)} if block else {}) | ({"weights": root.name} if root.name else {}),
+        traits={name: value for name, value in traits.items() if value},
         block_tokens=block,
         longest=longest if isinstance(longest, int) else 0,
         prompts=int(prompts),

@@ -5,7 +5,8 @@ import { ago, amount, bytes, clock, joined, median, number, percent, seconds } f
 import { instances, prefixes, tiers } from "./panels.js";
 
 const WINDOW_S = 600, RATE_S = 60, LONGEST_PAUSE_S = 30, ANSWER_S = 10;
-const TIERS = { vram: "VRAM", dram: "DRAM", disk: "Disk", remote: "Remote" };
+const TIERS = { vram: "VRAM", dram: "DRAM", disk: "Disk", peer: "Peers", remote: "Remote" };
+const ORDER = Object.keys(TIERS);
 const WHY = { absent: "why1", cheaper_to_recompute: "why2", partial_block: "why3" };
 const FAULTS = new Set(["corrupt", "foreign", "io_error", "timeout", "breaker_open", "node_away", "owner_gone", "internal"]);
 
@@ -114,7 +115,7 @@ function tell(before, now) {
 // --- charts ---------------------------------------------------------------------------------------------------------
 
 const order = (keys) => [...new Set(keys)].sort((a, b) => rank(a) - rank(b));
-const rank = (tier) => (Object.keys(TIERS).indexOf(tier) + 5) % 5;
+const rank = (tier) => (tier in TIERS ? ORDER.indexOf(tier) : ORDER.length);
 const keysOf = (found, ...fields) => found.flatMap((span) => span.samples).flatMap((one) => fields.flatMap((field) => Object.keys(one[field] ?? {})));
 const rate = (field, key) => (span) => over(span.samples, field, key) / span.seconds;
 const asked = (found) => sum(found.map((one) => total(one.hit_tokens) + total(one.missed_tokens)));
