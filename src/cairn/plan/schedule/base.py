@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
+import msgspec
+
 from cairn.plan.cost import CostModel
 from cairn.plan.role import Role
 
@@ -22,8 +24,7 @@ TTFT_SLO_S: Final = 2.0
 TBT_SLO_S: Final = 0.1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
+class Ask(msgspec.Struct, frozen=True, kw_only=True):
     """A request that looks for its instance.
 
     id: names the request in all calls, unique among those in flight. held: by instance, tokens of the prompt by the
@@ -35,7 +36,7 @@ class Ask:
     id: str
     prompt_tokens: int
     arrived: float
-    held: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    held: Mapping[str, Mapping[str, int]] = msgspec.field(default_factory=dict)
     ttft_slo_s: float = TTFT_SLO_S
     tbt_slo_s: float = TBT_SLO_S
     max_tokens: int = 0

@@ -74,10 +74,10 @@ class Asked:
     @property
     def tokens(self) -> int:
         """About how many tokens the prompt has."""
-        raw = self.prompt
-        if not self.chat and raw[:1] == b"[" and raw[1:2] != b'"':
-            return raw.count(b",") + 1
-        return len(raw) // _TOKEN_BYTES
+        head, size = self.beginning(2)
+        if not self.chat and head[:1] == b"[" and head[1:] != b'"':
+            return self.prompt.count(b",") + 1
+        return size // _TOKEN_BYTES
 
     @property
     def text(self) -> str | None:

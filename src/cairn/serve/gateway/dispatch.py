@@ -82,7 +82,7 @@ class Dispatch:
         choice = self.scheduler.choose(ask, [member.view for member in able], now)
         if isinstance(choice, Send):
             self._members.wake()  # there may be room for more than one
-            by_name = {member.name: member for member in able}
+            by_name = self._members.members
             first = choice.prefill_on if choice.prefill_on != choice.instance_id else None
             return Placed(choice, by_name[choice.instance_id], by_name[first] if first else None), 0.0
         if isinstance(choice, Wait):

@@ -18,14 +18,14 @@ Pieces = tuple[tuple[int, int], ...]
 
 def pieces(prompt: bytes) -> Pieces:
     """(digest of everything up to here, bytes up to here), piece by piece; a rest that fills none is left out."""
-    view, found = memoryview(prompt), list[tuple[int, int]]()
-    at, size, digest = 0, _FIRST, 0
-    while at + size <= len(prompt):
-        digest = xxhash.xxh3_64_intdigest(view[at : at + size], digest)
-        at += size
-        found.append((digest, at))
-        if len(found) % _ALIKE == 0:
-            size = min(2 * size, _LARGEST)
+    found, whole = list[tuple[int, int]](), len(prompt)
+    at, size, digest, alike = 0, _FIRST, 0, 0
+    while (end := at + size) <= whole:
+        digest = xxhash.xxh3_64_intdigest(prompt[at:end], digest)
+        found.append((digest, end))
+        at, alike = end, alike + 1
+        if alike == _ALIKE:
+            alike, size = 0, min(2 * size, _LARGEST)
     return tuple(found)
 
 
@@ -41,21 +41,24 @@ class Guesses:
         found: dict[str, int] = {}
         reached = last = self._sent.get(prompt[0][0], ()) if prompt else ()
         before = 0
-        for digest, end in prompt:
+        for digest, end in prompt if reached else ():
             names = self._sent.get(digest, ())
             if names != last:  # nearly never: what begins alike was sent alike
                 found |= {name: before for name in reached if name not in names}
                 reached, last = tuple(name for name in reached if name in names), names
-            if not reached:
-                return found
+                if not reached:
+                    return found
             before = end
         return found | dict.fromkeys(reached, before)
 
     def sent(self, prompt: Pieces, instance: str) -> None:
-        sent = self._sent
+        sent, only = self._sent, (instance,)
         for digest, _ in reversed(prompt):  # the end goes before what it hangs from
-            names = sent.get(digest, ())
-            if not names or names[0] != instance:
+            names = sent.get(digest)
+            if names is None:
+                sent[digest] = only
+                continue
+            if names[0] != instance:
                 sent[digest] = (instance, *(name for name in names if name != instance))[:_SENT_TO]
             sent.move_to_end(digest)
         while len(sent) > self._room:

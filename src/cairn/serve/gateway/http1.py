@@ -57,9 +57,11 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._pool: Pool | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._patience_s = self._until = 0.0
+        self._timer: asyncio.TimerHandle | None = None  # of the wait that is over first; later ones set it anew
         self._body: list[bytes] = []
         self._waiting = self._head = 0
-        self._complete = self._paused = self._to_the_end = False
+        self._complete = self._paused = self._to_the_end = self._keeps = False
         self._failure: UpstreamError | None = None
 
     @property
@@ -76,7 +78,7 @@ class Connection(asyncio.Protocol):
         self._transport.write(data)
         try:
             while not self.status:
-                await self._wait(timeout_s)
+                await self._change(timeout_s)
         except BaseException:
             self.close()
             raise
@@ -84,7 +86,7 @@ class Connection(asyncio.Protocol):
 
     async def read(self, timeout_s: float) -> bytes:
         while not self._body and not self._complete:
-            await self._wait(timeout_s)
+            await self._change(timeout_s)
         if not self._body:
             self._finish()
             return b""
@@ -117,6 +119,8 @@ class Connection(asyncio.Protocol):
         if self._to_the_end and error is None and not self._complete:
             self._complete = True
             self._wake()
+        if self._timer is not None:
+            self._timer.cancel()
         self._fail("closed", "the engine ended the connection")
 
     def data_received(self, data: bytes) -> None:
@@ -145,7 +149,8 @@ class Connection(asyncio.Protocol):
             self.headers = []
             return
         self.status = status
-        framed = any(name in (b"content-length", b"transfer-encoding") for name, _ in self.headers)
+        heads = dict(self.headers)
+        framed = b"content-length" in heads or b"transfer-encoding" in heads
         self._to_the_end = not framed and status not in (204, 304)
 
     def on_body(self, body: bytes) -> None:
@@ -153,34 +158,43 @@ class Connection(asyncio.Protocol):
         self._waiting += len(body)
 
     def on_message_complete(self) -> None:
-        self._complete = self.status != 0
+        self._complete, self._keeps = self.status != 0, self._parser.should_keep_alive()
 
     def _finish(self) -> None:
         """Back to the pool, where the engine keeps the connection."""
         if self.done:
             return
         self.done = True
-        if self._pool is not None and self._failure is None and not self._to_the_end and self._keeps():
+        if self._pool is not None and self._failure is None and not self._to_the_end and self._keeps:
             self._pool.give_back(self)
         else:
             self.abandon()
 
-    def _keeps(self) -> bool:
-        return not any(name == b"connection" and value.lower() == b"close" for name, value in self.headers)
-
-    async def _wait(self, timeout_s: float) -> None:
+    def _change(self, timeout_s: float) -> "asyncio.Future[None]":
+        """Comes with whatever comes next. Raises UpstreamError where nothing will."""
         if self._failure is not None:
             raise self._failure
         self._waiter = self._loop.create_future()
-        timer = self._loop.call_later(timeout_s, self._fail, "timeout", f"nothing came for {timeout_s:g} s")
-        try:
-            await self._waiter
-        finally:
-            timer.cancel()
-            self._waiter = None
+        self._patience_s, self._until = timeout_s, self._loop.time() + timeout_s
+        if self._timer is None or self._timer.when() > self._until:
+            self._look_at_the_end()
+        return self._waiter
+
+    def _look_at_the_end(self) -> None:
+        """A timer for many waits: setting one, and cancelling it, costs as much as a system call."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(self._until, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        if self._waiter is not None and self._loop.time() >= self._until:
+            self._fail("timeout", f"nothing came for {self._patience_s:g} s")
+        elif self._waiter is not None:
+            self._look_at_the_end()
 
     def _wake(self) -> None:
-        waiter = self._waiter
+        waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Self
 
 from cairn.cluster import Directory, Load
 from cairn.cluster.directory import Changed, Event, Left
@@ -34,7 +34,7 @@ class Member:
 
     def __init__(self, reported: Reported, config: Serve) -> None:
         instance = reported.instance
-        self.instance = instance
+        self.instance, self.name = instance, instance.name
         self.view = InstanceView(id=instance.name)
         token = config.backend_token.get_secret_value() if config.backend_token else None
         self.pool = Pool(instance.http, config.connect_s, token)
@@ -53,10 +53,6 @@ class Member:
             self.view.reported_at = time.monotonic()
         self.instance, self.load, self.view.role = instance, load, instance.role
 
-    @property
-    def name(self) -> str:
-        return self.instance.name
-
     def ready(self, now: float) -> bool:
         return now >= self._rests_until
 
@@ -70,11 +66,12 @@ class Member:
 
 
 class Flight:
-    """A request at a member, from its sending to its end."""
+    """A request at a member, from its sending to its end: `with members.flight(...)`."""
 
-    def __init__(self, member: Member, prompt: Prompt) -> None:
+    def __init__(self, members: "Members", member: Member, prompt: Prompt) -> None:
         held = sum(prompt.held.get(member.name, {}).values())
         self.member = member
+        self._members = members
         self._computes = max(1, prompt.tokens - held)
         self._waits = True
         member.running += 1
@@ -86,9 +83,13 @@ class Flight:
             self._waits = False
             self.member.queued -= self._computes
 
-    def over(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.first_token()
         self.member.running -= 1
+        self._members.wake()
 
 
 class _Waiter(NamedTuple):
@@ -106,13 +107,10 @@ class Members:
     def __init__(self, config: Serve, on_left: Callable[[str], None] = lambda _: None) -> None:
         self._config, self._on_left = config, on_left
         self._members: dict[str, Member] = {}
+        self.members: Mapping[str, Member] = MappingProxyType(self._members)
         self._waiting: list[_Waiter] = []  # in their order
         self._waited = 0
         self._last_left = -math.inf
-
-    @property
-    def members(self) -> Mapping[str, Member]:
-        return MappingProxyType(self._members)
 
     @property
     def waiting(self) -> int:
@@ -137,20 +135,14 @@ class Members:
         """Who may serve a request: those that serve its model, or all if nobody says so (an adapter's name); of them
         those that were not tried; of them those that do not rest, if there are any.
         """
-        every = [one for one in self._members.values() if not one.drains and one.name not in tried]
+        every = [one for one in self._members.values() if not (one.drains or one.name in tried)]
         able = [one for one in every if one.instance.model == model] if model else every
         able = able or every
         return [one for one in able if one.ready(now)] or able
 
-    @contextmanager
-    def flight(self, member: Member, prompt: Prompt) -> Iterator[Flight]:
+    def flight(self, member: Member, prompt: Prompt) -> Flight:
         """A request's stay at a member."""
-        flight = Flight(member, prompt)
-        try:
-            yield flight
-        finally:
-            flight.over()
-            self.wake()
+        return Flight(self, member, prompt)
 
     def wake(self) -> None:
         """Lets the first that waits ask again; if it is served, it wakes the next."""

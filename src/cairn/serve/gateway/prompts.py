@@ -17,6 +17,8 @@ from cairn.serve.token_text import cut_tokens
 
 #: For a prompt to be tokenized, seconds; then it is guessed.
 _TOKENIZE_S: Final = 1.0
+#: Where a guess is that a prompt is.
+_GUESSED: Final = TIERS[Tier.VRAM]
 
 
 class FleetPrompts:
@@ -38,7 +40,7 @@ class FleetPrompts:
                 return self._known(asked, tokens)
         prompt = asked.prompt
         found, count, size = pieces(prompt), asked.tokens, max(1, len(prompt))
-        held = {name: {TIERS[Tier.VRAM]: count * end // size} for name, end in self._guesses.held(found).items()}
+        held = {name: {_GUESSED: count * end // size} for name, end in self._guesses.held(found).items()}
         return Prompt(count, held, found)
 
     def sent(self, prompt: Prompt, instance: str) -> None:
