@@ -130,6 +130,33 @@ def prefetch(typingctx: Any, address: Any) -> Any:
     return types.void(types.int64), _fetch
 
 
+def _calling(name: str) -> Any:
+    """Codegen for pread or pwrite, which are called without the GIL."""
+
+    def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
+        word, long = ir.IntType(32), ir.IntType(64)
+        call = cgutils.get_or_insert_function(builder.module, ir.FunctionType(long, [word, long, long, long]), name)
+        done = builder.call(call, [builder.trunc(arguments[0], word), *arguments[1:]])
+        where = ir.FunctionType(word.as_pointer(), [])
+        error = builder.call(cgutils.get_or_insert_function(builder.module, where, "__errno_location"), [])
+        failed = builder.icmp_signed("<", done, ir.Constant(long, 0))
+        return builder.select(failed, builder.neg(builder.sext(builder.load(error), long)), done)
+
+    return types.int64(types.int64, types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def pread(typingctx: Any, fd: Any, address: Any, count: Any, offset: Any) -> Any:
+    """The system's: reads up to `count` bytes of a file to an address; how many, or a negative errno."""
+    return _calling("pread")
+
+
+@intrinsic
+def pwrite(typingctx: Any, fd: Any, address: Any, count: Any, offset: Any) -> Any:
+    """The system's: writes up to `count` bytes at an address into a file; how many, or a negative errno."""
+    return _calling("pwrite")
+
+
 @contextmanager
 def _cache_of_these_sources() -> Iterator[None]:
     """Lets numba keep machine code under a name that stands for all of Cairn's sources.

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cairn.codec import FrameHeader, Raw, Shard
-from cairn.codec.frame import MAGIC, VERSION, Framer, parse
+from cairn.codec.frame import MAGIC, VERSION, Framer, checksum_of, parse
 from cairn.codec.seal import HEADER_LIMIT, seal
 from cairn.kv import KVGeometry
 from cairn.observe.reasons import Reason
@@ -21,8 +21,12 @@ def framer(shard: Shard | None = None) -> Framer:
     return Framer(Raw(GEOMETRY), shard or Shard())
 
 
+def packed(size: int | None = None) -> bytes:
+    return framer().pack(KEY, NAMESPACE, len(BLOCK), checksum_of(BLOCK), size=size)
+
+
 def header(**changes: object) -> FrameHeader:
-    found = framer().expect(memoryview(framer().pack(KEY, NAMESPACE, BLOCK)), KEY)
+    found = framer().expect(memoryview(packed()), KEY)
     assert isinstance(found, FrameHeader)
     return msgspec.structs.replace(found, **changes)
 
@@ -33,19 +37,19 @@ def resealed(frame: FrameHeader) -> memoryview:
 
 @pytest.mark.parametrize("size", [None, 512, HEADER_LIMIT])
 def test_round_trip(size: int | None) -> None:
-    packed = framer().pack(KEY, NAMESPACE, BLOCK, size=size)
-    found = framer().expect(memoryview(packed), KEY)
+    page = packed(size)
+    found = framer().expect(memoryview(page), KEY)
     assert isinstance(found, FrameHeader)
     assert (found.key, found.namespace, found.geometry) == (KEY, NAMESPACE, GEOMETRY)
     assert (found.codec, found.raw_bytes, found.stored_bytes) == ("raw", len(BLOCK), len(BLOCK))
     assert found.verifies(BLOCK)
-    assert size is None or len(packed) == size
+    assert size is None or len(page) == size
 
 
 def test_every_byte_of_a_header_page_counts() -> None:
-    packed = framer().pack(KEY, NAMESPACE, BLOCK, size=HEADER_LIMIT)
+    page = packed(HEADER_LIMIT)
     for at in range(HEADER_LIMIT):
-        damaged = bytearray(packed)
+        damaged = bytearray(page)
         damaged[at] ^= 1 << at % 8
         assert parse(memoryview(damaged)) is Reason.CORRUPT
 
@@ -60,11 +64,11 @@ def test_every_payload_bit_counts() -> None:
 
 
 def test_another_object_is_foreign() -> None:
-    packed = memoryview(framer().pack(KEY, NAMESPACE, BLOCK))
+    page = memoryview(packed())
     other_geometry = Framer(Raw(msgspec.structs.replace(GEOMETRY, layers=1)))
-    assert framer().expect(packed, b"x" * 16) is Reason.FOREIGN
-    assert framer(Shard(1, 2)).expect(packed, KEY) is Reason.FOREIGN
-    assert other_geometry.expect(packed, KEY) is Reason.FOREIGN
+    assert framer().expect(page, b"x" * 16) is Reason.FOREIGN
+    assert framer(Shard(1, 2)).expect(page, KEY) is Reason.FOREIGN
+    assert other_geometry.expect(page, KEY) is Reason.FOREIGN
     assert framer().expect(resealed(header(codec="int8")), KEY) is Reason.FOREIGN
     assert framer().expect(resealed(header(parameters=b"q")), KEY) is Reason.FOREIGN
 

@@ -9,10 +9,12 @@ find accidents; against a malicious writer the storage itself must be protected.
 from typing import Final
 
 import msgspec
+import numpy as np
 import xxhash
 
 from cairn.codec.base import Codec, Octets
 from cairn.codec.seal import seal, unseal
+from cairn.codec.xxh3 import CHECKSUM_BYTES, SHORT, xxh3_128
 from cairn.kv import KVGeometry
 from cairn.kv.keys import KEY_BYTES
 from cairn.kv.namespace import DIGEST_BYTES
@@ -36,7 +38,8 @@ class FrameHeader(msgspec.Struct, frozen=True, array_like=True):
     """The body of the header (msgpack array). New fields go last, with defaults; a changed meaning is a new VERSION.
 
     key, namespace: 16 bytes each. parameters: the codec's. raw_bytes, stored_bytes: lengths before and after the codec.
-    checksum: xxh3-128 of the stored bytes, 16 bytes, canonical (big-endian) order.
+    checksum: xxh3-128 of the stored bytes, 16 bytes, canonical (big-endian) order; where an object's blocks can be read
+    by themselves, that of each, one after the other.
     """
 
     key: bytes
@@ -54,9 +57,14 @@ class FrameHeader(msgspec.Struct, frozen=True, array_like=True):
         return len(stored) == self.stored_bytes and checksum_of(stored) == self.checksum
 
 
-def checksum_of(stored: Octets) -> bytes:
-    """The checksum that a frame holds of its stored bytes. Frees the GIL while it sums."""
-    return xxhash.xxh3_128_digest(stored.data)
+def checksum_of(stored: Octets | memoryview) -> bytes:
+    """The checksum that a frame holds of its stored bytes (contiguous). Frees the GIL while it sums."""
+    data = np.frombuffer(stored, np.uint8)
+    if len(data) <= SHORT:
+        return xxhash.xxh3_128_digest(data.data)
+    digest = np.empty(CHECKSUM_BYTES, np.uint8)
+    xxh3_128(data.ctypes.data, len(data), digest)
+    return digest.tobytes()
 
 
 class Framer:
@@ -71,15 +79,15 @@ class Framer:
         self,
         key: bytes,
         namespace: bytes,
-        stored: Octets,
+        stored_bytes: int,
+        checksum: bytes,
         *,
         size: int | None = None,
-        checksum: bytes | None = None,
         blocks: int = 1,
     ) -> bytes:
-        """The header for `stored`, zero-padded to `size` bytes if given; `checksum`: that of `stored`, if known.
+        """The header for so many stored bytes with this checksum, zero-padded to `size` bytes if given.
 
-        blocks: how many `stored` holds, the last of which is `key`.
+        blocks: how many they hold, the last of which is `key`.
         """
         header = FrameHeader(
             key=key,
@@ -89,8 +97,8 @@ class Framer:
             codec=self.codec.id,
             parameters=self.codec.parameters,
             raw_bytes=blocks * self.codec.geometry.block_bytes,
-            stored_bytes=len(stored),
-            checksum=checksum or checksum_of(stored),
+            stored_bytes=stored_bytes,
+            checksum=checksum,
         )
         return seal(MAGIC, VERSION, msgspec.msgpack.encode(header), size)
 
@@ -121,7 +129,7 @@ def parse(data: memoryview) -> FrameHeader | Reason:
         header = _DECODER.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return Reason.CORRUPT
-    sound = len(header.key) == KEY_BYTES and len(header.namespace) == DIGEST_BYTES and len(header.checksum) == 16
+    sound = len(header.key) == KEY_BYTES and len(header.namespace) == DIGEST_BYTES and header.checksum
     return header if sound and header.raw_bytes >= 0 and header.stored_bytes >= 0 else Reason.CORRUPT
 
 

@@ -4,6 +4,7 @@ from functools import cache
 
 import numpy as np
 
+from cairn.codec.frame import checksum_of
 from cairn.copy import CpuCopier, PagedKV
 from cairn.index import EvictionPolicy, PrefixIndex
 from cairn.kv import KeyChain, KVGeometry
@@ -35,6 +36,7 @@ def rehearse(policy: type[EvictionPolicy]) -> None:
     roots = np.array([True, False, False])
     PrefixIndex(_CAPACITY, policy).restore(keys, np.roll(keys, 1, axis=0), roots, np.arange(3, dtype=np.int32))
     Sightings(_CAPACITY).sight(keys)
+    checksum_of(np.zeros(4096, np.uint8))
     rehearse_copies()
 
 

@@ -90,7 +90,7 @@ class SlotFile:
         pages = self._pages()
         for page, key, row, checksum in zip(pages, keys, rows, checksums, strict=False):
             block = row[: self.block_bytes]
-            page[:] = self._framer.pack(key, namespace, block, size=PAGE, checksum=checksum or checksum_of(block))
+            page[:] = self._framer.pack(key, namespace, len(block), checksum or checksum_of(block), size=PAGE)
         try:
             done = os.pwritev(self.fd, self._buffers(pages, rows), slot * self.slot_bytes)
         except OSError as error:

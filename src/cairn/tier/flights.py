@@ -73,7 +73,7 @@ class Batch(ABC):
             self._todo.clear()
         return self.settle(rest, [reason] * len(rest))
 
-    def take(self, run: list[int]) -> bool:
+    def take(self, run: Sequence[int]) -> bool:
         """Claims these blocks for the caller, who settles them; False if they were settled by their end."""
         with self._lock:
             if run[0] not in self._todo:
@@ -88,7 +88,7 @@ class Batch(ABC):
             self._pending -= 1
             return self._pending == 0
 
-    def settle(self, run: list[int], reasons: "list[Reason | None]") -> bool:
+    def settle(self, run: Sequence[int], reasons: "list[Reason | None]") -> bool:
         """Notes what became of blocks; True if nothing is pending any more, once."""
         if not run:
             return False

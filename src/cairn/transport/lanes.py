@@ -2,6 +2,7 @@
 has to wait.
 """
 
+import contextlib
 import ctypes
 import logging
 import mmap
@@ -9,11 +10,14 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from cairn.observe.reasons import Reason
 
 log = logging.getLogger(__name__)
+
+#: Lanes' memory grows in huge pages.
+_HUGE: Final = 2 << 20
 
 
 class Call:
@@ -66,7 +70,9 @@ class Lane:
         if self._map is None or len(self._map) < size:
             if self._map is not None:
                 client.unregister_buffer(self.address)
-            self._map = mmap.mmap(-1, max(1, -(-size // mmap.PAGESIZE)) * mmap.PAGESIZE)
+            self._map = mmap.mmap(-1, max(1, -(-size // _HUGE)) * _HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with contextlib.suppress(OSError):
+                self._map.madvise(mmap.MADV_HUGEPAGE)  # or each page of 4 KiB is faulted in, and looked up, by itself
             self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
             client.register_buffer(self.address, len(self._map))
         return memoryview(self._map)

@@ -16,7 +16,7 @@ from cairn.errors import ConfigError, StorageError
 from cairn.observe.reasons import Reason
 from cairn.transport.base import Read, Transport
 from cairn.transport.lanes import Call, Lane, Lanes
-from cairn.transport.scatter import scatter
+from cairn.transport.moving import rehearse, scatter
 
 #: Calls at a time, and so the threads and buffers that hanging peers can keep.
 _LANES: Final = 12
@@ -48,6 +48,7 @@ class MooncakeTransport(Transport):
             raise ConfigError(
                 f"node.peers: needs mooncake-transfer-engine (or -non-cuda) and libibverbs1: {error}"
             ) from None
+        rehearse()
         engine = TransferEngine()
         code = engine.initialize(host, "P2PHANDSHAKE", protocol, device)
         if code != 0:

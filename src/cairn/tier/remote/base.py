@@ -5,33 +5,49 @@ gives back is proved by the tier. That is what lets a backend be small.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
+from cairn.codec.base import Octets
 from cairn.observe.reasons import Reason
+from cairn.transport.moving import sums_of
 
 
 class Put(NamedTuple):
-    """One object to store: its name (ASCII letters, digits, `/`, `-`) and its bytes, part after part."""
+    """One object to store: its name (ASCII letters, digits, `/`, `-`) and its bytes: the blocks, and a tail, if any.
+
+    tail: makes it, `tail_bytes` long, of the xxh3-128 of each block, uint8 [blocks, 16], where zeros stand for those
+    that are still to be made. A store that sums blocks on their way calls it when they have gone; others take `parts`.
+    """
 
     name: bytes
-    parts: Sequence[memoryview]
+    blocks: Sequence[memoryview]
+    tail: Callable[[Octets], memoryview] | None = None
+    tail_bytes: int = 0
+
+    @property
+    def parts(self) -> Sequence[memoryview]:
+        """All bytes of the object, part after part."""
+        return [*self.blocks, self.tail(sums_of(self.blocks))] if self.tail else self.blocks
 
     @property
     def size(self) -> int:
-        return sum(len(part) for part in self.parts)
+        return sum(len(block) for block in self.blocks) + self.tail_bytes
 
 
 class Get(NamedTuple):
     """Bytes of one object from `offset` on, to be put into `parts`, one after the other.
 
-    whole: that is all of the object, so that a store may use its plain read instead of a range.
+    whole: that is all of the object, so that a store may use its plain read instead of a range. sums: uint8
+    [parts, 16], zeros; a store that sums parts on their way puts the xxh3-128 there of what now stands in them, and
+    others leave that to the tier.
     """
 
     name: bytes
     offset: int
     parts: Sequence[memoryview]
     whole: bool = False
+    sums: Octets | None = None
 
     @property
     def size(self) -> int:

@@ -19,8 +19,8 @@ from cairn.errors import StorageError
 from cairn.observe.reasons import Reason
 from cairn.tier.remote.base import Get, ObjectStore, Put
 from cairn.tier.remote.sweep import TEMPORARY, Sweeper
+from cairn.transport.moving import read_parts, sums_of, write_parts
 
-_VECTORS: Final = 512  # of the 1024 that Linux takes in one call
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: An object's time of use is renewed when it is older than this share of its life, to spare the server.
 _RENEW_SHARE: Final = 8
@@ -43,12 +43,12 @@ class FileStore(ObjectStore):
         self, root: Path, *, fsync: bool = False, capacity_bytes: int | None = None, ttl_s: float | None = None
     ) -> None:
         self._root = root
+        self._base = str(root)
         self._fsync = fsync
         self._renew_s = min(ttl_s or 86_400.0, 86_400.0) / _RENEW_SHARE
-        self._places: dict[bytes, Path] = {}
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            probe = self._temporary()
+            probe = Path(self._temporary())
             probe.touch(mode=0o600)
             probe.unlink()
         except OSError as error:
@@ -62,7 +62,7 @@ class FileStore(ObjectStore):
                 return Reason.TIMEOUT
             path = self._path(name)
             try:
-                self._used(path, path.stat().st_mtime)
+                self._used(path, Path(path).stat().st_mtime)
                 found.append(True)
             except FileNotFoundError:
                 found.append(False)
@@ -81,7 +81,7 @@ class FileStore(ObjectStore):
             if time.monotonic() > deadline:
                 return Reason.TIMEOUT
             try:
-                self._path(name).unlink(missing_ok=True)
+                Path(self._path(name)).unlink(missing_ok=True)
             except OSError:
                 return Reason.IO_ERROR
         return None
@@ -104,29 +104,27 @@ class FileStore(ObjectStore):
         try:
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
-                whole = _write_all(fd, put.parts)
+                _write(fd, put)
                 if self._fsync:
                     os.fdatasync(fd)
             finally:
                 os.close(fd)
-            if not whole:
-                raise OSError(errno.ENOSPC, "cut short")
             self._publish(temporary, path)
         except OSError as error:
             with contextlib.suppress(OSError):
-                temporary.unlink()
+                Path(temporary).unlink()
             return Reason.NO_SPACE if error.errno in _FULL else Reason.IO_ERROR
         self._sweeper.wrote(put.size)
         return None
 
-    def _publish(self, temporary: Path, path: Path) -> None:
+    def _publish(self, temporary: str, path: str) -> None:
         try:
-            temporary.rename(path)
+            os.rename(temporary, path)  # noqa: PTH104
         except FileNotFoundError:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            temporary.rename(path)
+            Path(path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.rename(temporary, path)  # noqa: PTH104
         if self._fsync:
-            fd = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(Path(path).parent, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 os.fsync(fd)
             finally:
@@ -142,60 +140,34 @@ class FileStore(ObjectStore):
             return Reason.IO_ERROR
         try:
             self._used(path, os.fstat(fd).st_mtime)
-            return _read_all(fd, get.offset, get.parts)
+            return read_parts(fd, get.offset, get.parts, get.sums)
         except OSError:
             return Reason.IO_ERROR
         finally:
             os.close(fd)
 
-    def _used(self, path: Path, since: float) -> None:
+    def _used(self, path: str, since: float) -> None:
         """Renews the time of the last use, which the sweeper goes by."""
         if time.time() - since > self._renew_s:
             with contextlib.suppress(OSError):
                 os.utime(path)
 
-    def _path(self, name: bytes) -> Path:
+    def _path(self, name: bytes) -> str:
+        """As text: a Path takes longer to make than a file to open."""
         kind, _, key = name.decode().rpartition("/")
-        return self._root / kind / key[:2] / key
+        return f"{self._base}/{kind}/{key[:2]}/{key}"
 
-    def _temporary(self) -> Path:
-        return self._root / f"{TEMPORARY}{_HOST}-{os.getpid()}-{next(_NUMBERS)}"
+    def _temporary(self) -> str:
+        return f"{self._base}/{TEMPORARY}{_HOST}-{os.getpid()}-{next(_NUMBERS)}"
 
 
 _HOST: Final = socket.gethostname()
 _NUMBERS: Final = itertools.count(time.time_ns())
 
 
-def _write_all(fd: int, parts: Sequence[memoryview]) -> bool:
-    """Whether all bytes of the parts were written."""
-    for start in range(0, len(parts), _VECTORS):
-        left = _behind(list(parts[start : start + _VECTORS]), 0)
-        while left:
-            done = os.writev(fd, left)
-            if not done:
-                return False
-            left = _behind(left, done)
-    return True
-
-
-def _read_all(fd: int, offset: int, parts: Sequence[memoryview]) -> int:
-    """Fills parts from `offset` on; returns how many bytes there were."""
-    total = 0
-    for start in range(0, len(parts), _VECTORS):
-        left = _behind(list(parts[start : start + _VECTORS]), 0)
-        while left:
-            done = os.preadv(fd, left, offset + total)
-            total += done
-            if not done:
-                return total
-            left = _behind(left, done)
-    return total
-
-
-def _behind(parts: list[memoryview], done: int) -> list[memoryview]:
-    """What is left of parts after their first `done` bytes."""
-    for i, part in enumerate(parts):
-        if done < len(part):
-            return [part[done:], *parts[i + 1 :]]
-        done -= len(part)
-    return []
+def _write(fd: int, put: Put) -> None:
+    """Writes an object's bytes: the tail holds checksums of the blocks. Raises OSError."""
+    sums = sums_of(put.blocks) if put.tail else None
+    write_parts(fd, 0, put.blocks, sums)
+    if put.tail and sums is not None:
+        write_parts(fd, put.size - put.tail_bytes, [put.tail(sums)])

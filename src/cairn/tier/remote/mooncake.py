@@ -18,7 +18,7 @@ from cairn.observe.log import log_once
 from cairn.observe.reasons import Reason
 from cairn.tier.remote.base import Get, ObjectStore, Put
 from cairn.transport.lanes import Call, Client, Lane, Lanes, close_client
-from cairn.transport.scatter import scatter
+from cairn.transport.moving import gather, scatter, sums_of
 
 log = logging.getLogger(__name__)
 
@@ -168,16 +168,17 @@ class _Store:
         size = self._put.size
         memory = lane.memory(client, size)
 
-        def gather() -> None:
-            at = 0
-            for part in self._put.parts:
-                memory[at : at + len(part)] = part
-                at += len(part)
-
-        if not call.with_caller(gather):
+        if not call.with_caller(lambda: self._fill(memory)):
             return Reason.TIMEOUT
         code = client.put_from(self._put.name.decode(), lane.address, size)
         return None if code == 0 else self._store.reason(code, client)
+
+    def _fill(self, memory: memoryview) -> None:
+        put = self._put
+        sums = sums_of(put.blocks) if put.tail else None
+        gather(put.blocks, memory, sums)
+        if put.tail and sums is not None:
+            memory[put.size - put.tail_bytes : put.size] = put.tail(sums)
 
 
 class _Load:
@@ -202,7 +203,7 @@ class _Load:
 
         # Of a range no more counts than was asked for.
         came = len(found) if get.whole else min(len(found), get.size)
-        return came if call.with_caller(lambda: scatter(found, get.parts)) else Reason.TIMEOUT
+        return came if call.with_caller(lambda: scatter(found, get.parts, get.sums)) else Reason.TIMEOUT
 
 
 #: Sizes are the store's word: memory is taken up to this one.

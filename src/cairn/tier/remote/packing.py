@@ -5,14 +5,12 @@ or, at the end of what was stored, fewer; it is called after the key of its last
 before it and to the namespace, so a name says all of an object's content: any process finds it by the keys it has, with
 no directory, and writing it twice writes the same.
 
-    offset            bytes
-    0                 512         sealed header (`cairn.codec.seal`): where each block's bytes are
-    512 + 512 i       512         frame of block i (`cairn.codec.frame`): its key, shape, codec, lengths, checksum
-    ...                           zeros up to a multiple of 4096
-    offsets[i]        sizes[i]    stored bytes of block i
+    offset      bytes
+    i size      size        stored bytes of block i
+    n size      4096        frame (`cairn.codec.frame`) of all n: key of the last one, shape, and a checksum of each
 
-Everything before the blocks' bytes is the head. Its size follows from the number of blocks, so head and blocks, or some
-of them, can be read at once.
+Since a key commits to those before it, one proves them all. The frame is the tail, so that whoever writes sums blocks
+as they go by, and a file system finds them aligned; the last blocks, or all, can be read with it at once.
 """
 
 import hashlib
@@ -23,18 +21,15 @@ import msgspec
 
 from cairn.codec.base import Octets
 from cairn.codec.frame import FrameHeader, Framer, checksum_of
-from cairn.codec.seal import seal, unseal
-from cairn.kv import Keys
+from cairn.codec.seal import HEADER_LIMIT
+from cairn.codec.xxh3 import CHECKSUM_BYTES
 from cairn.observe.reasons import Reason
 
-MAGIC: Final = b"CAIRN\x00OB"
-VERSION: Final = 1
-
-_HEADER_BYTES: Final = 512
-_FRAME_BYTES: Final = 512
-_PAGE: Final = 4096
-#: More would not fit the header.
+VERSION: Final = 2
+TAIL_BYTES: Final = HEADER_LIMIT
+#: More do not make anything faster.
 BLOCKS_LIMIT: Final = 32
+_UNMADE: Final = bytes(CHECKSUM_BYTES)
 
 
 class Span(NamedTuple):
@@ -42,13 +37,6 @@ class Span(NamedTuple):
 
     start: int
     stop: int
-
-
-class Index(msgspec.Struct, frozen=True, array_like=True):
-    """The body of an object's header (msgpack array). offsets, sizes: of each block's stored bytes."""
-
-    offsets: list[int]
-    sizes: list[int]
 
 
 class Packing:
@@ -68,16 +56,8 @@ class Packing:
         """What the object is called whose last block has this key [16 bytes]."""
         return b"cairn/%s/%s" % (self._kind, key.hex().encode())
 
-    def head_bytes(self, count: int) -> int:
-        """Size of the head of an object of `count` blocks."""
-        return -(-(_HEADER_BYTES + count * _FRAME_BYTES) // _PAGE) * _PAGE
-
     def object_bytes(self, count: int) -> int:
-        return self.head_bytes(count) + count * self.block_bytes
-
-    def offset(self, count: int, block: int) -> int:
-        """Where block `block` of an object of `count` begins."""
-        return self.head_bytes(count) + block * self.block_bytes
+        return count * self.block_bytes + TAIL_BYTES
 
     def spans(self, start: int, stop: int) -> Iterator[Span]:
         """Blocks start..stop, cut where objects begin."""
@@ -86,40 +66,31 @@ class Packing:
             yield Span(start, end)
             start = end
 
-    def head(self, keys: Keys, namespace: bytes, stored: Sequence[Octets]) -> memoryview:
-        """The head of an object with these blocks: keys [n, 2], stored [n] as the codec has made them."""
-        head = bytearray(self.head_bytes(len(stored)))
-        offsets = [self.offset(len(stored), i) for i in range(len(stored))]
-        index = Index(offsets, [self.block_bytes] * len(stored))
-        head[:_HEADER_BYTES] = seal(MAGIC, VERSION, msgspec.msgpack.encode(index), _HEADER_BYTES)
-        for i, block in enumerate(stored):
-            at = _HEADER_BYTES + i * _FRAME_BYTES
-            head[at : at + _FRAME_BYTES] = self.framer.pack(
-                keys[i].tobytes(), namespace, block, size=_FRAME_BYTES, checksum=checksum_of(block)
-            )
-        return memoryview(head)
+    def tail(self, key: bytes, namespace: bytes, blocks: Sequence[Octets], sums: Octets) -> memoryview:
+        """The tail of an object of these blocks, as the codec has made them, the last of which is `key`.
 
-    def prove_head(self, head: memoryview, count: int) -> Reason | None:
-        """Whether `head` begins an object of `count` blocks of this kind."""
-        body = unseal(MAGIC, VERSION, head[:_HEADER_BYTES])
-        if isinstance(body, Reason):
-            return body
-        try:
-            index = _DECODER.decode(body)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            return Reason.CORRUPT
-        same = index.offsets == [self.offset(count, i) for i in range(count)]
-        return None if same and index.sizes == [self.block_bytes] * count else Reason.FOREIGN
+        sums: of the blocks, uint8 [blocks, 16], where zeros stand for those that are still to be made.
+        """
+        checksum, size = b"".join(_completed(sums, blocks)), sum(len(block) for block in blocks)
+        page = self.framer.pack(key, namespace, size, checksum, size=TAIL_BYTES, blocks=len(blocks))
+        return memoryview(page)
 
-    def prove(self, head: memoryview, block: int, key: bytes, row: Octets) -> Reason | None:
-        """Whether `row` holds the object's block `block`, and that is the block `key`."""
-        at = _HEADER_BYTES + block * _FRAME_BYTES
-        header = self.framer.expect(head[at : at + _FRAME_BYTES], key)
+    def prove_tail(self, tail: memoryview, key: bytes, count: int) -> list[bytes] | Reason:
+        """The checksums of the blocks, if `tail` ends the object of `count` blocks up to `key`."""
+        header = self.framer.expect(tail, key, count)
         if not isinstance(header, FrameHeader):
             return header
-        stored = row[: self.block_bytes]
-        sound = header.verifies(stored) and self.framer.codec.decode(stored, stored)
-        return None if sound else Reason.CORRUPT
+        sound = header.stored_bytes == count * self.block_bytes and len(header.checksum) == count * CHECKSUM_BYTES
+        return _cut(header.checksum) if sound else Reason.CORRUPT
+
+    def prove(self, blocks: Sequence[Octets], sums: Octets, expected: Sequence[bytes]) -> list[Reason | None]:
+        """Whether these are the blocks with the `expected` checksums, and if so puts them into the rows' layout; sums:
+        as in `tail`."""
+        decode = self.framer.codec.decode
+        return [
+            None if made == wanted and decode(block, block) else Reason.CORRUPT
+            for made, wanted, block in zip(_completed(sums, blocks), expected, blocks, strict=True)
+        ]
 
     def _digest(self) -> bytes:
         """Of all that makes objects of another kind unreadable, so that they are not even found."""
@@ -135,4 +106,11 @@ def blocks_of(object_bytes: int, block_bytes: int) -> int:
     return 1 << (count.bit_length() - 1)
 
 
-_DECODER: Final = msgspec.msgpack.Decoder(Index)
+def _completed(sums: Octets, blocks: Sequence[Octets]) -> list[bytes]:
+    """The checksums of blocks: rows of `sums`, uint8 [blocks, 16], and where these are zeros made now."""
+    made = zip(_cut(sums.tobytes()), blocks, strict=True)
+    return [checksum_of(block) if checksum == _UNMADE else checksum for checksum, block in made]
+
+
+def _cut(checksums: bytes) -> list[bytes]:
+    return [checksums[at : at + CHECKSUM_BYTES] for at in range(0, len(checksums), CHECKSUM_BYTES)]

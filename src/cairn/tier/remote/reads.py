@@ -16,8 +16,9 @@ from cairn.tier.base import Rows
 from cairn.tier.flights import Batch
 from cairn.tier.remote.base import Get
 from cairn.tier.remote.machine import Machine, OnDone
-from cairn.tier.remote.packing import Span
+from cairn.tier.remote.packing import TAIL_BYTES, Span
 from cairn.tier.remote.streams import Streams
+from cairn.transport.moving import sums_of
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +48,10 @@ class ReadBatch(Batch):
             whole = self._machine.scout.covering(self.keys, wanted.start)
             end = min(wanted.stop, whole.stop) if whole else wanted.start
             if whole and end > wanted.start:
-                self.pieces.append(Piece(self, whole, Span(wanted.start, end)))
-                found += range(wanted.start - self.first, end - self.first)
+                place = self.keys[whole.stop - 1].tobytes(), Span(wanted.start, end)
+                run = range(wanted.start - self.first, end - self.first)
+                self.pieces.append(Piece(self, whole, place, run))
+                found += run
             for at in range(end, wanted.stop):
                 self.outcomes[at - self.first] = Reason.EVICTED
         self.prepare(found)
@@ -67,21 +70,16 @@ class ReadBatch(Batch):
 
 
 class Piece(NamedTuple):
-    """The blocks `wanted` of a batch's chain, out of the object of the blocks `whole`."""
+    """Blocks of a batch's chain, out of the object of the blocks `whole`.
+
+    place: what is to be fetched, the object's last key and the blocks; pieces of the same place are fetched together.
+    run: the blocks as the batch counts them.
+    """
 
     batch: ReadBatch
     whole: Span
-    wanted: Span
-
-    @property
-    def place(self) -> tuple[bytes, Span]:
-        """What is to be fetched: pieces of the same place are fetched together."""
-        return self.batch.keys[self.whole.stop - 1].tobytes(), self.wanted
-
-    @property
-    def run(self) -> list[int]:
-        """The blocks, as the batch counts them."""
-        return list(range(self.wanted.start - self.batch.first, self.wanted.stop - self.batch.first))
+    place: tuple[bytes, Span]
+    run: range
 
     def claim(self) -> bool:
         """Takes the blocks to move them now; False if the batch has given them up, or does so."""
@@ -164,12 +162,23 @@ class Fetches:
 
     def _copied(self, piece: Piece, deadline: float) -> list[Reason | None]:
         """Reads blocks that are stored as they are."""
-        head, gets = self._gets(piece)
+        packing, (key, wanted), whole = self._machine.packing, piece.place, piece.whole
+        tail = memoryview(bytearray(TAIL_BYTES))
+        rows = piece.batch.rows
+        blocks = [rows.memory[rows.ids[i], : packing.block_bytes] for i in piece.run]
+        gets = self._gets(piece, tail, [block.data for block in blocks])
         answer = self._get(piece, gets, deadline)
         if isinstance(answer, Reason):
-            return [answer] * len(piece.run)
-        short = answer != sum(get.size for get in gets)
-        return [Reason.CORRUPT] * len(piece.run) if short else self._prove(piece, head)
+            return [answer] * len(blocks)
+        if answer != len(blocks) * packing.block_bytes + TAIL_BYTES:
+            return [Reason.CORRUPT] * len(blocks)
+        expected = packing.prove_tail(tail, key, whole.stop - whole.start)
+        if isinstance(expected, Reason):
+            return [expected] * len(blocks)
+        first = wanted.start - whole.start
+        sums = gets[0].sums
+        assert sums is not None
+        return packing.prove(blocks, sums[: len(blocks)], expected[first : first + len(blocks)])
 
     def _decoded(self, piece: Piece, streams: Streams, deadline: float) -> list[Reason | None]:
         """Reads an object that is a stream: all of it, whatever part is wanted."""
@@ -181,7 +190,8 @@ class Fetches:
         if isinstance(answer, Reason):
             return [answer] * len(piece.run)
         streams.loaded(answer, time.monotonic() - begun)
-        wanted = range(piece.wanted.start - piece.whole.start, piece.wanted.stop - piece.whole.start)
+        start, stop = piece.place[1]
+        wanted = range(start - piece.whole.start, stop - piece.whole.start)
         rows = Rows(piece.batch.rows.memory, piece.batch.rows.ids[piece.run])
         return [streams.decode(data[:answer], piece.place[0], blocks, wanted, rows)] * len(piece.run)
 
@@ -200,33 +210,15 @@ class Fetches:
             machine.known.note([piece.place[0]], False)
         return refusal or came
 
-    def _gets(self, piece: Piece) -> tuple[memoryview, list[Get]]:
-        """The head's memory, and what to read: head and blocks at once where the blocks follow the head."""
-        packing, (whole, wanted) = self._machine.packing, (piece.whole, piece.wanted)
-        count = whole.stop - whole.start
-        name = packing.name(piece.place[0])
-        head = memoryview(bytearray(packing.head_bytes(count)))
-        rows = piece.batch.rows
-        parts = [rows.memory[rows.ids[i], : packing.block_bytes].data for i in piece.run]
-        if wanted.start == whole.start:
-            return head, [Get(name, 0, [head, *parts], whole=wanted == whole)]
-        offset = packing.offset(count, wanted.start - whole.start)
-        return head, [Get(name, 0, [head]), Get(name, offset, parts)]
-
-    def _prove(self, piece: Piece, head: memoryview) -> list[Reason | None]:
-        packing, rows = self._machine.packing, piece.batch.rows
-        refusal = packing.prove_head(head, piece.whole.stop - piece.whole.start)
-        if refusal is not None:
-            return [refusal] * len(piece.run)
-        return [
-            packing.prove(
-                head,
-                piece.batch.first + i - piece.whole.start,
-                piece.batch.keys[piece.batch.first + i].tobytes(),
-                rows.memory[rows.ids[i]],
-            )
-            for i in piece.run
-        ]
+    def _gets(self, piece: Piece, tail: memoryview, blocks: list[memoryview]) -> list[Get]:
+        """What to read: blocks and tail at once where the tail follows the blocks."""
+        packing, whole, (key, wanted) = self._machine.packing, piece.whole, piece.place
+        name, offset = packing.name(key), (wanted.start - whole.start) * packing.block_bytes
+        if wanted.stop == whole.stop:
+            parts = [*blocks, tail]
+            return [Get(name, offset, parts, whole=wanted == whole, sums=sums_of(parts))]
+        end = (whole.stop - whole.start) * packing.block_bytes
+        return [Get(name, offset, blocks, sums=sums_of(blocks)), Get(name, end, [tail])]
 
     def _drop(self, piece: Piece, deadline: float) -> None:
         """Takes a broken object away, so that it is written anew and nobody reads it again."""

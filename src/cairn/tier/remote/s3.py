@@ -1,16 +1,18 @@
 """Objects in S3, Google Cloud Storage or Azure, and in whatever speaks S3: through obstore.
 
 Objects are created only where there are none (a conditional put), so that an object stays as its first writer made it.
-Deadlines are kept by an event loop of our own, which gives up a request when its time is over. Unused objects go by the
-bucket's lifecycle rules.
+Deadlines are kept by an event loop of our own, which gives up a request when its time is over; loads, for which a loop
+takes more of the processor than for anything else, block in lanes instead, and whoever waits for one leaves. Unused
+objects go by the bucket's lifecycle rules.
 """
 
 import asyncio
 import logging
 import threading
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import obstore
@@ -19,7 +21,8 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from cairn.observe.log import log_once
 from cairn.observe.reasons import Reason
 from cairn.tier.remote.base import Get, ObjectStore, Put
-from cairn.transport.scatter import scatter
+from cairn.transport.lanes import Call, Lane, Lanes
+from cairn.transport.moving import scatter
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +31,8 @@ Answer = TypeVar("Answer")
 #: Beyond this size a put goes in parts; S3 does not make those conditional.
 _MULTIPART_BYTES: Final = 64 << 20
 _FULL: Final = ("InsufficientStorage", "QuotaExceeded", "StorageFull", "No space left")
+#: Loads at a time, and so the threads that a hanging store can keep.
+_LANES: Final = 12
 _PAST_THE_END: Final = ("InvalidRange", "416")
 
 
@@ -43,6 +48,7 @@ class ObstoreStore(ObjectStore):
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="cairn-s3", daemon=True)
         self._thread.start()
+        self._lanes = Lanes(_LANES, "cairn-s3-load")
 
     def exists(self, names: Sequence[bytes], *, deadline: float) -> list[bool] | Reason:
         async def one(name: bytes) -> bool:
@@ -61,19 +67,7 @@ class ObstoreStore(ObjectStore):
         return [self._put(put, deadline) for put in puts]
 
     def get_into(self, gets: Sequence[Get], *, deadline: float) -> list[int | Reason]:
-        async def every() -> list[memoryview | Reason]:
-            return await asyncio.gather(*(self._get(get) for get in gets))
-
-        answers = self._wait(every(), deadline)
-        if isinstance(answers, Reason):
-            return [answers] * len(gets)
-        found: list[int | Reason] = []
-        for get, data in zip(gets, answers, strict=True):
-            # Here and not in the loop, which serves the others meanwhile.
-            if not isinstance(data, Reason):
-                scatter(data, get.parts)
-            found.append(data if isinstance(data, Reason) else len(data))
-        return found
+        return [self._lanes.run(partial(self._load, get), deadline) for get in gets]
 
     def delete(self, names: Sequence[bytes], *, deadline: float) -> Reason | None:
         async def every() -> None:
@@ -90,8 +84,12 @@ class ObstoreStore(ObjectStore):
         answer = self.exists([b"cairn/health"], deadline=deadline)
         return answer if isinstance(answer, Reason) else None
 
+    def stats(self) -> Mapping[str, float]:
+        return {"abandoned_calls_total": self._lanes.abandoned, "free_lanes": self._lanes.free}
+
     def close(self) -> None:
         if not self._loop.is_closed():
+            self._lanes.close()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
@@ -115,20 +113,23 @@ class ObstoreStore(ObjectStore):
 
         return self._wait(one(), deadline)
 
-    async def _get(self, get: Get) -> memoryview | Reason:
+    def _load(self, get: Get, _: Lane, call: Call) -> int | Reason:
+        name, stop = get.name.decode(), get.offset + get.size
         try:
             if get.whole:
-                found = await obstore.get_async(self._store, get.name.decode())
-                data = await found.bytes_async()
+                data = memoryview(obstore.get(self._store, name).bytes())
             else:
-                data = await obstore.get_range_async(self._store, get.name.decode(), start=get.offset, length=get.size)
+                data = memoryview(obstore.get_range(self._store, name, start=get.offset, end=stop))
         except FileNotFoundError:
             return Reason.ABSENT
-        except BaseError as error:
-            if any(word in str(error) for word in _PAST_THE_END):
-                return memoryview(b"")
-            raise
-        return memoryview(data)
+        except (BaseError, OSError) as error:
+            return 0 if any(word in str(error) for word in _PAST_THE_END) else self._reason(error)
+        return len(data) if call.with_caller(lambda: scatter(data, get.parts, get.sums)) else Reason.TIMEOUT
+
+    def _reason(self, error: Exception) -> Reason:
+        text = str(error)
+        log_once(log, f"{self._name} {type(error).__name__}", f"{self._name}: {text[:300]}")
+        return Reason.NO_SPACE if any(word in text for word in _FULL) else Reason.IO_ERROR
 
     def _wait(self, work: Coroutine[Any, Any, Answer], deadline: float) -> Answer | Reason:
         """Runs `work` in the loop, until the deadline."""
@@ -142,9 +143,7 @@ class ObstoreStore(ObjectStore):
         except (TimeoutError, FutureTimeoutError):
             return Reason.TIMEOUT
         except (BaseError, OSError) as error:
-            text = str(error)
-            log_once(log, f"{self._name} {type(error).__name__}", f"{self._name}: {text[:300]}")
-            return Reason.NO_SPACE if any(word in text for word in _FULL) else Reason.IO_ERROR
+            return self._reason(error)
 
 
 async def _within(work: Coroutine[Any, Any, Answer], seconds: float) -> Answer:

@@ -18,7 +18,7 @@ import numpy as np
 from cairn.codec import Codec
 from cairn.codec.base import SINK_TOKENS, Octets
 from cairn.codec.choice import reader_for
-from cairn.codec.frame import FrameHeader, Framer, parse
+from cairn.codec.frame import FrameHeader, Framer, checksum_of, parse
 from cairn.codec.ladder import Ladder
 from cairn.codec.raw import Raw
 from cairn.codec.seal import HEADER_LIMIT
@@ -77,7 +77,8 @@ class Streams:
         if len(stream) >= size:
             framer, stream = self._raw, self._raw.codec.encode(blocks)
         self._metrics.compression.add(size, len(stream), tier=self._tier)
-        page = framer.pack(keys[-1].tobytes(), namespace, stream, size=_PAGE, blocks=len(blocks))
+        sums = checksum_of(stream)
+        page = framer.pack(keys[-1].tobytes(), namespace, len(stream), sums, size=_PAGE, blocks=len(blocks))
         return [memoryview(page), stream.data]
 
     def decode(self, stored: Octets, key: bytes, blocks: int, wanted: range, rows: Rows) -> Reason | None:

@@ -35,6 +35,7 @@ from cairn.tier.remote.urls import open_store
 from cairn.tier.remote.writes import WriteBatch
 from cairn.tier.tally import Tally
 from cairn.tier.workers import Workers
+from cairn.transport.moving import rehearse
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ class RemoteTier(Tier):
         ladder: Ladder | None = None,
         metrics: Metrics | None = None,
     ) -> None:
+        rehearse()
         self.geometry = geometry
         self._metrics = metrics or Metrics()
         self._store = store

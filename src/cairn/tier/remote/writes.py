@@ -4,6 +4,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from threading import Event
 
 from cairn.kv import Keys
@@ -12,7 +13,7 @@ from cairn.tier.base import Rows
 from cairn.tier.flights import Batch, SteppedBatch
 from cairn.tier.remote.base import Put
 from cairn.tier.remote.machine import Machine, OnDone
-from cairn.tier.remote.packing import Span
+from cairn.tier.remote.packing import TAIL_BYTES, Span
 
 #: How many leading blocks of these may be stored now.
 Admit = Callable[[Keys], int]
@@ -107,7 +108,7 @@ class WriteBatch(SteppedBatch):
         machine = self._machine
         if not machine.write_breaker.allow() or not machine.breaker.allow():
             return Reason.BREAKER_OPEN
-        put = Put(machine.packing.name(self.keys[span.stop - 1].tobytes()), self._parts(span, run))
+        put = self._put(span, run)
         machine.share.before_store(put.size, self.deadline)
         begun = time.monotonic()
         deadline = machine.deadline(self.deadline)
@@ -123,12 +124,13 @@ class WriteBatch(SteppedBatch):
             machine.write_breaker.failure()
         return reason
 
-    def _parts(self, span: Span, run: list[int]) -> list[memoryview]:
-        """The bytes of an object."""
+    def _put(self, span: Span, run: list[int]) -> Put:
+        """An object to store."""
         machine, keys = self._machine, self.keys[span.start : span.stop]
-        ids = self.rows.ids[run[0] : run[-1] + 1]
+        packing, key, ids = machine.packing, keys[-1].tobytes(), self.rows.ids[run[0] : run[-1] + 1]
         if machine.streams:
-            return machine.streams.encode(keys, self._namespace, Rows(self.rows.memory, ids), begins=span.start == 0)
-        packing, rows = machine.packing, [self.rows.memory[i] for i in ids]
-        stored = [packing.framer.codec.encode(row[: packing.block_bytes]) for row in rows]
-        return [packing.head(keys, self._namespace, stored), *(block.data for block in stored)]
+            rows = Rows(self.rows.memory, ids)
+            return Put(packing.name(key), machine.streams.encode(keys, self._namespace, rows, begins=span.start == 0))
+        blocks = [packing.framer.codec.encode(self.rows.memory[i, : packing.block_bytes]) for i in ids]
+        tail = partial(packing.tail, key, self._namespace, blocks)
+        return Put(packing.name(key), [block.data for block in blocks], tail, TAIL_BYTES)

@@ -1,0 +1,129 @@
+"""Bytes moved in pieces: against plain slices and the package xxhash; what is summed is what stands in memory."""
+
+import errno
+import mmap
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cairn.codec.xxh3 import SHORT
+from cairn.transport.moving import PIECE, gather, read_parts, scatter, sums_of, write_parts
+
+#: Sizes of parts: nothing, short, and around a unit and a piece.
+SIZES = st.lists(
+    st.one_of(st.integers(0, SHORT + 1), st.integers(1, 5000), st.integers(PIECE - 2, 2 * PIECE + 2000)), max_size=6
+)
+
+
+@pytest.fixture(scope="module")
+def fd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    fd = os.open(tmp_path_factory.mktemp("moving") / "file", os.O_RDWR | os.O_CREAT)
+    yield fd
+    os.close(fd)
+
+
+def noise(size: int, seed: int = 0) -> bytes:
+    return np.random.default_rng(seed).integers(0, 256, size, np.uint8).tobytes()
+
+
+def parts_of(sizes: list[int]) -> list[memoryview]:
+    """Parts of these sizes, some aligned as rows are, some not."""
+    return [memoryview(mmap.mmap(-1, size + 1))[i % 2 :][:size] for i, size in enumerate(sizes)]
+
+
+def check(parts: list[memoryview], sums: np.ndarray, data: bytes) -> None:
+    """The parts hold the data as far as it goes, zeros behind it, and those that are full and not short are summed."""
+    at = 0
+    for part, digest in zip(parts, sums, strict=True):
+        assert bytes(part) == data[at : at + len(part)].ljust(len(part), b"\0")
+        at += len(part)
+        full = at <= len(data) and len(part) > SHORT
+        assert digest.tobytes() == (xxhash.xxh3_128_digest(part) if full else bytes(16))
+
+
+@given(SIZES, st.integers(0, 5000), st.integers(-3000, 3000))
+def test_reads_equal_slices(fd: int, sizes: list[int], offset: int, longer: int) -> None:
+    data, parts = noise(max(0, offset + sum(sizes) + longer)), parts_of(sizes)
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, data, 0)
+    sums = sums_of(parts)
+    assert read_parts(fd, offset, parts, sums) == min(sum(sizes), max(0, len(data) - offset))
+    check(parts, sums, data[offset:])
+
+
+@given(SIZES, st.integers(0, 5000))
+def test_writes_equal_slices(fd: int, sizes: list[int], offset: int) -> None:
+    data, at = noise(sum(sizes)), 0
+    parts = parts_of(sizes)
+    for part in parts:
+        part[:] = data[at : at + len(part)]
+        at += len(part)
+    os.ftruncate(fd, 0)
+    sums = sums_of(parts)
+    write_parts(fd, offset, parts, sums)
+    assert os.pread(fd, len(data) + 1, offset) == data
+    check(parts, sums, data)
+
+
+@given(SIZES, st.integers(-3000, 3000))
+def test_copies_equal_slices(sizes: list[int], longer: int) -> None:
+    data, parts = noise(max(0, sum(sizes) + longer)), parts_of(sizes)
+    sums = sums_of(parts)
+    scatter(memoryview(data), parts, sums)
+    check(parts, sums, data)
+
+
+@given(SIZES, st.integers(-3000, 3000))
+def test_gathering_is_the_inverse(sizes: list[int], longer: int) -> None:
+    data, parts = noise(sum(sizes)), parts_of(sizes)
+    scatter(memoryview(data), parts)
+    out, sums = memoryview(mmap.mmap(-1, max(1, sum(sizes) + longer))), sums_of(parts)
+    gather(parts, out, sums)
+    assert bytes(out) == data[: len(out)].ljust(len(out), b"\0")
+    if longer >= 0:
+        check(parts, sums, data)
+
+
+def test_what_the_system_says_is_raised(fd: int) -> None:
+    os.ftruncate(fd, 0)
+    for number in (-1, os.open("/dev/null", os.O_RDONLY)):
+        with pytest.raises(OSError) as failed:
+            write_parts(number, 0, parts_of([1000]))
+        assert failed.value.errno == errno.EBADF
+    with pytest.raises(OSError) as failed:
+        read_parts(-1, 0, parts_of([1000]), sums_of(parts_of([1000])))
+    assert failed.value.errno == errno.EBADF
+    with pytest.raises(OSError) as failed, Path("/dev/full").open("wb") as full:
+        write_parts(full.fileno(), 0, parts_of([1000]))
+    assert failed.value.errno == errno.ENOSPC
+
+
+def test_a_file_that_changes_under_the_reader_is_summed_as_it_was_read(fd: int) -> None:
+    """A checksum of anything but what stands in the caller's memory would vouch for bytes that he has not got."""
+    size, stop = 4 * PIECE, threading.Event()
+    contents = [noise(size, seed) for seed in range(2)]
+    os.pwrite(fd, contents[0], 0)
+
+    def change() -> None:
+        while not stop.is_set():
+            for content in contents:
+                os.pwrite(fd, content, 0)
+
+    writer = threading.Thread(target=change)
+    writer.start()
+    try:
+        for _ in range(200):
+            parts = parts_of([size])
+            sums = sums_of(parts)
+            assert read_parts(fd, 0, parts, sums) == size
+            assert sums[0].tobytes() == xxhash.xxh3_128_digest(parts[0])
+    finally:
+        stop.set()
+        writer.join()
