@@ -7,23 +7,15 @@ payload. The ROUTER drops what the connection cannot take, so an answer may have
 
 import asyncio
 from collections.abc import AsyncGenerator
-from typing import Final, NamedTuple
+from typing import Final
 
 import zmq
 import zmq.asyncio
 
-from cairn.fleet.sockets import attach, drain, make_socket
+from cairn.fleet.messages import Framed, Inbox
+from cairn.fleet.sockets import attach, make_socket
 
 _END: Final = b"\xff" * 8
-_ROUND: Final = 256
-
-
-class Framed(NamedTuple):
-    """A message as it is on the wire, but for the sequence."""
-
-    topic: bytes
-    sequence: int
-    payload: bytes
 
 
 class ReplayTimeoutError(Exception):
@@ -40,7 +32,7 @@ async def replay(
     """
     loop = asyncio.get_running_loop()
     # A socket for each question: late answers to an earlier one cannot get in.
-    socket = make_socket(context, zmq.DEALER, queue_messages)
+    socket, inbox = make_socket(context, zmq.DEALER, queue_messages), Inbox()
     try:
         attach(socket, endpoint, bind=False)
         await socket.send_multipart([b"", start.to_bytes(8, "big")])
@@ -48,7 +40,9 @@ async def replay(
             left = min(quiet_s, deadline - loop.time())
             if left <= 0 or not await socket.poll(max(1, int(left * 1000))):
                 raise ReplayTimeoutError
-            for frames in drain(socket, _ROUND):
+            messages = inbox.drain(socket)
+            for i in range(len(messages)):
+                frames = messages.parts(i)
                 if len(frames) not in (3, 4) or len(frames[-2]) != 8:
                     continue
                 if frames[-2] == _END:
