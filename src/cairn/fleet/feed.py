@@ -45,7 +45,8 @@ class Feed:
 
     def __init__(self, context: zmq.asyncio.Context, track: Track, limits: Limits, inbox: Inbox) -> None:
         """track: where it goes on; what it holds already must be proved by the publisher before anything is added.
-        inbox: may be shared by the feeds of a loop. Opens the sockets. Raises InputError where an endpoint cannot be used.
+        inbox: may be shared by the feeds of a loop. Opens the sockets. Raises InputError where an endpoint cannot be
+        used.
         """
         self.instance = instance = track.instance
         self._context, self._track, self._limits, self._metrics = context, track, limits, track.metrics
@@ -109,7 +110,7 @@ class Feed:
             self._note_peers()  # after that: of whoever sent them, it is known by now that he came
             if self._suspect:
                 if self.instance.replay is not None or not self._peers:
-                    messages = messages.part(0, 0)  # perhaps of a process that is gone; the replay has them if they count
+                    messages = messages.part(0, 0)  # of one that is gone? If they count, the replay has them
                 if self._peers:
                     await self._verify()
             taken = 0

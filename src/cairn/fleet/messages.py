@@ -6,7 +6,7 @@ found, decoded and stored as arrays. The kernel calls the libzmq that pyzmq has 
 
 import ctypes
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Final, NamedTuple, Self
 
 import numpy as np
@@ -98,7 +98,7 @@ class Messages:
     def parts(self, i: int) -> list[bytes]:
         """The frames of a message; none if there are too many."""
         bounds = self._bounds[i, : 1 + self._frames[i]].tolist()
-        return [self._memory[first:stop].tobytes() for first, stop in zip(bounds, bounds[1:], strict=False)]
+        return [self._memory[first:stop].tobytes() for first, stop in pairwise(bounds)]
 
     def framed(self, i: int) -> Framed | None:
         """A batch: topic, sequence and payload; None: something else."""
@@ -141,9 +141,10 @@ def _memory(parts: Sequence[bytes]) -> Bytes:
 def _libzmq() -> tuple[int, int]:
     """Where `zmq_recv` and `zmq_getsockopt` stand in the library that pyzmq uses."""
     library = ctypes.CDLL(backend.__file__)
-    receive, option = (ctypes.cast(getattr(library, name), ctypes.c_void_p) for name in ("zmq_recv", "zmq_getsockopt"))
-    assert receive.value is not None and option.value is not None
-    return receive.value, option.value
+    receive, option = (ctypes.cast(one, ctypes.c_void_p).value for one in (library.zmq_recv, library.zmq_getsockopt))
+    assert receive
+    assert option
+    return receive, option
 
 
 _LIBZMQ: Final = _libzmq()

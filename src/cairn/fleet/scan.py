@@ -37,9 +37,9 @@ _MOST_KEPT = 1 << 21
 
 
 class Scan(NamedTuple):
-    """payloads: how many of them this is. memory: where they stand, from `first` on. rank: None: not told. runs: (kind, tier or
-    ANY_TIER, block_tokens, events from, to, hashes from, to, tokens from, bytes from, to); `told` has a row for each
-    event that stores, as `StoredMany` has it.
+    """payloads: how many of them this is. memory: where they stand, from `first` on. rank: None: not told. runs: (kind,
+    tier or ANY_TIER, block_tokens, events from, to, hashes from, to, tokens from, bytes from, to); `told` has a row for
+    each event that stores, as `StoredMany` has it.
     """
 
     payloads: int
