@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cairn.fleet import messages as module
-from cairn.fleet.messages import Framed, Inbox, Messages, Payloads
-from cairn.fleet.msgpack import PADDING
+from cairn.fleet.messages import Framed, Inbox, Messages
+from cairn.fleet.msgpack import PADDING, Payloads
 from cairn.fleet.wire import MAX_PAYLOAD
 
 Pipe = tuple[zmq.Socket[bytes], zmq.asyncio.Socket]

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from cairn.fleet.base import Event, Removed, Stored, StoredMany, Tier, singly
 from cairn.fleet.events import Decoder
-from cairn.fleet.messages import Payloads
 from cairn.fleet.metrics import FleetMetrics
+from cairn.fleet.msgpack import Payloads
 from cairn.fleet.names import hash_of
 from cairn.fleet.scan import scan
 from tests.fleet.test_fuzz import VALID, values

@@ -8,9 +8,8 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from cairn.fleet.base import Cleared, Event, Removed, Stored, StoredMany, Tier
-from cairn.fleet.messages import Payloads
 from cairn.fleet.metrics import FleetMetrics, Skip
-from cairn.fleet.msgpack import parse_tokens
+from cairn.fleet.msgpack import Payloads, parse_tokens
 from cairn.fleet.plain import ANY_TIER, CLEARED, OTHER, REMOVED
 from cairn.fleet.scan import Scan, scan
 from cairn.fleet.separation import ExtraKeysError, namespace_digest, separate
@@ -145,7 +144,7 @@ class Decoder:
             else:
                 tokens = scanned.tokens[token : token + size * len(hashes)].reshape(-1, size)
                 events.append(StoredMany(hashes, scanned.told[first:stop], tokens, Tier(tier), self._copies))
-        return Batch(_TIME.unpack_from(scanned.memory, scanned.first + 2)[0], scanned.rank, events, count)
+        return Batch(_TIME.unpack_from(scanned.memory.data, scanned.first + 2)[0], scanned.rank, events, count)
 
     def _typed(self, payload: bytes) -> MapBatch | ArrayBatch:
         first, second = self._decoders

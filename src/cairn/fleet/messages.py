@@ -5,17 +5,15 @@ found, decoded and stored as arrays. The kernel calls the libzmq that pyzmq has 
 """
 
 import ctypes
-from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Final, NamedTuple, Self
 
 import numpy as np
-import numpy.typing as npt
 import zmq
 import zmq.asyncio
 import zmq.backend.cython._zmq as backend
 
-from cairn.fleet.msgpack import PADDING, Bytes, padded
+from cairn.fleet.msgpack import PADDING, Bytes, Payloads, Words, in_a_row
 from cairn.fleet.wire import MAX_PAYLOAD
 from cairn.jit import call_c, kernel, load_big
 
@@ -28,8 +26,6 @@ _FRAMES: Final = 4
 
 _MORE, _NOBLOCK = int(zmq.RCVMORE), int(zmq.NOBLOCK)
 
-Words = npt.NDArray[np.int64]
-
 
 class Framed(NamedTuple):
     """A message as it is on the wire, but for the sequence."""
@@ -37,31 +33,6 @@ class Framed(NamedTuple):
     topic: bytes
     sequence: int
     payload: bytes
-
-
-class Payloads(NamedTuple):
-    """Payload i stands at spans[i, 0]:spans[i, 1] of `memory`, which goes on for PADDING bytes behind the last."""
-
-    memory: Bytes
-    spans: Words
-
-    @classmethod
-    def of(cls, parts: Sequence[bytes]) -> Self:
-        ends = np.fromiter(accumulate(map(len, parts)), np.int64, len(parts))
-        return cls(_memory(parts), np.stack([ends - [*map(len, parts)], ends], axis=1))
-
-    @property
-    def sizes(self) -> Words:
-        """Of each, in bytes."""
-        return self.spans[:, 1] - self.spans[:, 0]
-
-    def one(self, i: int) -> bytes:
-        first, stop = self.spans[i].tolist()
-        return self.memory[first:stop].tobytes()
-
-    def part(self, first: int, stop: int) -> Self:
-        """Those from first to stop."""
-        return self._replace(spans=self.spans[first:stop])
 
 
 class Messages:
@@ -79,7 +50,7 @@ class Messages:
         """One that came otherwise."""
         parts = framed.topic, framed.sequence.to_bytes(8, "big"), framed.payload
         bounds = np.array([[0, *accumulate(map(len, parts)), 0]], np.int64)
-        return cls(_memory(parts), bounds, np.array([len(parts)]))
+        return cls(in_a_row(parts), bounds, np.array([len(parts)]))
 
     def __len__(self) -> int:
         return len(self._frames)
@@ -131,11 +102,6 @@ class Inbox:
         """Messages that are there now, up to a round; does not wait."""
         count = _drain(*_LIBZMQ, socket.underlying, self._memory, self._bounds, self._frames)
         return Messages(self._memory, self._bounds[:count], self._frames[:count])
-
-
-def _memory(parts: Sequence[bytes]) -> Bytes:
-    """Their bytes in a row. That it may be written to makes it of the same type as an inbox's."""
-    return np.frombuffer(bytearray(padded(parts)), np.uint8)
 
 
 def _libzmq() -> tuple[int, int]:

@@ -7,7 +7,8 @@ that eight bytes can be loaded wherever one may.
 """
 
 from collections.abc import Sequence
-from typing import Annotated
+from itertools import accumulate
+from typing import Annotated, NamedTuple, Self
 
 import msgspec
 import numpy as np
@@ -17,6 +18,7 @@ from cairn.index.slots import NONE
 from cairn.jit import kernel, load_big, load_byte, load_word, store_half
 
 Bytes = npt.NDArray[np.uint8]
+Words = npt.NDArray[np.int64]
 
 NIL = 0xC0
 PADDING = 32
@@ -49,6 +51,36 @@ _decode_few = msgspec.msgpack.Decoder(list[Annotated[int, msgspec.Meta(ge=0, lt=
 def padded(parts: Sequence[bytes]) -> bytes:
     """All bytes in a row, with PADDING bytes behind that are not theirs."""
     return b"".join([*parts, bytes(PADDING)])
+
+
+def in_a_row(parts: Sequence[bytes]) -> Bytes:
+    """All bytes and the padding as memory that may be written to, as an inbox's: kernels are compiled for that."""
+    return np.frombuffer(bytearray(padded(parts)), np.uint8)
+
+
+class Payloads(NamedTuple):
+    """Payload i stands at spans[i, 0]:spans[i, 1] of `memory`, which goes on for PADDING bytes behind the last."""
+
+    memory: Bytes
+    spans: Words
+
+    @classmethod
+    def of(cls, parts: Sequence[bytes]) -> Self:
+        ends = np.fromiter(accumulate(map(len, parts)), np.int64, len(parts))
+        return cls(in_a_row(parts), np.stack([ends - [*map(len, parts)], ends], axis=1))
+
+    @property
+    def sizes(self) -> Words:
+        """Of each, in bytes."""
+        return self.spans[:, 1] - self.spans[:, 0]
+
+    def one(self, i: int) -> bytes:
+        first, stop = self.spans[i].tolist()
+        return self.memory[first:stop].tobytes()
+
+    def part(self, first: int, stop: int) -> Self:
+        """Those from first to stop."""
+        return self._replace(spans=self.spans[first:stop])
 
 
 @kernel

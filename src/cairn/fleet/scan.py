@@ -9,8 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cairn.fleet.messages import Payloads, Words
-from cairn.fleet.msgpack import NIL, Bytes, read_array, read_unsigned, skip
+from cairn.fleet.msgpack import NIL, Bytes, Payloads, Words, read_array, read_unsigned, skip
 from cairn.fleet.plain import (
     ANY_TIER,
     BEGINS,
@@ -97,7 +96,9 @@ def scan(payloads: Payloads, group: int | None) -> Scan | None:
     of the payloads, and touches what it fills. The arrays stand until this thread scans again.
     """
     scratch, followed = _kept.room(int(payloads.sizes.sum())), NONE if group is None else group
-    count, rank, found, stored, blocks, used = _scan(*payloads, followed, *scratch)
+    count, rank, found, stored, blocks, used = _scan(
+        *payloads, followed, scratch.runs, scratch.hashes, scratch.tokens, scratch.told
+    )
     if not count:
         return None
     hashes, tokens, told = scratch.hashes[:blocks], scratch.tokens[:used], scratch.told[:stored]

@@ -66,6 +66,6 @@ def comings(monitor: zmq.asyncio.Socket) -> list[bool]:
     """What has happened to a watched socket's peers: True for one that came, False for one that went."""
     plain: zmq.Socket[bytes] = zmq.Socket.shadow(monitor.underlying)
     found = []
-    while plain.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+    while int(plain.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
         found.append(parse_monitor_message(plain.recv_multipart())["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED)
     return found
