@@ -51,6 +51,7 @@ def test_messages_come_as_they_were_sent(pipe: Pipe, inbox: Inbox, sent: list[li
         give.send_multipart(frames)
     messages = inbox.drain(take)
     kept = messages.kept()
+    assert kept.kept() is kept
     assert not len(inbox.drain(take))
     assert read(kept) == [frames if len(frames) <= 4 else [] for frames in sent]
 

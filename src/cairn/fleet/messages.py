@@ -60,10 +60,10 @@ class Messages:
         return Messages(self._memory, self._bounds[first:stop], self._frames[first:stop])
 
     def kept(self) -> "Messages":
-        """The same in memory of their own."""
-        if not len(self):
+        """The same in memory of their own; what has it already is not copied again."""
+        end = int(self._bounds[-1, self._frames[-1]]) + PADDING if len(self) else len(self._memory)
+        if end == len(self._memory):
             return self
-        end = int(self._bounds[-1, self._frames[-1]]) + PADDING
         return Messages(self._memory[:end].copy(), self._bounds.copy(), self._frames.copy())
 
     def parts(self, i: int) -> list[bytes]:
