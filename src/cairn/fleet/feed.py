@@ -223,6 +223,7 @@ class Feed:
         begun, proven = self._track.next, not self._track.next
         answers = replay(
             self._context,
+            self._inbox,
             endpoint,
             max(0, (self._track.next or 0) - 1),
             deadline=deadline,

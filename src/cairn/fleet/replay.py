@@ -23,7 +23,14 @@ class ReplayTimeoutError(Exception):
 
 
 async def replay(
-    context: zmq.asyncio.Context, endpoint: str, start: int, *, deadline: float, quiet_s: float, queue_messages: int
+    context: zmq.asyncio.Context,
+    inbox: Inbox,
+    endpoint: str,
+    start: int,
+    *,
+    deadline: float,
+    quiet_s: float,
+    queue_messages: int,
 ) -> AsyncGenerator[Framed, None]:
     """What the publisher still has from sequence `start` on, in its order. To be closed (aclosing) when left early.
 
@@ -32,7 +39,7 @@ async def replay(
     """
     loop = asyncio.get_running_loop()
     # A socket for each question: late answers to an earlier one cannot get in.
-    socket, inbox = make_socket(context, zmq.DEALER, queue_messages), Inbox()
+    socket = make_socket(context, zmq.DEALER, queue_messages)
     try:
         attach(socket, endpoint, bind=False)
         await socket.send_multipart([b"", start.to_bytes(8, "big")])
@@ -40,7 +47,7 @@ async def replay(
             left = min(quiet_s, deadline - loop.time())
             if left <= 0 or not await socket.poll(max(1, int(left * 1000))):
                 raise ReplayTimeoutError
-            messages = inbox.drain(socket)
+            messages = inbox.drain(socket).kept()
             for i in range(len(messages)):
                 frames = messages.parts(i)
                 if len(frames) not in (3, 4) or len(frames[-2]) != 8:
