@@ -28,6 +28,9 @@ from cairn.observe.log import log_once
 
 logger = logging.getLogger(__name__)
 
+#: What comes soon after what was taken in is taken in together: a round costs some hundred blocks' time, seconds.
+_PAUSE_S: Final = 0.005
+
 #: A subscription that was just made may not have reached the publisher yet; after this long it is looked at what was
 #: missed meanwhile, seconds.
 _SETTLE_S: Final = 1.0
@@ -53,6 +56,7 @@ class Feed:
         self._inbox = inbox
         self._live = make_socket(context, zmq.SUB, limits.queue)
         self._monitor = watch(self._live)
+        self._events: zmq.Socket[bytes] = zmq.Socket.shadow(self._monitor.underlying)
         self._live.setsockopt(zmq.SUBSCRIBE, instance.topic.encode())
         try:
             attach(self._live, instance.endpoint, bind=instance.bind)
@@ -128,10 +132,11 @@ class Feed:
                 self._heard, self._seen = time.monotonic(), time.time()
             else:
                 await self._note_silence()
-            await asyncio.sleep(0)  # a poll that finds something does not yield
+            # A poll that finds something does not yield.
+            await asyncio.sleep(0 if idle or messages.fill_a_round else _PAUSE_S)
 
     def _note_peers(self) -> None:
-        for came in comings(self._monitor):
+        for came in comings(self._events):
             if came:
                 self._peers += 1
                 self._suspect = True

@@ -55,6 +55,11 @@ class Messages:
     def __len__(self) -> int:
         return len(self._frames)
 
+    @property
+    def fill_a_round(self) -> bool:
+        """Whether there may be more where they came from."""
+        return len(self) == _ROUND or bool(len(self) and self._bounds[-1, self._frames[-1]] >= _ROUND_BYTES)
+
     def part(self, first: int, stop: int) -> "Messages":
         """Those from first to stop."""
         return Messages(self._memory, self._bounds[first:stop], self._frames[first:stop])

@@ -62,10 +62,9 @@ def reattach(socket: zmq.asyncio.Socket, endpoint: str) -> None:
     socket.connect(endpoint)
 
 
-def comings(monitor: zmq.asyncio.Socket) -> list[bool]:
+def comings(monitor: zmq.Socket[bytes]) -> list[bool]:
     """What has happened to a watched socket's peers: True for one that came, False for one that went."""
-    plain: zmq.Socket[bytes] = zmq.Socket.shadow(monitor.underlying)
     found = []
-    while int(plain.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-        found.append(parse_monitor_message(plain.recv_multipart())["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED)
+    while int(monitor.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        found.append(parse_monitor_message(monitor.recv_multipart())["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED)
     return found
