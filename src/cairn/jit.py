@@ -75,6 +75,12 @@ def _storing(bits: int) -> Any:
     return generate
 
 
+def _call(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
+    word = ir.IntType(64)
+    kind = ir.FunctionType(ir.IntType(32), [word] * (len(arguments) - 1))
+    return builder.sext(builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), arguments[1:]), word)
+
+
 def _count_zeros(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
     return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 0))
 
@@ -116,6 +122,12 @@ def store_half(typingctx: Any, address: Any, value: Any) -> Any:
 def store_word(typingctx: Any, address: Any, value: Any) -> Any:
     """Writes a uint64."""
     return types.void(types.int64, types.uint64), _storing(64)
+
+
+@intrinsic
+def call_c(typingctx: Any, function: Any, first: Any, second: Any, third: Any, fourth: Any) -> Any:
+    """Calls the C function at an address, which takes four words (integers, pointers) and returns an int."""
+    return types.int64(*[types.int64] * 5), _call
 
 
 @intrinsic

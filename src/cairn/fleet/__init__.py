@@ -4,9 +4,9 @@ Where to begin: `base` (events as values, the sink that takes them in), then `in
 out). Everything else is on one of four ways:
 
 - From the wire to events: `instances` (whom to follow) -> `subscriber` -> `feed` (one publisher: gaps, restarts, with
-  `replay` and `sockets`) -> `track` (how far it is) -> `events` (the decoder; `wire`: messages typed, `scan` and
-  `plain`: the same as arrays, in kernels over `msgpack`; `separation`: LoRA, salts, pictures). `discovery` finds
-  instances in the cluster; `publisher` and `recording` are the other direction.
+  `messages`, `replay` and `sockets`) -> `track` (how far it is) -> `events` (the decoder; `wire`: messages typed,
+  `scan` and `plain`: the same as arrays, in kernels over `msgpack`; `separation`: LoRA, salts, pictures). `discovery`
+  finds instances in the cluster; `publisher` and `recording` are the other direction.
 - From events to the index: `chains` (tokens to keys) -> `storing` (what a `BlockStored` does) on `blocks` (records),
   `names` (what a source calls them, and in how many copies) and `holders` (sets of who holds them). `ledger` owns all
   of it, its room and its locks (`fair`).

@@ -108,8 +108,8 @@ def singly(events: "Iterable[Event | StoredMany]") -> Iterator[Event]:
 class Sink(Protocol):
     """Takes events in. Called by one thread at a time for one source; must not block for long, and not raise.
 
-    One that has an attribute `takes_many = True` gets `StoredMany` as well, and consecutive `Removed` of one tier as
-    one: a tenth of the work.
+    One that has an attribute `takes_many = True` gets `StoredMany` as well, whose arrays stand until it returns, and
+    consecutive `Removed` of one tier as one: a tenth of the work.
     """
 
     def apply(self, source: Source, events: Sequence[Event]) -> None:

@@ -9,7 +9,7 @@ import msgspec
 
 from cairn.fleet.base import Cleared, Event, Removed, Stored, StoredMany, Tier
 from cairn.fleet.metrics import FleetMetrics, Skip
-from cairn.fleet.msgpack import parse_tokens
+from cairn.fleet.msgpack import Payloads, parse_tokens
 from cairn.fleet.plain import ANY_TIER, CLEARED, OTHER, REMOVED
 from cairn.fleet.scan import Scan, scan
 from cairn.fleet.separation import ExtraKeysError, namespace_digest, separate
@@ -49,9 +49,6 @@ _CLEARED: Final = Cleared()
 _NIL: Final = b"\xc0"
 _TIME: Final = struct.Struct(">d")
 
-#: Payloads are decoded together up to this many bytes.
-_AT_ONCE: Final = 1 << 20
-
 _Decode = Callable[[bytes], MapBatch | ArrayBatch]
 
 
@@ -81,7 +78,7 @@ class Decoder:
     with it, and what a window or a state leaves behind says nothing about a prefix.
 
     many: plain events come as `StoredMany` and merged `Removed`, straight from the bytes (`cairn.fleet.scan`). They say
-    the same. copies: what `Stored` and `StoredMany` say.
+    the same; their arrays stand until the thread decodes again. copies: what `Stored` and `StoredMany` say.
     """
 
     def __init__(self, metrics: FleetMetrics, *, many: bool = False, copies: bool = True) -> None:
@@ -102,15 +99,16 @@ class Decoder:
 
     def decode(self, payload: bytes) -> Batch | None:
         """The batch in a payload, without what cannot be understood; None if it is no batch at all."""
-        return self.decode_first((payload,))[0]
+        return self.decode_first(Payloads.of((payload,)))[0]
 
-    def decode_first(self, payloads: Sequence[bytes]) -> tuple[Batch | None, int]:
+    def decode_first(self, payloads: Payloads) -> tuple[Batch | None, int]:
         """The first of consecutive payloads (one at least) as `decode` has it; with `many` as many as can be had at
         once and are of one rank, as one batch. Also how many these are.
         """
-        if self._many and (together := _at_once(payloads)) and (scanned := scan(together, self._main)) is not None:
+        small = self._many and payloads.sizes.max() <= MAX_PAYLOAD
+        if small and (scanned := scan(payloads, self._main)) is not None:
             return self._scanned(scanned), scanned.payloads
-        return self._decode(payloads[0]), 1
+        return self._decode(payloads.one(0)), 1
 
     def _decode(self, payload: bytes) -> Batch | None:
         if len(payload) > MAX_PAYLOAD:
@@ -132,7 +130,7 @@ class Decoder:
         count = 0
         for kind, tier, size, first, stop, block, behind, token, start, end in scanned.runs:
             if kind == OTHER:
-                event = self._event(msgspec.Raw(scanned.packed[start:end]))
+                event = self._event(msgspec.Raw(scanned.memory[start:end].tobytes()))
                 known = self._events(() if event is None else (event,))
                 events += known
                 count += len(known)
@@ -146,7 +144,7 @@ class Decoder:
             else:
                 tokens = scanned.tokens[token : token + size * len(hashes)].reshape(-1, size)
                 events.append(StoredMany(hashes, scanned.told[first:stop], tokens, Tier(tier), self._copies))
-        return Batch(_TIME.unpack_from(scanned.packed, 2)[0], scanned.rank, events, count)
+        return Batch(_TIME.unpack_from(scanned.memory.data, scanned.first + 2)[0], scanned.rank, events, count)
 
     def _typed(self, payload: bytes) -> MapBatch | ArrayBatch:
         first, second = self._decoders
@@ -234,16 +232,6 @@ class Decoder:
 
     def _skip(self, reason: Skip) -> None:
         self._metrics.fleet_skipped_events.add(1, reason=reason)
-
-
-def _at_once(payloads: Sequence[bytes]) -> Sequence[bytes]:
-    """As many as are decoded in one go: none if the first is too large to be looked at."""
-    size = 0
-    for count, payload in enumerate(payloads):
-        size += len(payload)
-        if size > (_AT_ONCE if count else MAX_PAYLOAD):
-            return payloads[:count]
-    return payloads
 
 
 def _tier(medium: str | None, locality: str | None) -> Tier:

@@ -7,7 +7,6 @@ batch that a complete, proven replay does not lead to is of a process that is go
 """
 
 import asyncio
-import itertools
 import logging
 import time
 from contextlib import aclosing
@@ -19,18 +18,18 @@ import zmq.asyncio
 from cairn.errors import InputError
 from cairn.fleet.base import Source
 from cairn.fleet.instances import Limits, State
+from cairn.fleet.messages import Framed, Inbox, Messages
 from cairn.fleet.metrics import Resync, Skip
 from cairn.fleet.positions import Position
-from cairn.fleet.replay import Framed, ReplayTimeoutError, replay
-from cairn.fleet.sockets import attach, comings, drain, make_socket, reattach, watch
+from cairn.fleet.replay import ReplayTimeoutError, replay
+from cairn.fleet.sockets import attach, comings, make_socket, reattach, watch
 from cairn.fleet.track import Track
 from cairn.observe.log import log_once
 
 logger = logging.getLogger(__name__)
 
-#: Messages, and bytes, between two looks at the event loop.
-_ROUND: Final = 256
-_ROUND_BYTES: Final = 1 << 17
+#: What comes soon after what was taken in is taken in together: a round costs some hundred blocks' time, seconds.
+_PAUSE_S: Final = 0.005
 
 #: A subscription that was just made may not have reached the publisher yet; after this long it is looked at what was
 #: missed meanwhile, seconds.
@@ -47,14 +46,17 @@ _TWINS: Final = 1 << 16
 class Feed:
     """Follows one publisher until its task is cancelled. For one event loop."""
 
-    def __init__(self, context: zmq.asyncio.Context, track: Track, limits: Limits) -> None:
+    def __init__(self, context: zmq.asyncio.Context, track: Track, limits: Limits, inbox: Inbox) -> None:
         """track: where it goes on; what it holds already must be proved by the publisher before anything is added.
-        Opens the sockets. Raises InputError where an endpoint cannot be used.
+        inbox: may be shared by the feeds of a loop. Opens the sockets. Raises InputError where an endpoint cannot be
+        used.
         """
         self.instance = instance = track.instance
         self._context, self._track, self._limits, self._metrics = context, track, limits, track.metrics
+        self._inbox = inbox
         self._live = make_socket(context, zmq.SUB, limits.queue)
         self._monitor = watch(self._live)
+        self._events: zmq.Socket[bytes] = zmq.Socket.shadow(self._monitor.underlying)
         self._live.setsockopt(zmq.SUBSCRIBE, instance.topic.encode())
         try:
             attach(self._live, instance.endpoint, bind=instance.bind)
@@ -103,33 +105,38 @@ class Feed:
         self._live.close(linger=0)
 
     async def _follow(self) -> None:
+        idle = True
         while True:
-            await self._poller.poll(int(min(self._limits.check_s, self._limits.lost_s, _SETTLE_S) * 500))
-            messages = drain(self._live, _ROUND, _ROUND_BYTES)
+            if idle:  # a poll costs as much as many messages
+                await self._poller.poll(int(min(self._limits.check_s, self._limits.lost_s, _SETTLE_S) * 500))
+            messages = self._inbox.drain(self._live)
+            idle = not len(messages)
             self._note_peers()  # after that: of whoever sent them, it is known by now that he came
             if self._suspect:
                 if self.instance.replay is not None or not self._peers:
-                    messages = []  # perhaps of a process that is gone; the replay has them if they count
+                    messages = messages.part(0, 0)  # of one that is gone? If they count, the replay has them
                 if self._peers:
                     await self._verify()
             taken = 0
             while taken < len(messages):
-                if going_on := self._going_on(messages, taken):
-                    self._track.accept(going_on)
-                    taken += len(going_on)
+                if count := self._going_on(messages, taken):
+                    self._track.accept(messages.part(taken, taken + count))
+                    taken += count
                     continue
-                await self._message(messages[taken])
+                messages = messages.kept()  # other feeds use the inbox meanwhile
+                await self._message(messages.framed(taken))
                 taken += 1
                 if self._suspect:
                     break  # the rest may be of the process that is gone; the replay has it if it counts
-            if messages:
+            if len(messages):
                 self._heard, self._seen = time.monotonic(), time.time()
             else:
                 await self._note_silence()
-            await asyncio.sleep(0)  # a poll that finds something does not yield
+            # A poll that finds something does not yield.
+            await asyncio.sleep(0 if idle or messages.fill_a_round else _PAUSE_S)
 
     def _note_peers(self) -> None:
-        for came in comings(self._monitor):
+        for came in comings(self._events):
             if came:
                 self._peers += 1
                 self._suspect = True
@@ -157,33 +164,23 @@ class Feed:
             self.drop(Resync.RESTART)  # nobody can tell
             return
         # What waits came before this, perhaps from a process that is gone; the replay has it all if it counts.
-        while drain(self._live, _ROUND):
+        while len(self._inbox.drain(self._live)):
             await asyncio.sleep(0)
         if not await self._catch_up(suspicious=True):
             self.drop(Resync.GAP)
         self._heard = time.monotonic() - self._limits.check_s + min(self._limits.check_s, _SETTLE_S)
 
-    def _going_on(self, messages: list[list[bytes]], first: int) -> list[Framed]:
-        """The messages from `first` on that simply go on: to be taken in together."""
-        found: list[Framed] = []
-        sequence = self._track.next
-        if sequence is None:
-            return found
-        for frames in itertools.islice(messages, first, None):
-            if len(frames) != 3 or frames[1] != sequence.to_bytes(8, "big"):
-                break
-            found.append(Framed(frames[0], sequence, frames[2]))
-            sequence += 1
-        if found:
+    def _going_on(self, messages: Messages, first: int) -> int:
+        """How many messages from `first` on simply go on: to be taken in together."""
+        count = 0 if self._track.next is None else messages.going_on(first, self._track.next)
+        if count:
             self._twins.clear()  # what lives comes in order: no twin is behind these
-        return found
+        return count
 
-    async def _message(self, frames: list[bytes]) -> None:
-        if len(frames) != 3 or len(frames[1]) != 8:
+    async def _message(self, framed: Framed | None) -> None:
+        if framed is None:
             self._metrics.fleet_skipped_batches.add(1, reason=Skip.FRAMES)
-            return
-        framed = Framed(frames[0], int.from_bytes(frames[1], "big"), frames[2])
-        if not self._is_twin(framed):
+        elif not self._is_twin(framed):
             await self._reconcile(framed)
 
     def _is_twin(self, framed: Framed) -> bool:
@@ -201,12 +198,12 @@ class Feed:
         if self._is_twin(framed):
             return
         if self._track.next is None or framed.sequence == self._track.next:
-            self._track.accept([framed])
+            self._track.accept(Messages.of(framed))
         elif known:
             self._metrics.fleet_skipped_batches.add(1, reason=Skip.STALE)
         else:
             self.drop(Resync.GAP if framed.sequence > self._track.next else Resync.RESTART)
-            self._track.accept([framed])
+            self._track.accept(Messages.of(framed))
 
     async def _catch_up(self, *, suspicious: bool) -> bool:
         """Takes in what the replay has and we have not; False if there is no replay, or it did not come to its end.
@@ -231,6 +228,7 @@ class Feed:
         begun, proven = self._track.next, not self._track.next
         answers = replay(
             self._context,
+            self._inbox,
             endpoint,
             max(0, (self._track.next or 0) - 1),
             deadline=deadline,
@@ -265,7 +263,7 @@ class Feed:
         if self._track.next is not None and framed.sequence < self._track.next:
             return
         self._metrics.fleet_replayed_batches.add(1, instance=self.instance.name)
-        self._track.accept([framed])
+        self._track.accept(Messages.of(framed))
         self._twins[framed.sequence] = hash(framed.payload)
         if len(self._twins) > _TWINS:
             del self._twins[next(iter(self._twins))]

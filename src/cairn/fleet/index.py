@@ -51,7 +51,7 @@ class FleetIndex:
 
     capacity: distinct blocks at most; worker_blocks: pairs of block and source at most. Beyond either those go that
     have been stored, and asked for, the longest ago. sources: at most so many at a time, of 8 block sizes together;
-    events of others are not taken in. Memory: about 53 bytes a distinct block and 17 a worker-block, and 32 bytes per
+    events of others are not taken in. Memory: about 53 bytes a distinct block and 18 a worker-block, and 32 bytes per
     64 sources for each different set of holders, of which there are at most as many as blocks.
 
     Thread-safe. Events of one source must come from one thread at a time, in order; those of several may come at once.

@@ -38,7 +38,7 @@ from cairn.kv import Keys
 from cairn.kv.keys import Tokens
 
 #: Blocks changed, or hashed, under one hold of the lock: a tenth of a millisecond.
-BATCH = 512
+BATCH = 1024
 
 #: Blocks whose keys are looked for under one hold of the lock, where hardly one has to be hashed.
 _AT_ONCE = 1 << 13
@@ -160,6 +160,7 @@ class Ledger:
                     tier,
                     0 if copies and 1 << tier == COPIED else count,
                     False,
+                    True,
                 )
             self._count(member, added)
             doubles += refused

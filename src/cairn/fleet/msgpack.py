@@ -7,21 +7,24 @@ that eight bytes can be loaded wherever one may.
 """
 
 from collections.abc import Sequence
-from typing import Annotated
+from itertools import accumulate
+from typing import Annotated, NamedTuple, Self
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from cairn.index.slots import NONE
-from cairn.jit import kernel, load_big, load_byte, store_half
+from cairn.jit import kernel, load_big, load_byte, load_word, store_half
 
 Bytes = npt.NDArray[np.uint8]
+Words = npt.NDArray[np.int64]
 
 NIL = 0xC0
 PADDING = 32
 _NOTHING = np.uint64(0)
-_8, _24, _32, _56, _64 = np.uint64(8), np.uint64(24), np.uint64(32), np.uint64(56), np.uint64(64)
+_1, _2, _8, _24, _32, _48, _64 = (np.uint64(n) for n in (1, 2, 8, 24, 32, 48, 64))
+_206, _255 = np.uint64(0xCE), np.uint64(0xFF)
 
 _FIXED = np.zeros(256, np.int64)
 """Bytes of a scalar without a length of its own, by its first byte; 0: no such scalar."""
@@ -48,6 +51,36 @@ _decode_few = msgspec.msgpack.Decoder(list[Annotated[int, msgspec.Meta(ge=0, lt=
 def padded(parts: Sequence[bytes]) -> bytes:
     """All bytes in a row, with PADDING bytes behind that are not theirs."""
     return b"".join([*parts, bytes(PADDING)])
+
+
+def in_a_row(parts: Sequence[bytes]) -> Bytes:
+    """All bytes and the padding as memory that may be written to, as an inbox's: kernels are compiled for that."""
+    return np.frombuffer(bytearray(padded(parts)), np.uint8)
+
+
+class Payloads(NamedTuple):
+    """Payload i stands at spans[i, 0]:spans[i, 1] of `memory`, which goes on for PADDING bytes behind the last."""
+
+    memory: Bytes
+    spans: Words
+
+    @classmethod
+    def of(cls, parts: Sequence[bytes]) -> Self:
+        ends = np.fromiter(accumulate(map(len, parts)), np.int64, len(parts))
+        return cls(in_a_row(parts), np.stack([ends - [*map(len, parts)], ends], axis=1))
+
+    @property
+    def sizes(self) -> Words:
+        """Of each, in bytes."""
+        return self.spans[:, 1] - self.spans[:, 0]
+
+    def one(self, i: int) -> bytes:
+        first, stop = self.spans[i].tolist()
+        return self.memory[first:stop].tobytes()
+
+    def part(self, first: int, stop: int) -> Self:
+        """Those from first to stop."""
+        return self._replace(spans=self.spans[first:stop])
 
 
 @kernel
@@ -157,18 +190,31 @@ def skip(at: int, end: int) -> int:
 def unpack(at: int, end: int, target: int, count: int) -> int:
     """Reads `count` unsigned integers below 2**32 to uint32 memory at `target`; where they end, or NONE.
 
-    Ids of two and of four bytes follow each other at random, so the way must not branch on which it is.
+    Ids of two and of four bytes follow each other at random, so the way must not branch on which it is. Two of them are
+    read from one word: to find where the next begins is all that the way waits for.
     """
-    for i in range(count):
+    i = 0
+    while i < count:
         if at >= end:
             return NONE
-        word = load_big(at)
-        kind = word >> _56
+        word = load_word(at)
+        longer = word & _2  # 0xCD: two bytes follow; 0xCE: four
+        kind = word & _255
+        second = word >> (_24 + longer * _8) & _255
+        if i + 1 < count and ((kind + _1) ^ _206 | (second + _1) ^ _206) < _2:
+            middle = at + 3 + int(np.int64(longer))
+            store_half(target + 4 * i, np.uint32(load_big(at) << _8 >> (_48 - longer * _8)))
+            longer = second & _2
+            store_half(target + 4 * i + 4, np.uint32(load_big(middle) << _8 >> (_48 - longer * _8)))
+            at = middle + 3 + int(np.int64(longer))
+            i += 2
+            continue
         step = int(_STEP[kind])
         if not step:
             return NONE
-        store_half(target + 4 * i, np.uint32((word << _8 >> _32) >> _SHIFT[kind] | _ITSELF[kind]))
+        store_half(target + 4 * i, np.uint32((load_big(at) << _8 >> _32) >> _SHIFT[kind] | _ITSELF[kind]))
         at += step
+        i += 1
     return at if at <= end else NONE
 
 

@@ -1,4 +1,4 @@
-"""What one source calls its blocks: engine hash -> block and its copies, in 12 bytes an entry at a load of 57 to 85 %.
+"""What one source calls its blocks: engine hash -> block and its copies, in 12 bytes an entry at a load of 50 to 85 %.
 
 A table of its own for each source, because engines of different seeds call the same block differently, and because a
 source that dies must cost only what it held. Its size is no power of two: doubling would leave half of what is the
@@ -37,7 +37,7 @@ MOST_COPIES = 15
 
 _SLOT, _COPY = np.uint32((1 << SLOT_BITS) - 1), np.uint32(1 << SLOT_BITS)
 
-FULL, GROWN = 0.85, 0.57
+FULL, GROWN = 0.85, 0.5
 _LEAST = 16
 
 _MASK = (1 << 64) - 1
@@ -96,14 +96,19 @@ def _home(names: Names, engine_hash: np.uint64) -> int:
 
 
 @kernel
+def place_of(names: Names, engine_hash: np.uint64) -> int:
+    """Where the name stands, or, if the table does not hold it, the free entry where it belongs."""
+    at, room = _home(names, engine_hash), len(names)
+    while names[at].next and names[at].hash != engine_hash:
+        at = at + 1 if at + 1 < room else 0
+    return at
+
+
+@kernel
 def find_name(names: Names, engine_hash: np.uint64) -> int:
     """Where the name stands, or NONE."""
-    at, room = _home(names, engine_hash), len(names)
-    while names[at].next:
-        if names[at].hash == engine_hash:
-            return at
-        at = at + 1 if at + 1 < room else 0
-    return NONE
+    at = place_of(names, engine_hash)
+    return at if names[at].next else NONE
 
 
 @kernel
@@ -119,18 +124,10 @@ def slot_at(names: Names, at: int) -> int:
 
 
 @kernel
-def _put(names: Names, engine_hash: np.uint64, entry: np.uint32) -> None:
-    at, room = _home(names, engine_hash), len(names)
-    while names[at].next:
-        at = at + 1 if at + 1 < room else 0
+def add_name(names: Names, at: int, engine_hash: np.uint64, slot: int) -> None:
+    """Adds a name where it belongs, of a block in one copy; the table must not be full by it."""
     names[at].hash = engine_hash
-    names[at].next = entry
-
-
-@kernel
-def add_name(names: Names, engine_hash: np.uint64, slot: int) -> None:
-    """Adds a name that the table does not hold, of a block in one copy; there must be room."""
-    _put(names, engine_hash, np.uint32(slot + 1))
+    names[at].next = np.uint32(slot + 1)
 
 
 @kernel
@@ -154,7 +151,9 @@ def drop_copy(names: Names, at: int) -> bool:
 @kernel
 def move_name(old: Names, at: int, new: Names) -> None:
     """Adds the name that stands at `at` to a table that does not hold it; there must be room."""
-    _put(new, old[at].hash, old[at].next)
+    place = place_of(new, old[at].hash)
+    new[place].hash = old[at].hash
+    new[place].next = old[at].next
 
 
 @kernel

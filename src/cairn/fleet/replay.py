@@ -7,23 +7,15 @@ payload. The ROUTER drops what the connection cannot take, so an answer may have
 
 import asyncio
 from collections.abc import AsyncGenerator
-from typing import Final, NamedTuple
+from typing import Final
 
 import zmq
 import zmq.asyncio
 
-from cairn.fleet.sockets import attach, drain, make_socket
+from cairn.fleet.messages import Framed, Inbox
+from cairn.fleet.sockets import attach, make_socket
 
 _END: Final = b"\xff" * 8
-_ROUND: Final = 256
-
-
-class Framed(NamedTuple):
-    """A message as it is on the wire, but for the sequence."""
-
-    topic: bytes
-    sequence: int
-    payload: bytes
 
 
 class ReplayTimeoutError(Exception):
@@ -31,7 +23,14 @@ class ReplayTimeoutError(Exception):
 
 
 async def replay(
-    context: zmq.asyncio.Context, endpoint: str, start: int, *, deadline: float, quiet_s: float, queue_messages: int
+    context: zmq.asyncio.Context,
+    inbox: Inbox,
+    endpoint: str,
+    start: int,
+    *,
+    deadline: float,
+    quiet_s: float,
+    queue_messages: int,
 ) -> AsyncGenerator[Framed, None]:
     """What the publisher still has from sequence `start` on, in its order. To be closed (aclosing) when left early.
 
@@ -48,7 +47,9 @@ async def replay(
             left = min(quiet_s, deadline - loop.time())
             if left <= 0 or not await socket.poll(max(1, int(left * 1000))):
                 raise ReplayTimeoutError
-            for frames in drain(socket, _ROUND):
+            messages = inbox.drain(socket).kept()
+            for i in range(len(messages)):
+                frames = messages.parts(i)
                 if len(frames) not in (3, 4) or len(frames[-2]) != 8:
                     continue
                 if frames[-2] == _END:

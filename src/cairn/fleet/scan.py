@@ -4,14 +4,12 @@ All other events are left to msgspec, by where they stand. A payload with anythi
 """
 
 import threading
-from collections.abc import Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from cairn.fleet.msgpack import NIL, Bytes, padded, read_array, read_unsigned, skip
+from cairn.fleet.msgpack import NIL, Bytes, Payloads, Words, read_array, read_unsigned, skip
 from cairn.fleet.plain import (
     ANY_TIER,
     BEGINS,
@@ -38,13 +36,14 @@ _MOST_KEPT = 1 << 21
 
 
 class Scan(NamedTuple):
-    """payloads: how many of them this is. packed: their bytes, and more. rank: None: not told. runs: (kind, tier or
-    ANY_TIER, block_tokens, events from, to, hashes from, to, tokens from, bytes from, to); `told` has a row for each
-    event that stores, as `StoredMany` has it.
+    """payloads: how many of them this is. memory: where they stand, from `first` on. rank: None: not told. runs: (kind,
+    tier or ANY_TIER, block_tokens, events from, to, hashes from, to, tokens from, bytes from, to); `told` has a row for
+    each event that stores, as `StoredMany` has it.
     """
 
     payloads: int
-    packed: bytes
+    memory: Bytes
+    first: int
     rank: int | None
     runs: list[list[int]]
     hashes: npt.NDArray[np.uint64]
@@ -62,7 +61,7 @@ class _Scratch(NamedTuple):
 
 
 class _Kept(threading.local):
-    """The scratch of a thread. Allocated anew each time it would leave holes between what the index keeps."""
+    """The scratch of a thread. Memory that is allocated anew costs more to touch than what is written to it."""
 
     scratch: _Scratch | None = None
 
@@ -89,23 +88,23 @@ def _new_scratch(size: int) -> _Scratch:
 _kept = _Kept()
 
 
-def scan(payloads: Sequence[bytes], group: int | None) -> Scan | None:
+def scan(payloads: Payloads, group: int | None) -> Scan | None:
     """The events of consecutive batches, each `[ts: float64, events, rank?]`: of as many as are such, from the first
     on, have something plain in them, and are of one rank. None: of none.
 
     group: which KV group the index follows, as far as that is known. Takes some 20 bytes of address space for each byte
-    of the payloads, and touches what it fills. What it returns is the caller's.
+    of the payloads, and touches what it fills. The arrays stand until this thread scans again.
     """
-    packed = padded(payloads)
-    scratch = _kept.room(len(packed))
-    ends = np.fromiter(accumulate(map(len, payloads)), np.int64, len(payloads))
-    bytes_, followed = np.frombuffer(packed, np.uint8), NONE if group is None else group
-    count, rank, found, stored, blocks, used = _scan(bytes_, ends, followed, *scratch)
+    scratch, followed = _kept.room(int(payloads.sizes.sum())), NONE if group is None else group
+    count, rank, found, stored, blocks, used = _scan(
+        *payloads, followed, scratch.runs, scratch.hashes, scratch.tokens, scratch.told
+    )
     if not count:
         return None
     hashes, tokens, told = scratch.hashes[:blocks], scratch.tokens[:used], scratch.told[:stored]
     runs = scratch.runs[:found].tolist()
-    return Scan(count, packed, None if rank == NONE else rank, runs, hashes.copy(), tokens.copy(), told.copy())
+    first, told_rank = int(payloads.spans[0, 0]), None if rank == NONE else rank
+    return Scan(count, payloads.memory, first, told_rank, runs, hashes, tokens, told)
 
 
 @kernel
@@ -119,33 +118,32 @@ def _read_rank(at: int, end: int) -> tuple[int, int]:
 
 @kernel
 def _scan(
-    packed: Bytes,
-    ends: npt.NDArray[np.int64],
+    memory: Bytes,
+    spans: Words,
     group: int,
     runs: Runs,
     hashes: npt.NDArray[np.uint64],
     tokens: npt.NDArray[np.uint32],
     told: npt.NDArray[np.uint64],
 ) -> tuple[int, int, int, int, int, int]:
-    """How many payloads, their rank, and how many runs, events that store, blocks and tokens were found. ends: where
-    each payload ends.
-    """
+    """How many payloads, their rank, and how many runs, events that store, blocks and tokens were found."""
     notes, last_run = np.empty(NOTES, np.int64), np.empty(RUN_COLUMNS, np.int64)
-    base = int(np.int64(packed.ctypes.data))
-    found, stored, blocks, used, rank, first = 0, 0, 0, 0, NONE, 0
-    for payload in range(len(ends)):
+    base = int(np.int64(memory.ctypes.data))
+    found, stored, blocks, used, rank = 0, 0, 0, 0, NONE
+    for payload in range(len(spans)):
         before, before_stored, before_blocks, before_used = found, stored, blocks, used
+        first, stop = spans[payload, 0], spans[payload, 1]
         if found:
             last_run[:] = runs[found - 1]
         sound, told_rank, found, stored, blocks, used = _payload(
-            base, first, ends[payload], group, notes, runs, hashes, tokens, told, found, stored, blocks, used
+            base, first, stop, group, notes, runs, hashes, tokens, told, found, stored, blocks, used
         )
         if not sound or (payload and told_rank != rank):
             if before:
                 runs[before - 1] = last_run
             return payload, rank, before, before_stored, before_blocks, before_used
-        rank, first = told_rank, ends[payload]
-    return len(ends), rank, found, stored, blocks, used
+        rank = told_rank
+    return len(spans), rank, found, stored, blocks, used
 
 
 @kernel

@@ -1,4 +1,4 @@
-"""ZeroMQ sockets as the fleet uses them: bounded, without linger, drained in rounds."""
+"""ZeroMQ sockets as the fleet uses them: bounded, without linger."""
 
 import contextlib
 from typing import Final
@@ -62,29 +62,9 @@ def reattach(socket: zmq.asyncio.Socket, endpoint: str) -> None:
     socket.connect(endpoint)
 
 
-def drain(socket: zmq.asyncio.Socket, limit: int, limit_bytes: int = MAX_PAYLOAD) -> list[list[bytes]]:
-    """Up to `limit` messages that are there now, and none more once they have `limit_bytes`; does not wait. Far cheaper
-    than an await for each.
-    """
-    plain: zmq.Socket[bytes] = zmq.Socket.shadow(socket.underlying)
-    messages: list[list[bytes]] = []
-    size = 0
-    try:
-        while len(messages) < limit and size < limit_bytes:
-            frame = plain.recv(zmq.NOBLOCK, copy=False)
-            frames = [frame.bytes]
-            while frame.more:  # a frame knows; to ask the socket, as recv_multipart does, takes as long as all the rest
-                frame = plain.recv(zmq.NOBLOCK, copy=False)
-                frames.append(frame.bytes)
-            messages.append(frames)
-            size += len(frames[-1])
-    except zmq.Again:
-        pass
-    return messages
-
-
-def comings(monitor: zmq.asyncio.Socket) -> list[bool]:
+def comings(monitor: zmq.Socket[bytes]) -> list[bool]:
     """What has happened to a watched socket's peers: True for one that came, False for one that went."""
-    return [
-        parse_monitor_message(message)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED for message in drain(monitor, 1_000)
-    ]
+    found = []
+    while int(monitor.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        found.append(parse_monitor_message(monitor.recv_multipart())["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED)
+    return found

@@ -9,8 +9,8 @@ import numpy.typing as npt
 
 from cairn.fleet.blocks import Blocks, Chain, attach, find_block, lose, take
 from cairn.fleet.chains import follow
-from cairn.fleet.holders import TIERS, Holders, join, tiers_of, turned
-from cairn.fleet.names import Hashes, Names, add_copy, add_name, expect_name, find_name, slot_at
+from cairn.fleet.holders import EMPTY, TIERS, Holders, join, tiers_of, turned
+from cairn.fleet.names import Hashes, Names, add_copy, add_name, expect_name, find_name, place_of, slot_at
 from cairn.index.slots import NONE
 from cairn.index.table import table_expect
 from cairn.jit import kernel
@@ -24,11 +24,12 @@ Told = npt.NDArray[np.uint64]
 
 
 @kernel
-def _expect(blocks: Blocks, names: Names, keys: Keys, hashes: Hashes, first: int) -> None:
+def _expect(blocks: Blocks, names: Names, keys: Keys, hashes: Hashes, first: int, scattered: bool) -> None:
     """Begins to fetch what the next _AHEAD blocks are found by."""
     for i in range(first, min(first + _AHEAD, len(hashes))):
         expect_name(names, hashes[i])
-        table_expect(blocks.table, keys[i, 0])
+        if scattered:
+            table_expect(blocks.table, keys[i, 0])
 
 
 @kernel
@@ -42,27 +43,33 @@ def store(
     tier: int,
     copies: int,
     wary: bool,
+    scattered: bool,
 ) -> tuple[int, int, int, int]:
     """`source` holds the chain's blocks in `tier` and calls them hashes[i]; returns how many names are new, how many
     not taken, how many copies not counted, and how many blocks were looked at: all, or, if `wary`, up to the first name
     not taken. A second name for what the source holds is not taken: one removal could not undo both. Where a name meant
     another block so far, the source holds that one no more. Blocks from `copies` on that it holds in `tier` under this
-    name are one more copy. There must be room for as many records and names and for twice as many sets.
+    name are one more copy. scattered: the blocks' records are not known to lie in a row. There must be room for as many
+    records and names and for twice as many sets.
     """
     records, keys = blocks.records, chain.keys
     added, refused, uncounted, slot = 0, 0, 0, NONE
-    before, after = NONE, NONE  # what became of the last block's set: a prompt's blocks mostly have the same
+    # What became of the last block's set, and the source's tiers in it: a prompt's blocks mostly have the same.
+    before, after, mine = NONE, NONE, 0
     for i in range(len(hashes)):
         if i % _AHEAD == 0:
-            _expect(blocks, names, keys, hashes, i)
-        at = find_name(names, hashes[i])
+            _expect(blocks, names, keys, hashes, i, scattered)
+        at = place_of(names, hashes[i])
+        named = slot_at(names, at)
         slot = find_block(records, blocks.table, slot, keys[i, 0], keys[i, 1])
-        known = at != NONE and slot_at(names, at) == slot
-        double = slot != NONE and not known and tiers_of(holders.rows, records[slot].holders, source) != 0
-        if at != NONE and not known:
+        known = slot != NONE and named == slot
+        held = records[slot].holders if slot != NONE else EMPTY
+        tiers = mine if held == before else tiers_of(holders.rows, held, source)
+        if named != NONE and not known:
             lose(blocks, holders, names, at, source)
             added, before = added - 1, NONE
-        if double:
+            at = place_of(names, hashes[i])
+        if tiers and not known:
             refused += 1
             if wary:
                 return added, refused, uncounted, i + 1
@@ -72,14 +79,13 @@ def store(
         else:
             records[slot].used = 1
         if not known:
-            add_name(names, hashes[i], slot)
+            add_name(names, at, hashes[i], slot)
             added += 1
-        held = records[slot].holders
         if held == before:
             join(holders, held, after)
         else:
-            there = tiers_of(holders.rows, held, source) >> tier & 1
-            before, after = held, held if there else turned(holders, held, source, 1 << tier)
+            before, mine = held, tiers
+            after = held if tiers >> tier & 1 else turned(holders, held, source, 1 << tier)
         records[slot].holders = after
         if after == held and i >= copies and not add_copy(names, at):
             uncounted += 1
@@ -113,7 +119,7 @@ def restore(
                 attach(blocks, holders, names, hashes[first:stop], source, tier)
             else:
                 chain, part = Chain(keys[first:stop], links[first:stop]), hashes[first:stop]
-                added += store(blocks, holders, names, chain, part, source, tier, len(part), False)[0]
+                added += store(blocks, holders, names, chain, part, source, tier, len(part), False, True)[0]
                 begun = True
         first = stop
     return added
@@ -198,11 +204,13 @@ def store_many(
                 continue
         end = _end_of_chain(hashes, told, event, stop)
         part, count = Chain(keys[: end - at], links[: end - at]), end - at
-        follow(blocks, seed, slot, rows[at:end], part, count)
+        hashed = follow(blocks, seed, slot, rows[at:end], part, count)[1]
         counted = count
         if copies:
             counted = _first_of(told, event + 1) - at if told[event, 1] else 0
-        new, double, missed, done = store(blocks, holders, names, part, hashes[at:end], source, tier, counted, True)
+        new, double, missed, done = store(
+            blocks, holders, names, part, hashes[at:end], source, tier, counted, True, hashed > 0
+        )
         added += new
         refused += double
         uncounted += missed

@@ -11,6 +11,7 @@ from cairn.errors import ClosedError, InputError
 from cairn.fleet.base import Sink, Source
 from cairn.fleet.feed import Feed
 from cairn.fleet.instances import Instance, Limits, State, Tap
+from cairn.fleet.messages import Inbox
 from cairn.fleet.metrics import FleetMetrics, Resync
 from cairn.fleet.positions import Position, WarmStart
 from cairn.fleet.track import Track
@@ -47,7 +48,7 @@ class Subscriber:
         self._static = list(instances)
         self._warm = warm
         self._expiry: asyncio.Task[None] | None = None
-        self._context = zmq.asyncio.Context()
+        self._context, self._inbox = zmq.asyncio.Context(), Inbox()
         self._feeds: dict[tuple[str, str], tuple[Feed, asyncio.Task[None]]] = {}
         self._closed = False
 
@@ -63,7 +64,7 @@ class Subscriber:
         if self._warm and stand:
             track.resume(stand, self._warm.sink)
         try:
-            feed = Feed(self._context, track, self._limits)
+            feed = Feed(self._context, track, self._limits, self._inbox)
         except InputError:
             track.drop(Resync.REMOVED)
             raise

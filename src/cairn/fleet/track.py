@@ -4,16 +4,15 @@ It outlives whoever brings the batches: a feed, or a snapshot.
 """
 
 import time
-from collections.abc import Sequence
 from typing import Final
 
 from cairn.fleet.base import Sink, Source
 from cairn.fleet.events import Batch, Decoder
 from cairn.fleet.instances import Instance, Tap
+from cairn.fleet.messages import Messages
 from cairn.fleet.metrics import FleetMetrics, Resync, Skip
 from cairn.fleet.positions import Position, ShowingSink, Stand, payload_digest
 from cairn.fleet.recording import Message
-from cairn.fleet.replay import Framed
 
 #: As much as a lag may count, seconds.
 _LONGEST_LAG_S: Final = 3600.0
@@ -82,21 +81,23 @@ class Track:
             self._sink.drop(self.source)
         self._begin()
 
-    def accept(self, batches: Sequence[Framed]) -> None:
-        """Takes in batches that follow one another."""
-        self.next, self._last = batches[-1].sequence + 1, batches[-1].payload
-        payloads, first = [framed.payload for framed in batches], 0
-        at_once = len(payloads) if self._tap is None else 1
+    def accept(self, batches: Messages) -> None:
+        """Takes in batches that follow one another, one at least."""
+        last, payloads, first = batches.framed(len(batches) - 1), batches.payloads(), 0
+        assert last is not None
+        self.next, self._last = last.sequence + 1, last.payload
         while first < len(batches):
-            batch, count = self._decoder.decode_first(payloads[first : first + at_once])
-            self._decoded(batch, batches[first : first + count])
+            stop = len(batches) if self._tap is None else first + 1
+            batch, count = self._decoder.decode_first(payloads.part(first, stop))
+            self._decoded(batch, batches.part(first, first + count))
             first += count
 
-    def _decoded(self, batch: Batch | None, told_by: Sequence[Framed]) -> None:
+    def _decoded(self, batch: Batch | None, told_by: Messages) -> None:
         rank = self.instance.rank if batch is None or batch.rank is None else batch.rank
         source = self.source or Source(self.instance.name, rank)
         if self._tap is not None:
-            for framed in told_by:
+            for framed in map(told_by.framed, range(len(told_by))):
+                assert framed is not None
                 self._tap(Message(time.time(), source, *framed))
         if batch is None:
             return
