@@ -55,7 +55,8 @@ def test_bench_holds_every_ratio_to_full_prefill(run: Run, model: Path) -> None:
     for name in ("ratio 1", "prefix only"):
         assert quality[name]["kl_most"] < 1e-9
         assert quality[name]["exact_match"] == quality[name]["f1"] == 1
-        assert quality[name]["prompts"] == 1
+        assert quality[name]["prompts"] == 2
+    assert quality["ratio 0.15, check layer 1"]["prompts"] == 1
     assert quality["full reuse"]["kl"] > 1e-6
     assert quality["full reuse"]["kl_of"]["full reuse"] == 1
     assert quality["ratio 1"]["kl_of"]["full reuse, prelude"] < 1e-6
@@ -112,6 +113,13 @@ def test_a_stopped_bench_goes_on(run: Run, model: Path, tmp_path: Path) -> None:
     kl = [[prompt["ratio 0.15"][0] for prompt in found["scores"]["quality"]] for found in (one, two)]
     assert kl[0] == pytest.approx(kl[1], rel=1e-3)
     assert json.loads(more.stdout)["quality"]["ratio 0.15"] == two["quality"]["ratio 0.15"]
+    lacking = json.loads(twice.read_text())
+    taken = lacking["scores"]["quality"][1].pop("ratio 0.3")
+    twice.write_text(json.dumps(lacking))
+    filled = run(*command, "--prompts", "3", "--out", twice)
+    assert [line for line in filled.stderr.splitlines() if line.startswith("prompt")] == ["prompt 2 of 3"]
+    two = json.loads(twice.read_text())
+    assert two["scores"]["quality"][1]["ratio 0.3"][0] == pytest.approx(taken[0], rel=1e-3)
     refused = run(*command, "--tokens", "400", "--out", twice)
     assert refused.returncode == 2
     assert "name another file" in refused.stderr.splitlines()[-1]

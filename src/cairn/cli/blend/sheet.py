@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from cairn.cli.blend.measure import Score, quality, times
+from cairn.cli.blend.measure import Score, Variants, quality, times
 from cairn.cli.output import machine
 from cairn.errors import InputError
 
@@ -39,9 +39,16 @@ class Sheet:
         if found != asked:
             raise InputError(f"{path}: holds scores of {found}, not of {asked}; name another file")
 
-    def add(self, part: str, scores: dict[str, Score]) -> None:
-        """Takes in the next prompt."""
-        self.scores[part].append(scores)
+    def lacking(self, part: str, prompt: int, variants: Variants) -> Variants:
+        """Those of the variants that a prompt, one of those that are there or the next, has no scores of."""
+        held = self.scores[part][prompt] if prompt < len(self.scores[part]) else {}
+        return {name: blender for name, blender in variants.items() if name not in held}
+
+    def add(self, part: str, prompt: int, scores: dict[str, Score]) -> None:
+        """Takes in scores of such a prompt."""
+        if prompt == len(self.scores[part]):
+            self.scores[part].append({})
+        self.scores[part][prompt].update(scores)
         self._measured[part] = machine()
         if self._path:
             whole = self.result() | {"scores": self.scores}
