@@ -12,6 +12,7 @@ import pytest
 from cairn.engine import CacheEngine
 from cairn.engine.task import TaskStatus
 from cairn.tier.remote import RemoteTier
+from cairn.tier.remote.packing import TAIL_BYTES
 
 from .pages import BLOCK, Pages, at_rest, make_engine, prompt, retrieved, stored
 
@@ -218,7 +219,7 @@ def test_pages_are_not_touched_by_what_is_corrupt(tmp_path: Path) -> None:
     for path in (tmp_path / "shared").rglob("*/*/*"):
         if path.is_file():
             data = bytearray(path.read_bytes())
-            data[-5] ^= 1
+            data[-TAIL_BYTES - 5] ^= 1  # of the last block
             path.write_bytes(data)
     with shared(tmp_path) as engine:
         pages = Pages(1)
