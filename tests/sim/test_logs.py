@@ -142,6 +142,13 @@ def test_a_log_of_vllm_without_token_ids_says_how_to_get_them(tmp_path: Path) ->
         open_trace(path)
 
 
+def test_a_time_that_is_none_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "vllm.log"
+    path.write_text(VLLM_LOG.replace("INFO 01-01 00:00:03 [logger", "INFO 13-32 00:00:03 [logger"))
+    with pytest.raises(InputError, match=r"line 8: 13-32 00:00:03 is no time"):
+        open_trace(path)
+
+
 def test_mooncakes_format_is_found_out() -> None:
     assert len(open_trace(SLICE, limit=7)) == 7
 

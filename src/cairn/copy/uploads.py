@@ -18,7 +18,7 @@ class Uploads:
     """One stream's tables of int64 on the device, the latest alone. For who holds the lane's lock.
 
     torch takes pinned memory anew for each length, and whenever the last piece of it is still on its way; that costs
-    the model's thread 3 to 9 ms each time (H200 hosts). Here it is taken by `prepare`, and again only for more.
+    the model's thread up to 3 ms each time (an H200's host). Here it is taken by `prepare`, and again only for more.
     """
 
     def __init__(self, torch: Any, device: Any, stream: Any) -> None:

@@ -64,7 +64,10 @@ def requests(path: Path, limit: int | None = None) -> Iterator[tuple[int, dict[s
         match = _LINE.search(line)
         if match:
             at, what, name, rest = match.groups()
-            time = clock.seconds(at.decode())
+            try:
+                time = clock.seconds(at.decode())
+            except ValueError:
+                raise InputError(f"{path}, line {number}: {at.decode()} is no time; leave the line out") from None
             if name in found or what != b"Generated response":
                 _tell(found.setdefault(name, _Request(number, time)), what, rest)
     told = [one for one in found.values() if one.prompt and (one.answer or one.most)]
