@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -18,20 +17,14 @@ from typing import Any
 
 import pytest
 
+from tests.ports import free_ports
+
 DEADLINE_S = 20.0
 
 #: Waits between two looks at something that has no other sign, seconds.
 _LOOK_S = 0.02
 
 needs_etcd = pytest.mark.skipif(shutil.which("etcd") is None, reason="no `etcd` here: apt-get install etcd-server")
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        found = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in found:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in found]
 
 
 class Member:

@@ -21,10 +21,10 @@ import yaml
 from cairn.cli.up.spec import ClusterSpec
 from cairn.config import Config, load_config
 from cairn.sim.logs import open_trace
-from tests.cluster.etcd import free_ports
 from tests.docs.commands import check, check_cairn
 from tests.docs.given import GIVEN, REPLACED
 from tests.docs.pages import BLOCKS, PAGES, ROOT, Block, blocks, of
+from tests.ports import free_ports
 
 DEADLINE_S = 120.0
 _SECTIONS = {*Config.model_fields}

@@ -22,7 +22,8 @@ from cairn.tier.peer.wire import Keypair
 from tests.cluster.conftest import one_etcd  # noqa: F401 - a fixture
 from tests.cluster.etcd import Cluster
 from tests.engine.pages import BLOCK, SLOT, namespace, prompt, retrieved, stored
-from tests.tier.remote.servers import free_ports, until
+from tests.ports import free_ports
+from tests.tier.remote.servers import until
 
 from .rig import ProcessNode, address_in
 

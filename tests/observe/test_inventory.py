@@ -14,12 +14,12 @@ from cairn.cli.metrics_docs import Described, inventory, render
 from cairn.engine import CacheEngine
 from cairn.fleet.publisher import Publisher
 from cairn.observe.figures import TIER_FIGURES
-from tests.cluster.etcd import free_ports
 from tests.engine.pages import SLOT, make_engine, prompt, retrieved, stored
 from tests.fleet.peers import free_endpoint
 from tests.fleet.wire_events import encode
 from tests.fleet.wire_events import stored as told
 from tests.node.rig import ProcessNode
+from tests.ports import free_ports
 from tests.serve.gateway.running import Engine, Gateway
 from tests.serve.running import Service, until
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.etcd import free_ports
+from tests.ports import free_ports
 from tests.vllm.server import Server
 from tests.vllm.test_node import Node
 

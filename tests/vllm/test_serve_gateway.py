@@ -14,7 +14,7 @@ from tests.vllm.server import Server
 pytest.importorskip("uvicorn")
 pytest.importorskip("zmq")
 
-from tests.cluster.etcd import free_ports
+from tests.ports import free_ports
 from tests.serve.gateway.running import Gateway
 from tests.serve.running import until
 

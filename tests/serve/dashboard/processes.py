@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
-from tests.cluster.etcd import free_ports
+from tests.ports import free_ports
 from tests.serve.gateway.running import Engine, Gateway, Process
 
 

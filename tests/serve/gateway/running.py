@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import httpx
 
-from tests.cluster.etcd import free_ports
+from tests.ports import free_ports
 from tests.serve.running import DEADLINE_S, RUN, START_S, until
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.cluster.etcd import free_ports
+from tests.ports import free_ports
 from tests.serve.gateway.running import Bench, Engine, Gateway, events, text_of
 
 BOSS = {"authorization": "Bearer boss"}

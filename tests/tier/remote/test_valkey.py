@@ -12,6 +12,7 @@ import valkey
 
 from cairn.observe.reasons import Reason
 from cairn.tier.remote import Get, Put, open_store
+from tests.ports import free_ports
 from tests.tier.remote import servers
 from tests.tier.remote.rig import PACK, Place, loaded, opened, raw_get, write
 from tests.tier.remote.test_conformance import fresh, view
@@ -47,7 +48,7 @@ def cluster(tmp_path: Path) -> Iterator[list[servers.Server]]:
     homes = [tmp_path / name for name in ("one", "two")]
     for home in homes:
         home.mkdir()
-    pairs = [servers.free_ports(2) for _ in homes]
+    pairs = [free_ports(2) for _ in homes]
     nodes = [
         servers.valkey(home, "--cluster-enabled", "yes", "--cluster-port", str(bus), port=port)
         for home, (port, bus) in zip(homes, pairs, strict=True)
