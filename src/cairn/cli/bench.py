@@ -184,6 +184,7 @@ def quality(
     calibration: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Of `cairn codec calibrate`.")
     ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that share the windows, of about 2 GB each.")] = 1,
     plot: Annotated[Path | None, typer.Option(help="Draw KL over bits into this file, PNG or SVG.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -197,7 +198,11 @@ def quality(
     from cairn.cli.quality.run import run_quality
 
     result = run_quality(
-        model, count=windows, calibration=calibration, tick=lambda i, of: typer.echo(f"window {i} of {of}", err=True)
+        model,
+        count=windows,
+        calibration=calibration,
+        jobs=jobs,
+        tick=lambda i, of: typer.echo(f"window {i} of {of}", err=True),
     )
     if plot:
         draw(result["quality"], plot)

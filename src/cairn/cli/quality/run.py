@@ -1,6 +1,10 @@
 """`cairn bench quality`: every algorithm and level on one real model, by real bytes."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final
 
@@ -8,7 +12,7 @@ from cairn.cli.demo.model import NAME, fetch_model, open_model
 from cairn.cli.demo.show import Screen
 from cairn.cli.quality.measure import Score, Subject, codec_subject, quantizer_subject, scores, summary
 from cairn.cli.quality.published import Published
-from cairn.cli.quality.texts import CONTEXT, SCORED, windows
+from cairn.cli.quality.texts import CONTEXT, SCORED, Window, windows
 from cairn.codec.base import SINK_TOKENS
 from cairn.codec.cachegen import CacheGen
 from cairn.codec.calibration import Calibration, shipped
@@ -53,24 +57,48 @@ def run_quality(
     *,
     count: int = WINDOWS,
     calibration: Path | None = None,
+    jobs: int = 1,
     tick: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Takes a minute a window on two cores. Raises InputError and StorageError as its parts do."""
+    """Takes a minute a window on two cores; jobs: processes that share the windows, each with a model of its own and
+    one thread. Raises InputError and StorageError as its parts do.
+    """
     from cairn.cli.demo.model import default_cache_dir
-    from cairn.connect.hf_model import geometry_of
 
     home = model_dir or fetch_model(default_cache_dir(), Screen())
-    model, tokenizer = open_model(home)
+    _, tokenizer = open_model(home)
+    wanted = windows(tokenizer, count)
+    score = partial(_scores, home, calibration, 1 if jobs > 1 else 0)
+    scored = []
+    with ProcessPoolExecutor(jobs, get_context("spawn")) if jobs > 1 else nullcontext() as pool:
+        for found in pool.map(score, wanted) if pool else map(score, wanted):
+            scored.append(found)
+            if tick:
+                tick(len(scored), len(wanted))
+    return report(scored, [window.source for window in wanted])
+
+
+def _scores(home: Path, calibration: Path | None, threads: int, window: Window) -> dict[str, Score]:
+    """One window, in whichever process. threads: of torch; 0 leaves it its own choice."""
+    model, compared = _opened(home, calibration, threads)
+    found: dict[str, Score] = scores(model, window, compared)  # inference_mode has no types
+    return found
+
+
+@cache
+def _opened(home: Path, calibration: Path | None, threads: int) -> tuple[Any, dict[str, Subject]]:
+    """The model and what is compared on it, opened once a process."""
+    import torch
+
+    from cairn.connect.hf_model import geometry_of
+
+    if threads:
+        torch.set_num_threads(threads)
+    model, _ = open_model(home)
     g = geometry_of(model)
     geometry = KVGeometry(layers=g.layers, kv_heads=g.kv_heads, head_dim=g.head_dim, dtype="bfloat16")
     known = Calibration.load(calibration) if calibration else shipped(NAME) if home.name == NAME else None
-    compared, scored = subjects(geometry, known), []
-    wanted = windows(tokenizer, count)
-    for i, window in enumerate(wanted):
-        scored.append(scores(model, window, compared))
-        if tick:
-            tick(i + 1, len(wanted))
-    return report(scored, [window.source for window in wanted])
+    return model, subjects(geometry, known)
 
 
 def report(scored: Sequence[dict[str, Score]], sources: Sequence[str]) -> dict[str, Any]:
