@@ -86,7 +86,8 @@ def main() -> None:
     def encode() -> None:
         triton_kernels.encode(residuals, classes, encoder, words, counts, states, groups=groups)
 
-    table = torch.from_numpy(sines(np.array(Rotary.from_theta(5e5, DIM).turns, np.uint32), TOKENS)).cuda()
+    angles = sines(np.array(Rotary.from_theta(5e5, DIM).turns, np.uint32), TOKENS)
+    turns = torch.from_numpy(triton_kernels.turns_of(angles)).cuda()
     codes = np.random.default_rng(1).integers(120, 160, (count, HEADS)).astype(np.uint8)
     steps = torch.from_numpy(STEPS[codes]).cuda()
     blocks = TOKENS // BLOCK_TOKENS
@@ -94,10 +95,12 @@ def main() -> None:
     rows = torch.zeros((blocks, count * BLOCK_TOKENS * CHANNELS), dtype=torch.bfloat16, device="cuda")
     offsets = torch.arange(count, device="cuda", dtype=torch.int64) * BLOCK_TOKENS * CHANNELS
 
+    encode()
+    begins = torch.arange(1, count * streams + 1, device="cuda").reshape(count, streams) * room - counts
+
     def decode() -> None:
-        begins = torch.arange(1, count * streams + 1, device="cuda").reshape(count, streams) * room - counts
         triton_kernels.decode(
-            words, begins, states, classes, anchors, steps, decoder, table, rows, offsets,
+            words, begins, states, classes, anchors, steps, decoder, turns, rows, offsets,
             tokens=TOKENS, block_tokens=BLOCK_TOKENS, heads=HEADS, dim=DIM, first=0, groups=groups, planes=2,
         )  # fmt: skip
 

@@ -39,13 +39,14 @@ def cachegen(rng: np.random.Generator) -> None:
     triton_kernels.encode(residuals, classes, encoder, words, counts, states, groups=groups)
     anchors = torch.from_numpy(rng.integers(-200, 200, (PLANES, channels)).astype(np.int16)).cuda()
     steps = torch.from_numpy(STEPS[rng.integers(0, 256, (PLANES, HEADS))]).cuda()
-    table = torch.from_numpy(sines(np.array(Rotary.from_theta(5e5, DIM).turns, np.uint32), TOKENS)).cuda()
+    angles = sines(np.array(Rotary.from_theta(5e5, DIM).turns, np.uint32), TOKENS)
+    turns = torch.from_numpy(triton_kernels.turns_of(angles)).cuda()
     rows = torch.zeros((TOKENS // BLOCK_TOKENS, PLANES * BLOCK_TOKENS * channels), dtype=torch.bfloat16, device="cuda")
     offsets = torch.arange(PLANES, device="cuda", dtype=torch.int64) * BLOCK_TOKENS * channels
     begins = torch.arange(1, PLANES * streams + 1, device="cuda").reshape(PLANES, streams) * room - counts
     for _ in range(ROUNDS):
         triton_kernels.decode(
-            words, begins, states, classes, anchors, steps, decoder, table, rows, offsets,
+            words, begins, states, classes, anchors, steps, decoder, turns, rows, offsets,
             tokens=TOKENS, block_tokens=BLOCK_TOKENS, heads=HEADS, dim=DIM, first=0, groups=groups, planes=2,
         )  # fmt: skip
         # A stream takes at most a word a value, so whoever begins at its room's begin stays in it.

@@ -25,7 +25,7 @@ POINTERS = {
     "steps": "*fp32",
     "decoder": "*u32",
     "encoder": "*u32",
-    "sines": "*i16",
+    "turns": "*i32",
     "rows": "*u16",
     "offsets": "*i64",
     "residuals": "*i16",

@@ -114,7 +114,7 @@ def test_values_are_the_same(
         torch.from_numpy(anchors),
         torch.from_numpy(STEPS[codes]),
         torch.from_numpy(tables.shared_tables().decoder),
-        torch.from_numpy(table),
+        torch.from_numpy(kernels.turns_of(table)),
         rows,
         torch.arange(planes) * block_tokens * channels,
         tokens=tokens,

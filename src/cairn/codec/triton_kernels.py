@@ -10,6 +10,8 @@ and the cache.
 
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
@@ -76,17 +78,16 @@ def _element(value, BFLOAT16: tl.constexpr, dtype: tl.constexpr, BALLOT: tl.cons
 
 
 @triton.jit
-def _predict(anchor, partner, sines, t, pair, turning, is_first, tokens, pairs, SINE_BITS: tl.constexpr):
-    """What is expected of channels at token t, in steps: see `planes.predict`."""
-    cosine = tl.load(sines + t * pairs + pair, mask=turning, other=0).to(tl.int32)
-    sine = tl.load(sines + (tokens + t) * pairs + pair, mask=turning, other=0).to(tl.int32)
+def _predict(anchor, partner, turn, turning, is_first, SINE_BITS: tl.constexpr):
+    """What is expected of channels where `turn` holds cosine and sine, in steps: see `planes.predict`."""
+    sine = (turn << 16) >> 16
     across = tl.where(is_first, -partner * sine, partner * sine)
-    turned = (anchor * cosine + across + (1 << (SINE_BITS - 1))) >> SINE_BITS
+    turned = (anchor * (turn >> 16) + across + (1 << (SINE_BITS - 1))) >> SINE_BITS
     return tl.where(turning, turned, anchor)
 
 
-@triton.jit(do_not_specialize=["tokens", "channels", "pairs", "first", "row_stride", "streams"])
-def _decode(
+@triton.jit
+def _decode_streams(
     words,
     begins,
     states,
@@ -94,7 +95,7 @@ def _decode(
     anchors,
     steps,
     decoder,
-    sines,
+    turns,
     rows,
     offsets,
     tokens,
@@ -104,7 +105,7 @@ def _decode(
     first,
     row_stride,
     streams,
-    planes,
+    KEYS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     GROUPS: tl.constexpr,
     LANES: tl.constexpr,
@@ -136,12 +137,14 @@ def _decode(
         table = decoder + ((klass & (WIDTHS - 1)) << SLOT_BITS).to(tl.int32)
         anchor = tl.load(anchors + of_plane, mask=real, other=0).to(tl.int32)
         step = tl.load(steps + plane * (channels // dim) + channel // dim, mask=real, other=0.0)
-        place = channel % dim - first
-        turning = real & (place >= 0) & (place < 2 * pairs) & (plane % planes == 0)
-        is_first = place < pairs
-        pair = tl.where(is_first, place, place - pairs)
-        beside = tl.where(is_first, of_plane + pairs, of_plane - pairs)
-        partner = tl.load(anchors + beside, mask=turning, other=0).to(tl.int32)
+        if KEYS:
+            place = channel % dim - first
+            turning = real & (place >= 0) & (place < 2 * pairs)
+            is_first = place < pairs
+            pair = tl.where(is_first, place, place - pairs)
+            beside = tl.where(is_first, of_plane + pairs, of_plane - pairs)
+            partner = tl.load(anchors + beside, mask=turning, other=0).to(tl.int32)
+            turn = turns + pair
         t = 0
         block = base + channel
         while t < tokens:
@@ -158,14 +161,117 @@ def _decode(
                 x = tl.where(real, tl.where(short, (y << 16) | word, y), x)
                 next_words += taken
                 expected = anchor
-                if plane % planes == 0:
-                    expected = _predict(anchor, partner, sines, t, pair, turning, is_first, tokens, pairs, SINE_BITS)
+                if KEYS:
+                    at_turn = tl.load(turn, mask=turning, other=0)
+                    expected = _predict(anchor, partner, at_turn, turning, is_first, SINE_BITS)
+                    turn += pairs
                 value = (residual + expected).to(tl.float32) * step
                 tl.store(target, _element(value, BFLOAT16, rows.dtype.element_ty, BALLOT), mask=real)
                 target += channels
-                t += 1
+            t += BLOCK_TOKENS
             block += row_stride
         group += 1
+
+
+@triton.jit(do_not_specialize=["tokens", "channels", "pairs", "first", "row_stride", "streams"])
+def _decode(
+    words,
+    begins,
+    states,
+    classes,
+    anchors,
+    steps,
+    decoder,
+    turns,
+    rows,
+    offsets,
+    tokens,
+    channels,
+    dim,
+    pairs,
+    first,
+    row_stride,
+    streams,
+    planes,
+    BLOCK_TOKENS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
+    START: tl.constexpr,
+    HALF: tl.constexpr,
+    SLOT_BITS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    SINE_BITS: tl.constexpr,
+    BFLOAT16: tl.constexpr,
+    UNROLL: tl.constexpr,
+    WARPS: tl.constexpr,
+    BALLOT: tl.constexpr,
+):
+    if tl.program_id(0) % planes == 0:
+        _decode_streams(
+            words,
+            begins,
+            states,
+            classes,
+            anchors,
+            steps,
+            decoder,
+            turns,
+            rows,
+            offsets,
+            tokens,
+            channels,
+            dim,
+            pairs,
+            first,
+            row_stride,
+            streams,
+            KEYS=True,
+            BLOCK_TOKENS=BLOCK_TOKENS,
+            GROUPS=GROUPS,
+            LANES=LANES,
+            START=START,
+            HALF=HALF,
+            SLOT_BITS=SLOT_BITS,
+            WIDTHS=WIDTHS,
+            SINE_BITS=SINE_BITS,
+            BFLOAT16=BFLOAT16,
+            UNROLL=UNROLL,
+            WARPS=WARPS,
+            BALLOT=BALLOT,
+        )
+    else:
+        _decode_streams(
+            words,
+            begins,
+            states,
+            classes,
+            anchors,
+            steps,
+            decoder,
+            turns,
+            rows,
+            offsets,
+            tokens,
+            channels,
+            dim,
+            pairs,
+            first,
+            row_stride,
+            streams,
+            KEYS=False,
+            BLOCK_TOKENS=BLOCK_TOKENS,
+            GROUPS=GROUPS,
+            LANES=LANES,
+            START=START,
+            HALF=HALF,
+            SLOT_BITS=SLOT_BITS,
+            WIDTHS=WIDTHS,
+            SINE_BITS=SINE_BITS,
+            BFLOAT16=BFLOAT16,
+            UNROLL=UNROLL,
+            WARPS=WARPS,
+            BALLOT=BALLOT,
+        )
 
 
 @triton.jit(do_not_specialize=["tokens", "channels", "streams", "room"])
@@ -230,6 +336,12 @@ def _encode(
     tl.store(counts + job, -at, mask=mine & (lane == 0))
 
 
+def turns_of(sines: npt.NDArray[np.int16]) -> npt.NDArray[np.int32]:
+    """Cosines and sines, int16 [2, tokens, pairs] of `rotary`, as a decoder loads them: int32 [tokens, pairs]."""
+    cosine, sine = sines.astype(np.int32)
+    return np.ascontiguousarray(cosine << 16 | sine & 0xFFFF)
+
+
 def _grid(planes: int, streams: int) -> tuple[tuple[int, int], dict[str, Any]]:
     """The programs for so many streams, and what all kernels are launched with."""
     warps = min(_WARPS, triton.next_power_of_2(streams))
@@ -253,7 +365,7 @@ def decode(
     anchors: Any,
     steps: Any,
     decoder: Any,
-    sines: Any,
+    turns: Any,
     rows: Any,
     offsets: Any,
     *,
@@ -269,9 +381,10 @@ def decode(
 
     words: uint16, whole streams, checked by the caller. begins: int64 [planes, streams], each stream's first word in
     it. states: uint32 [planes, streams, 32]. classes: uint8, anchors: int16 [planes, channels]. steps: float32 [planes,
-    heads]. decoder: uint32, of `tables`. sines: int16 [2, tokens, pairs]. rows: [blocks, row_stride] elements of the
-    cache's dtype. offsets: int64 [planes], where each plane begins in a row. Every plane of layer after layer; keys
-    are those whose number is a multiple of `planes`, the planes of a layer. Exact vectors are patched by the caller.
+    heads]. decoder: uint32, of `tables`. turns: int32 [tokens, pairs], of `turns_of`. rows: [blocks, row_stride]
+    elements of the cache's dtype. offsets: int64 [planes], where each plane begins in a row. Every plane of layer after
+    layer; keys are those whose number is a multiple of `planes`, the planes of a layer. Exact vectors are patched by
+    the caller.
     """
     count, streams = begins.shape
     bfloat16 = rows.dtype == torch.bfloat16
@@ -286,13 +399,13 @@ def decode(
         anchors,
         steps,
         decoder,
-        sines,
+        turns,
         rows,
         offsets,
         tokens,
         heads * dim,
         dim,
-        sines.shape[2],
+        turns.shape[1],
         first,
         rows.stride(0),
         streams,
