@@ -43,14 +43,15 @@ def cachegen(rng: np.random.Generator) -> None:
     turns = torch.from_numpy(triton_kernels.turns_of(angles)).cuda()
     rows = torch.zeros((TOKENS // BLOCK_TOKENS, PLANES * BLOCK_TOKENS * channels), dtype=torch.bfloat16, device="cuda")
     offsets = torch.arange(PLANES, device="cuda", dtype=torch.int64) * BLOCK_TOKENS * channels
-    begins = torch.arange(1, PLANES * streams + 1, device="cuda").reshape(PLANES, streams) * room - counts
+    ends = torch.arange(1, PLANES * streams + 1, device="cuda").reshape(PLANES, streams) * room
+    spans, wrong = torch.stack([ends - counts, ends], dim=2), torch.zeros(1, dtype=torch.int32, device="cuda")
     for _ in range(ROUNDS):
         triton_kernels.decode(
-            words, begins, states, classes, anchors, steps, decoder, turns, rows, offsets,
+            words, spans, states, classes, anchors, steps, decoder, turns, rows, offsets, wrong,
             tokens=TOKENS, block_tokens=BLOCK_TOKENS, heads=HEADS, dim=DIM, first=0, groups=groups, planes=2,
         )  # fmt: skip
         # A stream takes at most a word a value, so whoever begins at its room's begin stays in it.
-        begins = torch.arange(PLANES * streams, device="cuda").reshape(PLANES, streams) * room
+        spans = torch.stack([ends - room, ends], dim=2)
         words = torch.from_numpy(rng.integers(0, 1 << 16, words.shape, np.uint16)).cuda()
         states = torch.from_numpy(rng.integers(0, 1 << 32, states.shape, np.uint32)).cuda()
     torch.cuda.synchronize()

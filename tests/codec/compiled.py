@@ -18,7 +18,7 @@ WARPS = 4
 #: What is not a 32-bit number: pointers, and what is known when a kernel is compiled.
 POINTERS = {
     "words": "*u16",
-    "begins": "*i64",
+    "spans": "*i64",
     "states": "*u32",
     "classes": "*u8",
     "anchors": "*i16",
@@ -30,6 +30,7 @@ POINTERS = {
     "offsets": "*i64",
     "residuals": "*i16",
     "counts": "*i32",
+    "wrong": "*i32",
 }
 
 

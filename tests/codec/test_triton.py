@@ -12,8 +12,14 @@ import numpy as np
 import pytest
 
 from cairn.codec import rans, tables
+from cairn.codec.cachegen import CacheGen
+from cairn.codec.choice import cachegen_on
+from cairn.codec.levels import LEVELS
 from cairn.codec.planes import STEPS, restore_plane
 from cairn.codec.rotary import Rotary, sines
+from cairn.errors import ConfigError
+from cairn.kv import KVGeometry
+from tests.codec import samples
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
@@ -104,11 +110,13 @@ def test_values_are_the_same(
             KINDS[dtype],
         )
     streams, states = by_numba(residuals, classes, groups)
-    begins = np.cumsum([0] + [len(stream) for stream in streams])[:-1].reshape(planes, -1)
+    ends = np.cumsum([len(stream) for stream in streams])
+    spans = np.stack([ends - [len(stream) for stream in streams], ends], axis=1).reshape(planes, -1, 2)
+    wrong = torch.zeros(1, dtype=torch.int32)
     rows = torch.zeros((blocks, stride), dtype=getattr(torch, dtype))
     kernels.decode(
         torch.from_numpy(np.concatenate([*streams, np.zeros(64, np.uint16)])),
-        torch.from_numpy(begins),
+        torch.from_numpy(spans),
         torch.from_numpy(states),
         torch.from_numpy(classes),
         torch.from_numpy(anchors),
@@ -117,6 +125,7 @@ def test_values_are_the_same(
         torch.from_numpy(kernels.turns_of(table)),
         rows,
         torch.arange(planes) * block_tokens * channels,
+        wrong,
         tokens=tokens,
         block_tokens=block_tokens,
         heads=heads,
@@ -127,6 +136,50 @@ def test_values_are_the_same(
     )
     found = rows.view(torch.int32 if dtype == "float32" else torch.int16).numpy().view(element)
     assert (found == expected).all()
+    assert not int(wrong)
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("planes", [1, 2])
+def test_whole_streams_are_decoded_as_on_a_cpu(kernels: Any, dtype: str, planes: int) -> None:
+    """With exact vectors, values that are not finite, rows longer than a block; and what is no stream is refused."""
+    on_gpu = importlib.import_module("cairn.codec.cachegen_cuda").CudaCacheGen
+    heads = 2 if planes == 2 else 1
+    g = KVGeometry(layers=3 - planes, kv_heads=heads, head_dim=16, dtype=dtype, block_tokens=4, planes=planes)
+    known = samples.calibration(g)
+    cpu, gpu = CacheGen(g, LEVELS["small"], known), on_gpu(g, LEVELS["small"], known, device="cpu")
+    x = samples.values(g, 4)
+    x[1, -1, 0, 2, 0, 5] = np.inf
+    stored = cpu.encode(samples.to_rows(x, dtype), sinks=3)
+    assert len(stored) < 4 * g.block_bytes
+    room = g.block_bytes + 4 * g.element_bytes
+    begin = int(stored[20:24].view(np.uint32)[0])  # of the first layer: its exact ones, spans, states
+    for place in (None, begin + 10, begin + 4) if dtype == "bfloat16" else (None,):
+        given = stored.copy()
+        if place:
+            given[place] ^= 1
+        expected, found = (np.full((4, room), 7, np.uint8) for _ in range(2))
+        good = cpu.decode(given, expected)
+        assert good is (place is None)
+        assert gpu.decode(given, found) is good
+        assert not good or (found == expected).all()
+
+
+def test_a_device_that_fails_leaves_it_to_the_cpu(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = importlib.import_module("cairn.codec.cachegen_cuda")
+    g = KVGeometry(layers=1, kv_heads=1, head_dim=8, dtype="float32", block_tokens=4)
+    gpu = cuda.CudaCacheGen(g, device="cpu")
+    blocks = np.random.default_rng(0).normal(0, 1, (2, g.block_bytes // 4)).astype(np.float32).view(np.uint8)
+    stored, out, expected = gpu.encode(blocks), np.empty_like(blocks), np.empty_like(blocks)
+    assert CacheGen(g).decode(stored, expected)
+    monkeypatch.setattr(cuda.triton_kernels, "decode", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    assert gpu.decode(stored, out)
+    assert (out == expected).all()
+
+
+def test_a_device_that_is_not_there_is_named(kernels: Any) -> None:
+    with pytest.raises(ConfigError, match=r"compression.device='cuda:99'"):
+        cachegen_on("cuda:99", KVGeometry(layers=1, kv_heads=1, head_dim=8, dtype="float32"))
 
 
 def test_a_warp_votes_for_its_own_stream() -> None:

@@ -5,7 +5,7 @@ kept from it: more bits where the model is sensitive, several levels so that a s
 not: an absmax over all channels, a frequency table a channel in every stream, an anchor token.
 """
 
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from cairn.codec import sections, tables
 from cairn.codec.base import Codec, Octets
 from cairn.codec.calibration import Calibration
-from cairn.codec.floats import bits_of, kind_of
+from cairn.codec.floats import Bits, bits_of, kind_of
 from cairn.codec.levels import LEVELS, Level
 from cairn.codec.parts import groups_a_stream
 from cairn.codec.rotary import Rotary, sines
@@ -24,6 +24,19 @@ from cairn.kv import KVGeometry
 _MOST_TOKENS: Final = 1 << 16
 
 _HEAD: Final = 4 * sections.HEADER_WORDS
+
+
+class Coded(NamedTuple):
+    """A stream, and what its header says, not checked yet but for sizes: `offsets` uint32 [layers], where each layer
+    begins; `turns` uint32 [pairs], `first`: see `Rotary`.
+    """
+
+    stored: Octets
+    offsets: npt.NDArray[np.uint32]
+    groups: int
+    turns: npt.NDArray[np.uint32]
+    first: int
+    tokens: int
 
 
 class CacheGen(Codec):
@@ -107,20 +120,24 @@ class CacheGen(Codec):
         if len(stored) % 4 or begin > len(stored) or first + 2 * pairs > g.head_dim:
             return False
         numbers = stored[_HEAD:begin].view(np.uint32)
-        span = layers if layers is not None else range(g.layers)
+        coded = Coded(stored, numbers[: g.layers], groups, numbers[g.layers :], first, tokens)
+        return self._decode_layers(coded, layers if layers is not None else range(g.layers), bits_of(rows, self._kind))
+
+    def _decode_layers(self, coded: Coded, layers: range, rows: Bits) -> bool:
+        """Fills these layers of rows [blocks, elements]; False if there is no such stream."""
         return bool(
             sections.decode_planes(
-                stored,
-                numbers[: g.layers],
-                span.start,
-                span.stop,
-                g.block_shape,
+                coded.stored,
+                coded.offsets,
+                layers.start,
+                layers.stop,
+                self.geometry.block_shape,
                 self._kind,
-                groups,
-                sines(numbers[g.layers :], tokens),
-                first,
+                coded.groups,
+                sines(coded.turns, coded.tokens),
+                coded.first,
                 self._decoder,
-                bits_of(rows, self._kind),
+                rows,
             )
         )
 

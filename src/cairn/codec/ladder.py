@@ -11,7 +11,7 @@ import numpy.typing as npt
 from cairn.codec.base import Codec, Octets
 from cairn.codec.cachegen import CacheGen
 from cairn.codec.calibration import Calibration
-from cairn.codec.choice import codec_for, refuse_opaque
+from cairn.codec.choice import cachegen_on, codec_for, reader_for, refuse_opaque
 from cairn.codec.levels import LEVELS
 from cairn.codec.lossless import Lossless
 from cairn.codec.raw import Raw
@@ -58,10 +58,11 @@ class Rung:
 class Ladder:
     """Rungs, the most exact first; the last one is what the configuration names. Thread-safe.
 
-    lossy: whether what is stored by it may come back changed. within_s: see `choose_codec`.
+    lossy: whether what is stored by it may come back changed. within_s: see `choose_codec`. device: see `cachegen_on`.
     """
 
-    def __init__(self, codecs: Sequence[Codec], *, within_s: float = 0.0) -> None:
+    def __init__(self, codecs: Sequence[Codec], *, within_s: float = 0.0, device: str = "cpu") -> None:
+        self._device = device
         self.rungs = [Rung(codec) for codec in codecs]
         self.geometry = codecs[-1].geometry
         self.lossy = not codecs[-1].lossless
@@ -83,6 +84,11 @@ class Ladder:
         costs = [rung.cost for rung in self.rungs]
         rung = self.rungs[choose_codec(costs, size, transfer_s, within_s=self._within_s)]
         return rung, Why.FASTER if rung is self.rungs[-1] else Why.AS_FAST
+
+    def reader(self, codec_id: str) -> Codec | None:
+        """What decodes the objects of a codec, be it a rung or not; None if there is no such codec."""
+        rung = next((rung for rung in self.rungs if rung.codec.id == codec_id), None)
+        return rung.codec if rung else reader_for(self.geometry, codec_id, self._device)
 
     def decoded(self, codec_id: str, size: int, seconds: float) -> None:
         """Counts what decoding took: levels of one codec cost the same."""
@@ -109,15 +115,17 @@ def ladder_for(
         quantization_bits=settings.quantization_bits,
         quality=settings.quality,
         calibration=calibration,
+        device=settings.device,
     )
     if pin == "always":
-        return Ladder([wanted])
+        return Ladder([wanted], device=settings.device)
     finer: list[Codec] = [Raw(geometry)]
     if isinstance(wanted, CacheGen):
         levels = list(LEVELS)
         finer += [Lossless(geometry)]
-        finer += [CacheGen(geometry, LEVELS[name], calibration) for name in levels[: levels.index(settings.quality)]]
-    return Ladder([*finer, wanted], within_s=settings.deadline_s or 0.0)
+        coarser = levels.index(settings.quality)
+        finer += [cachegen_on(settings.device, geometry, LEVELS[name], calibration) for name in levels[:coarser]]
+    return Ladder([*finer, wanted], within_s=settings.deadline_s or 0.0, device=settings.device)
 
 
 def _drawn(geometry: KVGeometry) -> Octets:

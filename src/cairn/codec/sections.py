@@ -162,6 +162,23 @@ def decode_planes(
 
 
 @kernel
+def _parts(stored: Octets, at: Any, tokens: Any, heads: int, channels: Any, groups: int, itemsize: int) -> Any:
+    """Where codes, classes, anchors, places, vectors and words of the plane at stored[at] are; words at -1: there is no
+    such plane.
+    """
+    code_at, class_at, anchor_at, place_at = _places(at, heads, channels, groups)
+    if at % 4 or place_at > len(stored):
+        return code_at, class_at, anchor_at, place_at, place_at, np.int64(-1)
+    found = np.int64(stored[at : at + 4].view(np.uint32)[0])
+    vector_at = place_at + 4 * found
+    word_at = vector_at + up(found * channels // heads * itemsize)
+    sound = classes_are_sound(stored[class_at : class_at + channels])
+    if found > tokens * heads or word_at > len(stored) or not sound:
+        word_at = np.int64(-1)
+    return code_at, class_at, anchor_at, place_at, vector_at, word_at
+
+
+@kernel
 def _decode_plane(
     stored: Octets,
     at: Any,
@@ -178,15 +195,12 @@ def _decode_plane(
 ) -> Any:
     """Reads the plane at stored[at]; returns where it ends, or -1 if there is none. residuals: to work in."""
     tokens, channels = residuals.shape
-    code_at, class_at, anchor_at, place_at = _places(at, heads, channels, groups)
-    if at % 4 or place_at > len(stored):
+    code_at, class_at, anchor_at, place_at, vector_at, word_at = _parts(
+        stored, at, tokens, heads, channels, groups, rows.itemsize
+    )
+    if word_at < 0:
         return np.int64(-1)
-    found = np.int64(stored[at : at + 4].view(np.uint32)[0])
-    vector_at = place_at + 4 * found
-    word_at = vector_at + up(found * channels // heads * rows.itemsize)
     classes = stored[class_at : class_at + channels]
-    if found > tokens * heads or word_at > len(stored) or not classes_are_sound(classes):
-        return np.int64(-1)
     end = np.int64(read_streams(stored, at + 4, word_at, groups, classes, decoder, residuals))
     if end < 0:
         return end
@@ -196,3 +210,63 @@ def _decode_plane(
     if not read_vectors(stored, place_at, vector_at, rows, offset, block_tokens, heads, channels // heads):
         return np.int64(-1)
     return end
+
+
+@kernel
+def locate_planes(
+    stored: Octets,
+    offsets: Words,
+    shape: Shape,
+    tokens: int,
+    groups: int,
+    itemsize: int,
+    spans: npt.NDArray[np.int64],
+    states: npt.NDArray[np.uint32],
+    codes: Octets,
+    classes: Octets,
+    anchors: npt.NDArray[np.int16],
+    vectors: npt.NDArray[np.int64],
+) -> bool:
+    """What a decoder of all planes at once needs, taken from `stored`; False if it is no such stream.
+
+    Filled: spans int64 [planes, streams, 2], the word at which each stream begins, and that behind it; states uint32
+    [planes, streams, 32]; codes [planes, heads], classes, anchors [planes, channels]; vectors int64 [planes, 2],
+    where places and vectors of the exact ones begin. Planes of layer after layer.
+    """
+    layers, planes, _, heads, dim = shape
+    channels, streams = heads * dim, states.shape[1]
+    for layer in range(layers):
+        at = np.int64(offsets[layer])
+        for plane in range(planes):
+            p = layer * planes + plane
+            code_at, class_at, anchor_at, place_at, vector_at, word_at = _parts(
+                stored, at, tokens, heads, channels, groups, itemsize
+            )
+            if word_at < 0:
+                return False
+            codes[p] = stored[code_at : code_at + heads]
+            classes[p] = stored[class_at : class_at + channels]
+            anchors[p] = stored[anchor_at : anchor_at + 2 * channels].view(np.int16)
+            vectors[p, 0], vectors[p, 1] = place_at, vector_at
+            head = stored[at + 4 : code_at].view(np.uint32)
+            word = np.int64(word_at // 2)
+            for stream in range(streams):
+                spans[p, stream, 0] = word
+                word += np.int64(head[stream])
+                spans[p, stream, 1] = word
+                states[p, stream] = head[streams + stream * LANES : streams + (stream + 1) * LANES]
+            at = up(2 * word)
+            if at > len(stored):
+                return False
+    return True
+
+
+@kernel
+def patch_planes(stored: Octets, vectors: npt.NDArray[np.int64], shape: Shape, rows: Bits) -> bool:
+    """Puts the exact vectors that `locate_planes` has found into every plane of `rows`; False if they have no place."""
+    _, _, block_tokens, heads, dim = shape
+    for p in range(len(vectors)):
+        offset = p * block_tokens * heads * dim
+        if not read_vectors(stored, vectors[p, 0], vectors[p, 1], rows, offset, block_tokens, heads, dim):
+            return False
+    return True

@@ -89,7 +89,7 @@ def _predict(anchor, partner, turn, turning, is_first, SINE_BITS: tl.constexpr):
 @triton.jit
 def _decode_streams(
     words,
-    begins,
+    spans,
     states,
     classes,
     anchors,
@@ -98,6 +98,7 @@ def _decode_streams(
     turns,
     rows,
     offsets,
+    wrong,
     tokens,
     channels,
     dim,
@@ -105,9 +106,9 @@ def _decode_streams(
     first,
     row_stride,
     streams,
+    groups,
     KEYS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
-    GROUPS: tl.constexpr,
     LANES: tl.constexpr,
     START: tl.constexpr,
     HALF: tl.constexpr,
@@ -125,11 +126,12 @@ def _decode_streams(
     mine = stream < streams
     job = plane * streams + stream
     x = tl.load(states + job * LANES + lane, mask=mine, other=0)
-    next_words = words + tl.load(begins + job, mask=mine, other=0)
+    span = spans + 2 * job
+    next_words = words + tl.load(span, mask=mine, other=0)
     base = rows + tl.load(offsets + plane)
     group = 0
-    while group < GROUPS:
-        channel = (stream * GROUPS + group) * LANES + lane
+    while group < groups:
+        channel = (stream * groups + group) * LANES + lane
         real = mine & (channel < channels)
         of_plane = plane * channels + channel
         klass = tl.load(classes + of_plane, mask=real, other=0).to(tl.uint32)
@@ -171,12 +173,15 @@ def _decode_streams(
             t += BLOCK_TOKENS
             block += row_stride
         group += 1
+    end = words + tl.load(span + 1, mask=mine, other=0)
+    missed = mine & ((x != START) | (next_words.to(tl.int64) != end.to(tl.int64)))
+    tl.atomic_max(wrong + lane * 0, missed.to(tl.int32), mask=missed)
 
 
-@triton.jit(do_not_specialize=["tokens", "channels", "pairs", "first", "row_stride", "streams"])
+@triton.jit(do_not_specialize=["tokens", "channels", "pairs", "first", "row_stride", "streams", "groups"])
 def _decode(
     words,
-    begins,
+    spans,
     states,
     classes,
     anchors,
@@ -185,6 +190,7 @@ def _decode(
     turns,
     rows,
     offsets,
+    wrong,
     tokens,
     channels,
     dim,
@@ -192,9 +198,9 @@ def _decode(
     first,
     row_stride,
     streams,
+    groups,
     planes,
     BLOCK_TOKENS: tl.constexpr,
-    GROUPS: tl.constexpr,
     LANES: tl.constexpr,
     START: tl.constexpr,
     HALF: tl.constexpr,
@@ -209,7 +215,7 @@ def _decode(
     if tl.program_id(0) % planes == 0:
         _decode_streams(
             words,
-            begins,
+            spans,
             states,
             classes,
             anchors,
@@ -218,6 +224,7 @@ def _decode(
             turns,
             rows,
             offsets,
+            wrong,
             tokens,
             channels,
             dim,
@@ -225,9 +232,9 @@ def _decode(
             first,
             row_stride,
             streams,
+            groups,
             KEYS=True,
             BLOCK_TOKENS=BLOCK_TOKENS,
-            GROUPS=GROUPS,
             LANES=LANES,
             START=START,
             HALF=HALF,
@@ -242,7 +249,7 @@ def _decode(
     else:
         _decode_streams(
             words,
-            begins,
+            spans,
             states,
             classes,
             anchors,
@@ -251,6 +258,7 @@ def _decode(
             turns,
             rows,
             offsets,
+            wrong,
             tokens,
             channels,
             dim,
@@ -258,9 +266,9 @@ def _decode(
             first,
             row_stride,
             streams,
+            groups,
             KEYS=False,
             BLOCK_TOKENS=BLOCK_TOKENS,
-            GROUPS=GROUPS,
             LANES=LANES,
             START=START,
             HALF=HALF,
@@ -344,22 +352,21 @@ def turns_of(sines: npt.NDArray[np.int16]) -> npt.NDArray[np.int32]:
 
 def _grid(planes: int, streams: int) -> tuple[tuple[int, int], dict[str, Any]]:
     """The programs for so many streams, and what all kernels are launched with."""
-    warps = min(_WARPS, triton.next_power_of_2(streams))
-    return (planes, triton.cdiv(streams, warps)), {
+    return (planes, triton.cdiv(streams, _WARPS)), {
         "LANES": LANES,
         "START": START,
         "HALF": HALF,
         "SLOT_BITS": SLOT_BITS,
         "WIDTHS": WIDTHS,
-        "WARPS": warps,
+        "WARPS": _WARPS,
         "BALLOT": not isinstance(_turns, InterpretedFunction),
-        "num_warps": warps,
+        "num_warps": _WARPS,
     }
 
 
 def decode(
     words: Any,
-    begins: Any,
+    spans: Any,
     states: Any,
     classes: Any,
     anchors: Any,
@@ -368,6 +375,7 @@ def decode(
     turns: Any,
     rows: Any,
     offsets: Any,
+    wrong: Any,
     *,
     tokens: int,
     block_tokens: int,
@@ -379,21 +387,22 @@ def decode(
 ) -> None:
     """Enqueues the decoding of whole planes into rows. Torch tensors on the device, contiguous but for rows:
 
-    words: uint16, whole streams, checked by the caller. begins: int64 [planes, streams], each stream's first word in
-    it. states: uint32 [planes, streams, 32]. classes: uint8, anchors: int16 [planes, channels]. steps: float32 [planes,
-    heads]. decoder: uint32, of `tables`. turns: int32 [tokens, pairs], of `turns_of`. rows: [blocks, row_stride]
-    elements of the cache's dtype. offsets: int64 [planes], where each plane begins in a row. Every plane of layer after
-    layer; keys are those whose number is a multiple of `planes`, the planes of a layer. Exact vectors are patched by
-    the caller.
+    words: uint16, and behind the last stream room for what one that is none may read, tokens * 32 * groups. spans:
+    int64 [planes, streams, 2], where each stream begins in it and ends. states: uint32 [planes, streams, 32]. classes:
+    uint8, sound, anchors: int16 [planes, channels]. steps: float32 [planes, heads]. decoder: uint32, of `tables`.
+    turns: int32 [tokens, pairs], of `turns_of`. rows: [blocks, row_stride] elements of the cache's dtype. offsets:
+    int64 [planes], where each plane begins in a row. wrong: int32 [1], becomes 1 where a stream does not end as an
+    encoder's begins. Every plane of layer after layer; keys are those whose number is a multiple of `planes`, the
+    planes of a layer. Exact vectors are patched by the caller.
     """
-    count, streams = begins.shape
+    count, streams, _ = states.shape
     bfloat16 = rows.dtype == torch.bfloat16
     if bfloat16:
         rows = rows.view(torch.uint16)
     grid, options = _grid(count, streams)
     _decode[grid](
         words,
-        begins,
+        spans,
         states,
         classes,
         anchors,
@@ -402,6 +411,7 @@ def decode(
         turns,
         rows,
         offsets,
+        wrong,
         tokens,
         heads * dim,
         dim,
@@ -409,9 +419,9 @@ def decode(
         first,
         rows.stride(0),
         streams,
+        groups,
         planes,
         BLOCK_TOKENS=block_tokens,
-        GROUPS=groups,
         SINE_BITS=SINE_BITS,
         BFLOAT16=bfloat16,
         UNROLL=_UNROLL,

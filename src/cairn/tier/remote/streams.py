@@ -17,7 +17,6 @@ import numpy as np
 
 from cairn.codec import Codec
 from cairn.codec.base import SINK_TOKENS, Octets
-from cairn.codec.choice import reader_for
 from cairn.codec.frame import FrameHeader, Framer, checksum_of, parse
 from cairn.codec.ladder import Ladder
 from cairn.codec.raw import Raw
@@ -120,7 +119,7 @@ class Streams:
     def _framer(self, codec_id: str) -> Framer | None:
         """Reads what a codec has stored."""
         if codec_id not in self._framers:
-            codec = reader_for(self._ladder.geometry, codec_id)
+            codec = self._ladder.reader(codec_id)
             if codec is None:
                 return None
             self._framers[codec_id] = Framer(codec)
