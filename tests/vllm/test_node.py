@@ -19,13 +19,13 @@ OPTIONS: dict[str, Any] = {"skip_tokenizer_init": True}
 
 
 class Node:
-    """`cairn node` in a process of its own."""
+    """`cairn node` in a process of its own. settings: beside its size. python: whose packages it has."""
 
-    def __init__(self, home: Path) -> None:
-        self.address = f"ipc://{home}/node.sock"
+    def __init__(self, home: Path, name: str = "node", *settings: str, python: str | Path = sys.executable) -> None:
+        self.address = f"ipc://{home}/{name}.sock"
         arguments = ["node", "--foreground", "--address", self.address]
-        arguments += ["--set", "storage.cpu.size=64MiB"]
-        command = [sys.executable, "-c", "from cairn.cli import main; main()", *arguments]
+        arguments += [part for setting in ("storage.cpu.size=64MiB", *settings) for part in ("--set", setting)]
+        command = [str(python), "-c", "from cairn.cli import main; main()", *arguments]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self.process.stderr
         self.process.stderr.readline()
