@@ -273,9 +273,22 @@ def from_node_to_node(home: Path) -> list[list[str]]:
     return [[*peers, f"node.peers.address={address}"] for address in known]
 
 
+@pytest.fixture(scope="module")
+def transfer_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Mooncake's, out of the environment of the tests that need no vLLM."""
+    home = tmp_path_factory.mktemp("packages")
+    for part in (ROOT / ".venv").glob("lib/python3*/site-packages/mooncake*"):
+        (home / part.name).symlink_to(part.resolve())
+    return home
+
+
 @pytest.mark.parametrize("between", [through_a_store, from_node_to_node])
 def test_prefill_on_one_host_and_decode_on_another(
-    stack: tuple[Node, list[Engine]], pair: Pair, tmp_path: Path, between: Callable[[Path], list[list[str]]]
+    stack: tuple[Node, list[Engine]],
+    pair: Pair,
+    transfer_engine: Path,
+    tmp_path: Path,
+    between: Callable[[Path], list[list[str]]],
 ) -> None:
     """Each engine has a node of its own."""
     node, _ = stack
@@ -286,9 +299,7 @@ def test_prefill_on_one_host_and_decode_on_another(
             # An engine that is started waits for a node whose socket is there.
             nodes.callback((home / f"node-{engine.name}.sock").unlink, missing_ok=True)
             stored = engine.stored()
-            # The packages of the tests that need no vLLM have Mooncake's transfer engine.
-            python = ROOT / ".venv/bin/python" if between is from_node_to_node else sys.executable
-            nodes.callback(Node(home, f"node-{engine.name}", SIZE, *settings, python=python).kill)
+            nodes.callback(Node(home, f"node-{engine.name}", SIZE, *settings, packages=transfer_engine).kill)
             until(lambda: engine.stored() > stored, "its node")  # noqa: B023 - called here and now
         pair.check([prompt(f"{between.__name__} {tokens}", tokens) for tokens in (7 * BLOCK + 5, 77)])
 
