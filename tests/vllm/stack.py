@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from cairn.node.segments import sweep
 from tests.ports import free_ports
 from tests.vllm.server import Server
 from tests.vllm.test_node import Node
@@ -74,6 +75,7 @@ def engines(model: Path, home: Path) -> Iterator[tuple[Node, list[Engine]]]:
     """Both are up. Each looks for its node, `a` or `b`, at an address of its own, and finds the same one there."""
     cpus = sorted(os.sched_getaffinity(0))
     with ExitStack() as stack:
+        stack.callback(sweep)
         node = Node(home, "node", SIZE)
         stack.callback(node.kill)
         made = []
