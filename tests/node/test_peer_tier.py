@@ -140,6 +140,17 @@ def test_what_a_node_holds_is_found_and_read(rig: Rig) -> None:
     assert (stats["read_blocks"], stats["evicted_total"], stats["lookups_total"]) == (17, 13, 2)
 
 
+def test_what_was_not_there_is_asked_about_again_as_soon_as_is_wanted(rig: Rig) -> None:
+    """At once, where an engine waits for what another is storing."""
+    keys, waits = prompt(1, 4), rig.make_tier(Limits(10.0, 10.0, absent_s=0.0))
+    try:
+        assert [ask(tier, keys) for tier in (rig.tier, waits)] == [0, 0]
+        rig.store(keys)
+        assert [ask(tier, keys) for tier in (rig.tier, waits)] == [0, 4]
+    finally:
+        waits.close(10)
+
+
 def test_a_peer_that_has_registered_no_address_costs_the_others_nothing(rig: Rig) -> None:
     keys = prompt(1, 4)
     rig.store(keys)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from tests.vllm.stack import BLOCK, ids
 
-TOKENS, IN_FLIGHT, SYSTEMS = 8, 4, 4
+TOKENS, IN_FLIGHT, SYSTEMS = 4, 4, 4
 #: Every so many questions one is answered as a stream.
 STREAMED = 5
 ANSWER_S = 240.0
@@ -37,8 +38,12 @@ class Best:
 
 
 class Answered(NamedTuple):
+    """asked, at: when, by the clock that only goes on; asked: for the first time."""
+
     prompt: list[int]
     tokens: list[int]
+    asked: float
+    at: float
 
 
 class Chats:
@@ -78,6 +83,13 @@ class Chats:
                 for said, asked in zip(self._said, questions, strict=True):
                     group.create_task(chat(said, asked))
 
+    def late_by(self, died: float) -> float:
+        """Seconds from a death until all that was under way was answered, but for what the slowest answer took of those
+        that were asked for later: a busy machine is slow without any death.
+        """
+        waited = max((one.at - died for one in self.answers if one.asked < died < one.at), default=0.0)
+        return waited - max((one.at - one.asked for one in self.answers if one.asked > died), default=0.0)
+
     async def some_answers(self) -> None:
         """Waits for a few more."""
         until = len(self.answers) + IN_FLIGHT
@@ -85,6 +97,7 @@ class Chats:
             await self._answered.wait_for(lambda: len(self.answers) >= until)
 
     async def _turn(self, client: httpx.AsyncClient, prompt: list[int]) -> list[int]:
+        begun = time.monotonic()
         self._asked += 1
         streams = self._asked % STREAMED == 0
         held = self.best.held(prompt)
@@ -92,11 +105,11 @@ class Chats:
             tokens, usage = await self._ask(client, prompt, streams)
             if usage is not None:
                 break
-            self.broken.append(Answered(prompt, tokens))
+            self.broken.append(Answered(prompt, tokens, begun, time.monotonic()))
         hit = (usage["prompt_tokens_details"] or {}).get("cached_tokens") or 0
         self.best.answered(prompt, tokens, held, hit)
         async with self._answered:
-            self.answers.append(Answered(prompt, tokens))
+            self.answers.append(Answered(prompt, tokens, begun, time.monotonic()))
             self._answered.notify_all()
         return tokens
 

@@ -3,8 +3,13 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.vllm.stack import Engine
+    from tests.vllm.test_node import Node
 
 os.environ |= {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -52,12 +57,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_texts(tiny: Path, model: Path) -> Path:
-    """It, with SmolLM2's tokenizer, for servers, which answer in text."""
-    from transformers import AutoTokenizer
+def stack(model: Path, tmp_path_factory: pytest.TempPathFactory) -> "Iterator[tuple[Node, list[Engine]]]":
+    """For test_service.py and test_service_client.py, which end its parts."""
+    from tests.vllm.stack import engines
 
-    AutoTokenizer.from_pretrained(model).save_pretrained(tiny)
-    return tiny
+    with engines(model, tmp_path_factory.mktemp("stack")) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

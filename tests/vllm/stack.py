@@ -1,13 +1,15 @@
-"""Two `vllm serve` of the tiny model with Cairn's connector, on one node, each on a processor of its own."""
+"""Two `vllm serve` with Cairn's connector, on one node, each on a processor of its own."""
 
 import json
 import os
+import random
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from cairn.node.segments import sweep
 from tests.ports import free_ports
 from tests.vllm.server import Server
 from tests.vllm.test_node import Node
@@ -16,19 +18,21 @@ BLOCK, BLOCKS, MODEL_LEN = 32, 512, 1024
 #: Deadline of what waits inside of the connector.
 TIMEOUT_S = 10.0
 START_S = 360.0
+#: Of a node: all that the tests compute.
+SIZE = "storage.cpu.size=1GiB"
 
 
 class Engine:
     """A server that hands over what it has computed and publishes KV events, at addresses that outlive its death."""
 
-    def __init__(self, name: str, model: Path, home: Path, node: Node, cpu: int) -> None:
+    def __init__(self, name: str, model: Path, home: Path, node: str, cpu: int) -> None:
         home.mkdir()
         self.name = name
         events, replay = free_ports(2)
         self.events, self.replay = f"tcp://127.0.0.1:{events}", f"tcp://127.0.0.1:{replay}"
         publisher = {"enable_kv_cache_events": True, "publisher": "zmq"}
         publisher |= {"endpoint": f"tcp://*:{events}", "replay_endpoint": f"tcp://*:{replay}"}
-        settings = {"node.address": node.address, "engine.planner": False, "enable_disagg_pd": True}
+        settings = {"node.address": node, "engine.planner": False, "enable_disagg_pd": True}
         settings |= {"node.timeout_s": 2, "engine.timeout_s": TIMEOUT_S}
         connector = {"kv_connector": "CairnConnector", "kv_connector_module_path": "cairn.connect.vllm"}
         connector |= {"kv_role": "kv_both", "kv_connector_extra_config": settings}
@@ -36,6 +40,7 @@ class Engine:
         options += ["--block-size", str(BLOCK), "--num-gpu-blocks-override", str(BLOCKS)]
         options += ["--max-model-len", str(MODEL_LEN), "--max-num-batched-tokens", "256", "--max-num-seqs", "4"]
         options += ["--enable-prompt-tokens-details", "--disable-uvicorn-access-log"]
+        options += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
         # Two engines whose threads spin on the same cores crawl.
         threads = {"VLLM_CPU_OMP_THREADS_BIND": str(cpu), "OMP_NUM_THREADS": "1"}
         quiet = {"KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "passive"}
@@ -55,6 +60,11 @@ class Engine:
         """Tokens of prompts that it has computed itself."""
         return self.server.metric("vllm:prompt_tokens_by_source_total", 'source="local_compute"')
 
+    def stored(self) -> float:
+        """Tokens that its node has got from it, after one more prompt: a worker maps a new node's arena when needed."""
+        self.server.complete(random.choices(range(1000, 40000), k=2 * BLOCK), 1)
+        return self.server.metric("cairn_stored_tokens_total")
+
 
 def ids(answer: Any) -> list[int]:
     return list(answer["choices"][0]["token_ids"])
@@ -62,14 +72,17 @@ def ids(answer: Any) -> list[int]:
 
 @contextmanager
 def engines(model: Path, home: Path) -> Iterator[tuple[Node, list[Engine]]]:
-    """Both are up."""
+    """Both are up. Each looks for its node, `a` or `b`, at an address of its own, and finds the same one there."""
     cpus = sorted(os.sched_getaffinity(0))
     with ExitStack() as stack:
-        node = Node(home)
+        stack.callback(sweep)
+        node = Node(home, "node", SIZE)
         stack.callback(node.kill)
         made = []
         for i, name in enumerate(("a", "b")):
-            made.append(Engine(name, model, home / name, node, cpus[i % len(cpus)]))
+            address = home / f"node-{name}.sock"
+            address.symlink_to("node.sock")
+            made.append(Engine(name, model, home / name, f"ipc://{address}", cpus[i % len(cpus)]))
             stack.callback(made[-1].server.kill)
         for engine in made:
             engine.server.wait(time.monotonic() + START_S)

@@ -1,5 +1,6 @@
 """Engines that are clients of one node: what one has computed another loads, and a node that dies costs hits only."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -19,14 +20,16 @@ OPTIONS: dict[str, Any] = {"skip_tokenizer_init": True}
 
 
 class Node:
-    """`cairn node` in a process of its own."""
+    """`cairn node` in a process of its own. settings: beside its size. packages: a directory of some that it needs."""
 
-    def __init__(self, home: Path) -> None:
-        self.address = f"ipc://{home}/node.sock"
+    def __init__(self, home: Path, name: str = "node", *settings: str, packages: Path | None = None) -> None:
+        self.address = f"ipc://{home}/{name}.sock"
         arguments = ["node", "--foreground", "--address", self.address]
-        arguments += ["--set", "storage.cpu.size=64MiB"]
+        arguments += [part for setting in ("storage.cpu.size=64MiB", *settings) for part in ("--set", setting)]
         command = [sys.executable, "-c", "from cairn.cli import main; main()", *arguments]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        paths = os.pathsep.join(filter(None, [str(packages or ""), os.environ.get("PYTHONPATH")]))
+        environ = os.environ | {"PYTHONPATH": paths}
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ)
         assert self.process.stderr
         self.process.stderr.readline()
 

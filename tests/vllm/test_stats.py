@@ -75,6 +75,19 @@ def test_every_figure_of_the_real_tiers_can_be_shown(tmp_path: Path) -> None:
         assert {line for line in wanted - page if not line.endswith(" 0.0")} == set()
 
 
+def test_a_node_that_begins_anew_counts_on() -> None:
+    """A negative amount would end vLLM's server."""
+    metrics, takes = Metrics(), []
+    figures = {"calls_total": 0.0}
+    metrics.watch("node", lambda: dict(figures))
+    source = StatsSource(metrics)
+    for total in (7.0, 2.0, 0.0, 3.0):
+        figures["calls_total"] = total
+        metrics.lookups.add()
+        takes.append(source.take())
+    assert 'cairn_tier_calls_total{tier="node"} 12.0' in shown(takes)
+
+
 def test_nothing_new_is_nothing() -> None:
     metrics = Metrics()
     source = StatsSource(metrics)

@@ -211,8 +211,8 @@ class Engine(Section):
     )
     enable_disagg_pd: bool = Field(
         default=False,
-        description="vLLM: hand KV from prefill to decode instances, through a node or a remote store; also for a node "
-        "with a remote store between them: what is computed goes there at once.",
+        description="vLLM: hand KV from prefill to decode instances, through nodes or a remote store; also for a node "
+        "that has a remote store or peers: what is computed goes there, and is looked for, at once.",
     )
     copy_threads: Threads = Field(default=2, description="Threads that copy between the paged KV cache and the arena.")
     write_behind: float = Field(

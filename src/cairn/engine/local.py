@@ -25,12 +25,11 @@ from cairn.tier.arena import Arena
 from cairn.tier.base import Rows, Tier
 from cairn.tier.disk import DiskTier
 from cairn.tier.dram import DramTier
-from cairn.tier.remote import ABSENT_S, open_remote
+from cairn.tier.known import ABSENT_S, HANDOVER_ABSENT_S
+from cairn.tier.remote import open_remote
 
 #: Bytes that one read brings up: large enough for the disk's full speed, small enough that copying starts early.
 PROMOTION_BYTES = 16 << 20
-#: As `ABSENT_S`, where blocks are handed from one engine to another.
-HANDOVER_ABSENT_S = 0.02
 
 
 class Writes(NamedTuple):

@@ -20,6 +20,7 @@ from cairn.node.pools import directory_of
 from cairn.node.server import Node
 from cairn.observe.access import is_loopback
 from cairn.observe.log import log_once
+from cairn.tier.known import ABSENT_S, HANDOVER_ABSENT_S
 from cairn.tier.peer import Limits, Peers, PeerTier
 from cairn.tier.peer.wire import Keypair
 from cairn.transport.mooncake import MooncakeTransport
@@ -55,7 +56,8 @@ class Peering:
     def tier(self, geometry: KVGeometry, layout: Layout) -> PeerTier:
         """The peers' blocks, for a pool."""
         settings = self._config.node.peers
-        limits = Limits(settings.timeout_s, settings.lookup_timeout_s)
+        absent_s = HANDOVER_ABSENT_S if self._config.engine.enable_disagg_pd else ABSENT_S
+        limits = Limits(settings.timeout_s, settings.lookup_timeout_s, absent_s)
         return PeerTier(self._peers, self._transport, directory_of(geometry, layout), geometry.block_bytes, limits)
 
     def serve(self, node: Node) -> str:

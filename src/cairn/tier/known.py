@@ -8,6 +8,9 @@ from typing import Final, Generic, NamedTuple, TypeVar
 
 #: Entries kept, 150 bytes each.
 LIMIT: Final = 1 << 16
+#: For how long what was not there is not asked about, seconds; and where one engine waits for what another stores now.
+ABSENT_S: Final = 2.0
+HANDOVER_ABSENT_S: Final = 0.02
 
 
 V = TypeVar("V")

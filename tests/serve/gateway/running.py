@@ -76,6 +76,7 @@ class Gateway(Process):
 
     def metric(self, name: str) -> float:
         lines = self.client.get("/metrics", headers={"authorization": "Bearer boss"}).text.splitlines()
+        assert any(line.startswith(f"# TYPE {name} ") for line in lines), f"no metric is called {name}"
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((name + "{", name + " ")))
 
     def wait_for(self, *names: str) -> None:

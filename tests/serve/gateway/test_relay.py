@@ -143,17 +143,6 @@ def test_a_client_that_does_not_read_takes_no_memory(bench: Bench) -> None:
         until(lambda: engine.seen()["aborted"] == 1, "it was ended")
 
 
-def test_openai_s_own_client_works(bench: Bench, engine: Engine) -> None:
-    openai = pytest.importorskip("openai")
-    client = openai.OpenAI(base_url=f"http://{bench.gateway.at}/v1", api_key="any", max_retries=0)
-    stream = client.chat.completions.create(model="plain", stream=True, **CHAT)
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
-    whole = client.chat.completions.create(model="plain", **CHAT)
-    assert text == whole.choices[0].message.content
-    with pytest.raises(openai.BadRequestError):
-        client.post("/chat/completions", body=[1], cast_to=object)
-
-
 def test_text_of_events_is_the_whole_text(bench: Bench, engine: Engine) -> None:
     body = {"model": "plain", "prompt": "two", "max_tokens": 40}
     whole = bench.gateway.client.post("/v1/completions", json=body).json()["choices"][0]["text"]

@@ -71,7 +71,7 @@ class Promise:
                 logger,
                 "promise",
                 "what a prefill instance has stored did not come in time and is computed: do both have the same "
-                "node, or remote store?",
+                "node or remote store, or nodes that are peers?",
             )
             return False
         self._look_at = now + self._pause_s

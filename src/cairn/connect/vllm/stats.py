@@ -111,9 +111,10 @@ class StatsSource:
             self._last[key] = levels[key] = figure
 
     def _difference(self, key: _Key, total: float, counts: dict[_Key, float]) -> None:
+        """A total that went back has begun anew, as a node's does when it is started again."""
         before = self._last.get(key, 0)
         if total != before:
-            counts[key] = total - before
+            counts[key] = total - before if total > before else total
             self._last[key] = total
 
 

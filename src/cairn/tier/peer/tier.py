@@ -16,7 +16,7 @@ from cairn.kv import Keys
 from cairn.kv.keys import KEY_BYTES
 from cairn.observe.reasons import Reason
 from cairn.tier.base import Outcomes, Rows, Tier, check_span
-from cairn.tier.known import Known
+from cairn.tier.known import ABSENT_S, Known
 from cairn.tier.peer.peers import Peer, Peers
 from cairn.tier.peer.wire import MAX_BLOCKS, MAX_LEASE_S, SUM_BYTES, Find, Found, GiveBack, Lend, Lent, sum_of
 from cairn.tier.tally import Tally
@@ -25,9 +25,8 @@ from cairn.transport import Read, Transport
 
 log = logging.getLogger(__name__)
 
-#: How long a node is taken to hold what it held, and not to have what it had not.
+#: How long a node is taken to hold what it held.
 _PRESENT_S: Final = 10.0
-_ABSENT_S: Final = 2.0
 #: Blocks of which it is remembered where they are.
 _REMEMBERED: Final = 1 << 17
 _SCOUTS: Final = 2
@@ -36,10 +35,11 @@ _READERS: Final = 2
 
 
 class Limits(NamedTuple):
-    """Seconds that reading one batch may take, and one lookup."""
+    """Seconds that reading one batch may take, and one lookup; and for which what no node had is not asked about."""
 
     timeout_s: float = 2.0
     lookup_timeout_s: float = 0.1
+    absent_s: float = ABSENT_S
 
 
 class PeerTier(Tier):
@@ -63,7 +63,7 @@ class PeerTier(Tier):
         self._pool = pool
         self._block_bytes = block_bytes
         self._limits = limits
-        self._known = Known[Peer | bool](present_s=_PRESENT_S, absent_s=_ABSENT_S, limit=_REMEMBERED)
+        self._known = Known[Peer | bool](present_s=_PRESENT_S, absent_s=limits.absent_s, limit=_REMEMBERED)
         self._tally = Tally()
         self._tally.add(lookups_total=0, failed_lookups_total=0)
         self._lookup_s = 0.0

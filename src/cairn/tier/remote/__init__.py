@@ -1,8 +1,7 @@
 """Remote tiers: KV blocks packed into objects, in a store that outlives hosts."""
 
 from cairn.tier.remote.base import Get, ObjectStore, Put
-from cairn.tier.remote.scout import ABSENT_S
 from cairn.tier.remote.tier import Limits, RemoteTier, open_remote
 from cairn.tier.remote.urls import open_store
 
-__all__ = ["ABSENT_S", "Get", "Limits", "ObjectStore", "Put", "RemoteTier", "open_remote", "open_store"]
+__all__ = ["Get", "Limits", "ObjectStore", "Put", "RemoteTier", "open_remote", "open_store"]

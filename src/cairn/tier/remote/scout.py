@@ -14,8 +14,6 @@ from cairn.tier.remote.packing import Packing, Span
 
 #: An answer that took less than this is not late by the store's fault.
 FAIR_S: Final = 0.02
-#: After so many seconds an object that was not there is asked about again.
-ABSENT_S: Final = 2.0
 
 
 class Scout:

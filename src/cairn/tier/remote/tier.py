@@ -23,12 +23,12 @@ from cairn.tier.admission import Sightings
 from cairn.tier.base import Outcomes, Rows, Tier, check_span
 from cairn.tier.breaker import Breaker
 from cairn.tier.flights import Batch, Flights
-from cairn.tier.known import Known
+from cairn.tier.known import ABSENT_S, Known
 from cairn.tier.remote.base import ObjectStore
 from cairn.tier.remote.machine import Machine
 from cairn.tier.remote.packing import Packing, blocks_of
 from cairn.tier.remote.reads import Fetches, ReadBatch
-from cairn.tier.remote.scout import ABSENT_S, Scout
+from cairn.tier.remote.scout import Scout
 from cairn.tier.remote.share import Share
 from cairn.tier.remote.streams import Streams
 from cairn.tier.remote.urls import open_store
