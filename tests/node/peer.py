@@ -1,6 +1,8 @@
 """A client that does as it is told: one frame at a time, and no heartbeat of its own."""
 
 import itertools
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -95,3 +97,11 @@ class Peer:
         """Pinned and reserved rows."""
         dram = self.figures()["dram"]
         return dram["pinned_blocks"], dram["reserved_blocks"]
+
+
+def within(seconds: float, peer: Peer, holds: Callable[[], bool]) -> bool:
+    """Whether it holds in time; the peer stays alive by asking."""
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        peer.figures()
+    return holds()

@@ -19,7 +19,7 @@ from cairn.node.segments import Segments, sweep
 from cairn.node.server import Node
 from tests.engine.pages import GEOMETRY, SLOT, namespace, prompt, retrieved, stored
 
-from .peer import Peer, keys_of
+from .peer import Peer, keys_of, within
 from .rig import ProcessNode, ThreadNode, address_in, segments, thread_node
 
 LEASE_S = 0.5
@@ -45,14 +45,6 @@ def peers(address: str) -> Iterator[Callable[[], Peer]]:
     for one in made:
         one.tell(wire.Bye(one.session))
         one.close()
-
-
-def within(seconds: float, peer: Peer, holds: Callable[[], bool]) -> bool:
-    """Whether it holds in time; the peer stays alive by asking."""
-    deadline = time.monotonic() + seconds
-    while not holds() and time.monotonic() < deadline:
-        peer.figures()
-    return holds()
 
 
 # --- frames -----------------------------------------------------------------------------------------------------------
@@ -207,6 +199,7 @@ def test_bye_gives_everything_back(peers: Callable[[], Peer], address: str) -> N
 # --- pools ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_an_idle_pool_gives_way_and_one_in_use_does_not(tmp_path: Path) -> None:
     wide = Namespace(model="w", geometry=KVGeometry(layers=3, kv_heads=1, head_dim=8, dtype="float16", block_tokens=4))
     where, config = address_in(tmp_path), load_config(environ={})
@@ -249,6 +242,7 @@ def test_addresses_that_are_none(address: str) -> None:
         Node(load_config(environ={}), address, lambda *_: None)  # type: ignore[arg-type,return-value]
 
 
+@pytest.mark.alone
 def test_a_dead_nodes_memory_is_swept_and_a_living_ones_is_not(tmp_path: Path) -> None:
     before = segments()
     with CacheEngineAt(tmp_path) as engine:

@@ -11,7 +11,9 @@ from cairn.serve.base import Bounds, RequestError, Tokens
 from cairn.serve.recent import Recent
 from cairn.serve.tokenizer import Chat, Tokenizer
 from cairn.serve.tokenizers import Tokenizers
+from tests.smollm2 import smollm2
 
+LICENSE = Path(__file__).parents[2] / "LICENSE"
 USER = {"role": "user", "content": "hello"}
 SMOL = "SmolLM2-135M-Instruct"
 
@@ -21,18 +23,8 @@ def test_a_real_model(tmp_path: Path) -> None:
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer
 
-    from cairn.cli.demo.model import fetch_model
-    from cairn.cli.demo.show import Screen
-    from cairn.errors import StorageError
-    from tests.connect.test_smollm2 import CHECKOUT
-
-    try:
-        from cairn.cli.demo.model import default_cache_dir
-
-        home = fetch_model(default_cache_dir(), Screen(quiet=True))
-    except StorageError as error:
-        pytest.skip(str(error))
-    text = (CHECKOUT / "LICENSE").read_text()
+    home = smollm2()
+    text = LICENSE.read_text()
     plain = AutoTokenizer.from_pretrained(home)
     begun = AutoTokenizer.from_pretrained(home)
     start = begun.convert_tokens_to_ids("<|im_start|>")

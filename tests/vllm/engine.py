@@ -53,6 +53,16 @@ def settle(llm: Any) -> None:
     assert llm.reset_prefix_cache()
 
 
+@contextmanager
+def emptied(llm: Any) -> Iterator[Any]:
+    """An engine that others have used: it begins with empty caches; afterwards nothing may be left behind."""
+    connector(llm).reset_cache()
+    settle(llm)
+    yield llm
+    settle(llm)
+    no_leak(llm)
+
+
 def no_leak(llm: Any) -> None:
     side = connector(llm)._scheduler
     dram = stats(llm)["tiers"]["dram"]
@@ -71,6 +81,11 @@ def connector(llm: Any) -> Any:
 def stats(llm: Any) -> dict[str, Any]:
     figures: dict[str, Any] = connector(llm)._scheduler.engine.get_stats()
     return figures
+
+
+def hits(llm: Any) -> int:
+    """Tokens, of all tiers."""
+    return int(sum(stats(llm)["hit_tokens"].values()))
 
 
 def leftovers(*paths: Path) -> list[str]:

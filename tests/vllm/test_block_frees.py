@@ -9,7 +9,7 @@ import pytest
 from tests.vllm.engine import BLOCK, answers, connector, serving
 
 
-def test_no_preemption_while_blocks_are_being_stored(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_preemption_while_blocks_are_being_stored(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """29 blocks in all: one request is over and has 17 that are being stored, another has 12 and wants a 13th."""
     from vllm import SamplingParams
 
@@ -24,7 +24,8 @@ def test_no_preemption_while_blocks_are_being_stored(model: Path, monkeypatch: p
         stored.wait(20)
         real(*args, **options)
 
-    with serving(model, {}, num_gpu_blocks_override=30, max_model_len=896, enable_prefix_caching=False) as llm:
+    options = {"num_gpu_blocks_override": 30, "max_model_len": 896, "enable_prefix_caching": False}
+    with serving(tiny, {}, skip_tokenizer_init=True, **options) as llm:
         (alone,) = answers(llm, [running])
         while llm.llm_engine.engine_core.engine_core.scheduler.has_requests():
             llm.llm_engine.step()  # until its blocks are free
@@ -38,7 +39,7 @@ def test_no_preemption_while_blocks_are_being_stored(model: Path, monkeypatch: p
         monkeypatch.setattr(CpuCopier, "gather", gated)
         engine = llm.llm_engine
         for name, prompt, count in (("over", over, 1), ("running", running, 8)):
-            sampling = SamplingParams(max_tokens=count, temperature=0, ignore_eos=True)
+            sampling = SamplingParams(max_tokens=count, temperature=0, ignore_eos=True, detokenize=False)
             engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
         done = [output for _ in range(12) for output in engine.step() if output.finished]
         assert [output.request_id for output in done] == ["over"]

@@ -11,7 +11,7 @@ from cairn.tier.breaker import Breaker
 from cairn.tier.disk import DiskTier
 from tests.tier.rig import PAGE
 from tests.tier.test_disk_faults import StuckDevice, flip, replaced
-from tests.vllm.engine import OTHER, PROMPTS, answers, connector, no_leak, serving, settle, stats
+from tests.vllm.engine import OTHER, PROMPTS, answers, connector, hits, no_leak, serving, settle, stats
 
 TIMEOUT_S = 3.0
 ASKED = PROMPTS[:8]
@@ -50,10 +50,6 @@ def disk(llm: Any) -> DiskTier:
     tier = connector(llm)._scheduler.engine._store._lower[0]
     assert isinstance(tier, DiskTier)
     return tier
-
-
-def hits(llm: Any) -> int:
-    return int(sum(stats(llm)["hit_tokens"].values()))
 
 
 def missed(llm: Any, reason: str) -> float:

@@ -34,7 +34,7 @@ def published(core: Any) -> int:
     return len(publisher._buffer)
 
 
-def test_the_sink_holds_what_the_block_pool_holds(model: Path, tmp_path: Path) -> None:
+def test_the_sink_holds_what_the_block_pool_holds(tiny: Path, tmp_path: Path) -> None:
     endpoints = {"endpoint": f"ipc://{tmp_path}/events", "replay_endpoint": f"ipc://{tmp_path}/replay"}
     events = {"enable_kv_cache_events": True, "publisher": "zmq"} | endpoints
     asked = prompts(15) + prompts(15, seed=1)
@@ -78,5 +78,6 @@ def test_the_sink_holds_what_the_block_pool_holds(model: Path, tmp_path: Path) -
             assert holder.drops == []
             assert subscriber.metrics.fleet_skipped_events.value() == 0
 
-    with serving(model, None, kv_events_config=events, num_gpu_blocks_override=40, max_model_len=1024) as llm:
+    options = {"skip_tokenizer_init": True, "num_gpu_blocks_override": 40, "max_model_len": 1024}
+    with serving(tiny, None, kv_events_config=events, **options) as llm:
         asyncio.run(follow(llm))

@@ -104,12 +104,12 @@ class Fleet:
 
 
 @pytest.fixture
-def engines(model: Path, tmp_path: Path) -> Iterator[list[Engine]]:
+def engines(tiny_texts: Path, tmp_path: Path) -> Iterator[list[Engine]]:
     cpus = sorted(os.sched_getaffinity(0))
     with ExitStack() as stack:
         made = []
         for i, name in enumerate(("a", "b")):
-            made.append(Engine(name, model, tmp_path / name, cpus[i % len(cpus)]))
+            made.append(Engine(name, tiny_texts, tmp_path / name, cpus[i % len(cpus)]))
             stack.callback(made[-1].server.stop)
         for engine in made:
             engine.server.wait(time.monotonic() + START_S)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cairn.connect.vllm.adapters import Adapters
-from tests.vllm.engine import BLOCK, PROMPTS, no_leak, serving, settle, stats
+from tests.vllm.engine import BLOCK, PROMPTS, hits, no_leak, serving, settle
 
 RANK = 8
 ASKED = [PROMPTS[1][:320], PROMPTS[2][:320][::-1]]
@@ -49,10 +49,6 @@ def ask(llm: Any, adapter: Any) -> list[list[int]]:
     prompts: Any = [{"prompt_token_ids": prompt} for prompt in ASKED]
     outputs = llm.generate(prompts, sampling, lora_request=adapter, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
-
-
-def hits(llm: Any) -> int:
-    return int(sum(stats(llm)["hit_tokens"].values()))
 
 
 def test_adapters_do_not_meet(model: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.vllm.engine import BLOCK, LONGER, PROMPTS, answers, connector, no_leak, serving, settle, stats
+from tests.vllm.engine import BLOCK, LONGER, PROMPTS, answers, connector, hits, no_leak, serving, settle, stats
 from tests.vllm.mirror import Mirror
 from tests.vllm.neighbour import Neighbour, published
 from tests.vllm.test_ranks import warm_up
@@ -52,10 +52,6 @@ def node(tmp_path: Path) -> Iterator[Node]:
 def settings(node: Node) -> dict[str, Any]:
     # Two engines and a node share two cores with whatever else runs.
     return {"node.address": node.address, "node.timeout_s": 2}
-
-
-def hits(llm: Any) -> int:
-    return int(sum(stats(llm)["hit_tokens"].values()))
 
 
 def test_one_computes_the_other_loads(

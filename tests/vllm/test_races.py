@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.vllm.engine import BLOCK, OTHER, PROMPTS, answers, connector, no_leak, serving, settle, stats
+from tests.vllm.engine import BLOCK, OTHER, PROMPTS, answers, connector, emptied, hits, serving, settle, stats
 
 LONG = PROMPTS[1]
 
@@ -23,12 +23,8 @@ def engine(tiny: Path, all_tiny: list[list[int]]) -> Iterator[Any]:
 
 @pytest.fixture
 def llm(engine: Any) -> Iterator[Any]:
-    """Begins with empty caches; afterwards nothing may be left behind."""
-    connector(engine).reset_cache()
-    settle(engine)
-    yield engine
-    settle(engine)
-    no_leak(engine)
+    with emptied(engine) as llm:
+        yield llm
 
 
 def core(llm: Any) -> Any:
@@ -37,10 +33,6 @@ def core(llm: Any) -> Any:
 
 def side(llm: Any) -> Any:
     return connector(llm)._scheduler
-
-
-def hits(llm: Any) -> int:
-    return int(sum(stats(llm)["hit_tokens"].values()))
 
 
 def add(llm: Any, prompt: list[int], tokens: int = 8) -> Any:

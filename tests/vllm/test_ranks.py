@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.vllm.engine import BLOCK, LONGER, PROMPTS, answers, connector, no_leak, serving, settle, stats
+from tests.vllm.engine import BLOCK, LONGER, PROMPTS, answers, connector, hits, no_leak, serving, settle, stats
 
 _real: dict[str, Any] = {}
 
@@ -61,10 +61,6 @@ def ranks(model: Path, home: Path, more: dict[str, Any] | None = None, **paralle
     with serving(model, on_disk(home) | (more or {}), distributed_executor_backend="mp", **options, **parallel) as llm:
         llm.collective_rpc(warm_up)
         yield llm
-
-
-def hits(llm: Any) -> int:
-    return int(sum(stats(llm)["hit_tokens"].values()))
 
 
 def check_answers(llm: Any, plain: list[list[int]], longer: list[list[int]]) -> None:

@@ -14,8 +14,8 @@ import pytest
 from cairn.connect.vllm.model import stage_layers
 from cairn.errors import GeometryError
 from cairn.plan.autopilot import Autopilot
-from tests.vllm.engine import BLOCK, LONGER, OTHER, PROMPTS, answers, connector, no_leak, serving, settle, stats
-from tests.vllm.test_ranks import break_loads, hits, mend_loads, on_disk, ranks, shared
+from tests.vllm.engine import BLOCK, LONGER, OTHER, PROMPTS, answers, connector, hits, no_leak, serving, settle, stats
+from tests.vllm.test_ranks import break_loads, mend_loads, on_disk, ranks, shared
 
 #: Each shares nothing with the others, nor with PROMPTS.
 HANDED_TO_STAGES, HANDED_BY_STAGES = PROMPTS[1][::-2], PROMPTS[1][1::2]

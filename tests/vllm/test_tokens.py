@@ -1,17 +1,20 @@
 """Greedy tokens in fp32 are those of vLLM without Cairn, whatever is loaded, stored, preempted, aborted or lost."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.vllm.engine import BLOCK, LONGER, PROMPTS, answers, connector, no_leak, serving, settle, stats
+from tests.vllm.engine import BLOCK, LONGER, PROMPTS, answers, connector, emptied, hits, no_leak, serving, settle, stats
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def all_plain(model: Path) -> list[list[int]]:
     """What vLLM alone answers, to PROMPTS and then to LONGER."""
-    with serving(model, None, enable_prefix_caching=False) as llm:
+    with serving(model, None) as llm:
         return answers(llm, PROMPTS + LONGER)
 
 
@@ -23,20 +26,6 @@ def plain(all_plain: list[list[int]]) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def plain_longer(all_plain: list[list[int]]) -> list[list[int]]:
     return all_plain[len(PROMPTS) :]
-
-
-@pytest.mark.parametrize("batch", [1, 8])
-def test_loaded_answers_are_plain_answers(model: Path, plain: list[list[int]], batch: int) -> None:
-    with serving(model, {}) as llm:
-        for _ in range(2):
-            got = []
-            for start in range(0, len(PROMPTS), batch):
-                got += answers(llm, PROMPTS[start : start + batch])
-                settle(llm)
-            assert got == plain
-        assert stats(llm)["hit_tokens"]["dram"] > 100 * BLOCK
-        assert not stats(llm)["failures"]
-        no_leak(llm)
 
 
 def test_restart_finds_the_disk(model: Path, plain: list[list[int]], tmp_path: Path) -> None:
@@ -68,110 +57,127 @@ def test_preemption_in_a_tiny_cache(model: Path, plain: list[list[int]], monkeyp
 
         monkeypatch.setattr(side, "orders", watched)
         for _ in range(2):
-            got = answers(llm, PROMPTS, tokens=70)
+            got = answers(llm, PROMPTS, tokens=BLOCK + 2)  # each wants one more block at least
             assert [answer[:8] for answer in got] == plain
             settle(llm)
         assert len(preempted) > 2
         no_leak(llm)
 
 
-def test_abort_in_flight(model: Path, plain: list[list[int]]) -> None:
+@pytest.fixture(scope="module")
+def engine(model: Path, all_plain: list[list[int]]) -> Iterator[Any]:
+    """For the tests from here on: a process has room for one engine."""
+    with serving(model, {}) as llm:
+        yield llm
+
+
+@pytest.fixture
+def llm(engine: Any) -> Iterator[Any]:
+    with emptied(engine) as llm:
+        yield llm
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_loaded_answers_are_plain_answers(llm: Any, plain: list[list[int]], batch: int) -> None:
+    before = stats(llm)
+    for _ in range(2):
+        got = []
+        for start in range(0, len(PROMPTS), batch):
+            got += answers(llm, PROMPTS[start : start + batch])
+            settle(llm)
+        assert got == plain
+    assert stats(llm)["hit_tokens"]["dram"] - before["hit_tokens"].get("dram", 0) > 100 * BLOCK
+    assert stats(llm)["failures"] == before["failures"]
+
+
+def test_abort_in_flight(llm: Any, plain: list[list[int]]) -> None:
     from vllm import SamplingParams
 
-    with serving(model, {}) as llm:
-        answers(llm, PROMPTS[:8])
-        settle(llm)
-        engine = llm.llm_engine
-        for steps in range(6):
-            for i, prompt in enumerate(PROMPTS[:8]):
-                engine.add_request(f"{steps}-{i}", {"prompt_token_ids": prompt}, SamplingParams(max_tokens=64))
-            for _ in range(steps):
-                engine.step()
-            engine.abort_request([f"{steps}-{i}" for i in range(8)])
-            while engine.has_unfinished_requests():
-                engine.step()
-        settle(llm)
-        assert answers(llm, PROMPTS) == plain
-        settle(llm)
-        no_leak(llm)
+    answers(llm, PROMPTS[:8])
+    settle(llm)
+    engine = llm.llm_engine
+    for steps in range(6):
+        for i, prompt in enumerate(PROMPTS[:8]):
+            engine.add_request(f"{steps}-{i}", {"prompt_token_ids": prompt}, SamplingParams(max_tokens=64))
+        for _ in range(steps):
+            engine.step()
+        engine.abort_request([f"{steps}-{i}" for i in range(8)])
+        while engine.has_unfinished_requests():
+            engine.step()
+    settle(llm)
+    assert answers(llm, PROMPTS) == plain
 
 
 @pytest.mark.parametrize("fails", ["every", "third"])
 def test_failed_copies_are_recomputed(
-    model: Path,
-    plain: list[list[int]],
-    plain_longer: list[list[int]],
-    fails: str,
-    monkeypatch: pytest.MonkeyPatch,
+    llm: Any, plain: list[list[int]], plain_longer: list[list[int]], fails: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from cairn.copy import CpuCopier
 
-    with serving(model, {}) as llm:
-        assert answers(llm, PROMPTS) == plain
+    assert answers(llm, PROMPTS) == plain
+    settle(llm)
+    real, calls = CpuCopier.scatter, [0]
+
+    def broken(self: Any, kv: Any, slots: Any, memory: Any, rows: Any, layers: range | None = None) -> None:
+        calls[0] += 1
+        if fails == "every" or calls[0] % 3 == 0:
+            raise OSError("injected")
+        real(self, kv, slots, memory, rows, layers)
+
+    before = failures(llm)
+    monkeypatch.setattr(CpuCopier, "scatter", broken)
+    for prompt, expected in zip(LONGER, plain_longer, strict=True):
+        assert answers(llm, [prompt]) == [expected]
         settle(llm)
-        real, calls = CpuCopier.scatter, [0]
-
-        def broken(self: Any, kv: Any, slots: Any, memory: Any, rows: Any, layers: range | None = None) -> None:
-            calls[0] += 1
-            if fails == "every" or calls[0] % 3 == 0:
-                raise OSError("injected")
-            real(self, kv, slots, memory, rows, layers)
-
-        monkeypatch.setattr(CpuCopier, "scatter", broken)
-        for prompt, expected in zip(LONGER, plain_longer, strict=True):
-            assert answers(llm, [prompt]) == [expected]
-            settle(llm)
-        monkeypatch.undo()
-        assert stats(llm)["failures"]["dram"]["io_error"] > 0
-        # What was stored behind failed loads is right too.
-        assert answers(llm, LONGER) == plain_longer
-        settle(llm)
-        no_leak(llm)
+    monkeypatch.undo()
+    assert failures(llm) > before
+    # What was stored behind failed loads is right too.
+    assert answers(llm, LONGER) == plain_longer
 
 
-def test_failed_stores_are_misses(model: Path, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def failures(llm: Any) -> float:
+    return float(stats(llm)["failures"].get("dram", {}).get("io_error", 0))
+
+
+def test_failed_stores_are_misses(llm: Any, plain: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     from cairn.copy import CpuCopier
 
     def broken(*args: Any, **kwargs: Any) -> None:
         raise OSError("injected")
 
-    with serving(model, {}) as llm:
-        with monkeypatch.context() as patch:
-            patch.setattr(CpuCopier, "gather", broken)
-            assert answers(llm, PROMPTS[:8]) == plain[:8]
-            settle(llm)
-        assert stats(llm)["tiers"]["dram"]["resident_blocks"] == 0
+    before = stats(llm)
+    with monkeypatch.context() as patch:
+        patch.setattr(CpuCopier, "gather", broken)
         assert answers(llm, PROMPTS[:8]) == plain[:8]
         settle(llm)
-        no_leak(llm)
+    assert stats(llm)["failures"] != before["failures"]
+    assert stats(llm)["stored_tokens"] == before["stored_tokens"]
+    assert answers(llm, PROMPTS[:8]) == plain[:8]
 
 
-def test_salts_do_not_meet(model: Path) -> None:
-    with serving(model, {}) as llm:
-        prompt = PROMPTS[1][:256] + [7] * 200
-        for salt, hits in (("a", False), ("b", False), ("a", True), (None, False), (None, True)):
-            before = sum(stats(llm)["hit_tokens"].values())
-            answers(llm, [prompt], **({"cache_salt": salt} if salt else {}))
-            settle(llm)
-            assert (sum(stats(llm)["hit_tokens"].values()) > before) == hits, salt
-
-
-def test_reset_forgets(model: Path) -> None:
-    with serving(model, {}) as llm:
-        answers(llm, [PROMPTS[1]])
+def test_salts_do_not_meet(llm: Any) -> None:
+    prompt = PROMPTS[1][:256] + [7] * 200
+    for salt, hit in (("a", False), ("b", False), ("a", True), (None, False), (None, True)):
+        before = hits(llm)
+        answers(llm, [prompt], **({"cache_salt": salt} if salt else {}))
         settle(llm)
-        assert connector(llm).reset_cache()
-        answers(llm, [PROMPTS[1]])
-        settle(llm)
-        assert not stats(llm)["hit_tokens"]
-        no_leak(llm)
+        assert (hits(llm) > before) == hit, salt
 
 
-def test_the_last_token_of_a_full_hit_is_computed(model: Path) -> None:
+def test_reset_forgets(llm: Any) -> None:
+    before = hits(llm)
+    answers(llm, [PROMPTS[1]])
+    settle(llm)
+    assert connector(llm).reset_cache()
+    answers(llm, [PROMPTS[1]])
+    settle(llm)
+    assert hits(llm) == before
+
+
+def test_the_last_token_of_a_full_hit_is_computed(llm: Any) -> None:
     """Prompts of whole blocks, all of which are held."""
-    prompt = PROMPTS[0][: 2 * BLOCK]
-    with serving(model, {}) as llm:
-        first = answers(llm, [prompt])
-        settle(llm)
-        assert answers(llm, [prompt]) == first
-        assert stats(llm)["hit_tokens"]["dram"] == 2 * BLOCK
+    prompt, before = PROMPTS[0][: 2 * BLOCK], hits(llm)
+    first = answers(llm, [prompt])
+    settle(llm)
+    assert answers(llm, [prompt]) == first
+    assert hits(llm) - before == 2 * BLOCK

@@ -20,6 +20,7 @@ from cairn.config import load_config
 from cairn.config.urls import mask_url
 from cairn.connect.transformers import CairnConnector, namespace_of
 from cairn.engine import CacheEngine
+from tests.smollm2 import smollm2
 
 NEW = 4
 RUNS = 3
@@ -37,24 +38,17 @@ class Answer(NamedTuple):
 def load_model() -> Any:
     from transformers import AutoModelForCausalLM
 
-    from cairn.cli.demo.model import fetch_model
-    from cairn.cli.demo.show import Screen
-
-    home = fetch_model(CHECKOUT / ".cache", Screen())
-    return AutoModelForCausalLM.from_pretrained(home, dtype=torch.float32, local_files_only=True).eval()
+    return AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32, local_files_only=True).eval()
 
 
 def text(tokens: int) -> list[int]:
     """The beginning of a real text."""
     from transformers import AutoTokenizer
 
-    from cairn.cli.demo.model import fetch_model
-    from cairn.cli.demo.show import Screen
     from cairn.cli.demo.text import load_text
 
-    home = fetch_model(CHECKOUT / ".cache", Screen())
     content = load_text(None).content[2000 : 2000 + 8 * tokens]
-    ids: list[int] = AutoTokenizer.from_pretrained(home, local_files_only=True)(content)["input_ids"][:tokens]
+    ids: list[int] = AutoTokenizer.from_pretrained(smollm2(), local_files_only=True)(content)["input_ids"][:tokens]
     assert len(ids) == tokens
     return ids
 
