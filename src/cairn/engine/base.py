@@ -60,6 +60,10 @@ class BlockStore(ABC):
     def hold(self, keys: Keys, *, deadline: float) -> Hold:
         """Pins the leading blocks and starts to bring up those that are not in DRAM. Returns at once."""
 
+    def hold_dram(self, keys: Keys, *, deadline: float) -> Hold:
+        """As `hold`, and all of it in DRAM, whatever VRAM has."""
+        return self.hold(keys, deadline=deadline)
+
     @abstractmethod
     def write(self, keys: Keys, *, namespace: bytes) -> Writing:
         """Rows for the blocks of a chain that DRAM lacks, as many as can be had; counts a use of those it has."""

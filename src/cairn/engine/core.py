@@ -280,18 +280,19 @@ class EngineCore:
         first_token: int = 0,
         stop_block: int | None = None,
         timeout: float | None = None,
+        vram: bool = True,
     ) -> Stage:
         """Plans a prompt's load and starts it: pins what DRAM holds, brings up what lower tiers are known to hold (see
         `ask`). Returns at once.
 
-        first_token: tokens before it the caller has. stop_block: blocks from there on are not wanted. The stage must be
-        released (use it as a context manager); `wait` on it for blocks that are on their way.
+        first_token: tokens before it the caller has. stop_block: blocks from there on are not wanted. vram: False: what
+        VRAM has is not there, for who reads DRAM alone. The stage must be released (use it as a context manager); `wait` on it for blocks that are on their way.
         """
         self._check_open()
         keys = chain.keys[:stop_block]
         loading = begin("cairn.load", prompt_tokens=chain.tokens, first_token=first_token)
         block, start = self.geometry.block_tokens, min(first_token, len(keys) * self.geometry.block_tokens)
-        held, hold = self._store.find(keys)
+        held, hold = self._store.find(keys) if vram else (self._store.match(keys)._replace(vram=0), None)
         total, done = max(start, held.total * block), start
         segments = []
         for tier, blocks in (("vram", held.vram), ("dram", held.dram), *held.below):
@@ -305,7 +306,8 @@ class EngineCore:
         if hold is None or total > start + wanted:
             if hold:
                 hold.release()  # it is dearer to load than to compute
-            hold = self._store.hold(keys[: (start + wanted) // block], deadline=deadline)
+            bring = self._store.hold if vram else self._store.hold_dram
+            hold = bring(keys[: (start + wanted) // block], deadline=deadline)
         declined_as = Reason.PINNED if pinned else Reason.CHEAPER_TO_RECOMPUTE
         span = Span(start, len(keys) * block, chain.tokens, total - start - wanted, declined_as)
         loading.note(held_tokens=total, planned_tokens=start + wanted)

@@ -135,6 +135,9 @@ class VramReader(NodeStore):
             self._take(found, link, keys, deadline)
         return found
 
+    def hold_dram(self, keys: Keys, *, deadline: float) -> NodeHold:
+        return super().hold(keys, deadline=deadline)
+
     def hold_vram(self, keys: Keys, link: Link | None = None) -> VramHold | None:
         """Pins the leading blocks that are in VRAM and can be reached; None if there are none."""
         link = link or self._link()

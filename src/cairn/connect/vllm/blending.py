@@ -152,7 +152,7 @@ class Chunks:
             if not all(answer.done() for answer in self._asked) and time.monotonic() < self._until:
                 return False
             self._stages = [
-                self._engine.stage(chain, first_token=self._prelude + max(0, self.start - piece.start))
+                self._engine.stage(chain, first_token=self._prelude + max(0, self.start - piece.start), vram=False)
                 for piece, chain in zip(self.pieces, self._chains, strict=True)
             ]
             for stage in self._stages:
@@ -218,15 +218,23 @@ class Blending:
         """Looks for chunks of a request's tokens behind the first `start`, which are at hand; None if there are none
         to look for. chain, whole: of the request. They are to be released before `whole`, which counts what is missed.
         """
-        if not self._engine.autopilot.blends or request.mm_features or request.lora_request or request.pooling_params:
-            return None
-        # The last token is left to vLLM, whose logits are needed.
+        tokens, pieces = self._pieces(request)
+        wanted = [piece for piece in pieces if piece.stop > start]
+        return Chunks(self._engine, chain, tokens, wanted, start, self._prelude, whole) if wanted else None
+
+    def chunked(self, request: Any) -> bool:
+        """Whether there are chunks in a request's prompt, which is then loaded from DRAM alone: blending reads there."""
+        return self.ready and bool(self._pieces(request)[1])
+
+    def _pieces(self, request: Any) -> tuple[Tokens, list[Piece]]:
+        """A request's tokens but for the last, which is left to vLLM, whose logits are needed; and the chunks in them."""
         tokens = as_tokens(request.all_token_ids[:-1])
+        if not self._engine.autopilot.blends or request.mm_features or request.lora_request or request.pooling_params:
+            return tokens, []
         pieces = split(tokens, self._separator)
         if len(self._separator):
             pieces = pieces[:-1]  # the question
-        wanted = [piece for piece in pieces if piece.start and piece.stop > start]
-        return Chunks(self._engine, chain, tokens, wanted, start, self._prelude, whole) if wanted else None
+        return tokens, [piece for piece in pieces if piece.start]
 
     def take(self, chunks: Chunks) -> bool:
         """Decides, once for settled chunks, whether to blend their prompt; counts them."""

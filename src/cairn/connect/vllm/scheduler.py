@@ -95,7 +95,8 @@ class SchedulerSide:
             with serving(request.request_id), joined(getattr(request, "trace_headers", None)):
                 if self._awaits(tracked, computed) or not self._answered(tracked):
                     return None, False
-                tracked.stage = self.engine.stage(tracked.chain, first_token=computed)
+                vram = not (self._blending and tracked.blends and self._blending.chunked(request))
+                tracked.stage = self.engine.stage(tracked.chain, first_token=computed, vram=vram)
             self.engine.metrics.lookups.tick()
         if not tracked.stage.settled:
             return None, False
@@ -311,6 +312,8 @@ class SchedulerSide:
         will not be; None: its chunks are on their way up.
         """
         if not (self._blending and self._blending.ready and tracked.blends):
+            return 0
+        if tracked.stage and tracked.stage.tier != "dram":  # it was looked for before the worker had the model at hand
             return 0
         if tracked.chunks and tracked.chunks.start != start:
             self._drop_chunks(tracked)

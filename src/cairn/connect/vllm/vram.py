@@ -48,7 +48,6 @@ def refuse_vram(served: Served, config: Config) -> None:
         f"each of this engine's {served.ranks} ranks holds a part of a block, and VRAM is shared whole": (
             served.ranks > 1
         ),
-        "blending reads DRAM alone": config.blending.enabled,
     }
     for reason, holds in reasons.items():
         if size and holds:
