@@ -3,23 +3,24 @@
 Every 16 elements share a head of 16 bits, a scale and a zero point: value = (code + unit * zero) * scale. K is grouped
 along tokens, channel by channel, since its channels differ; V (and an MLA latent) along channels, token by token, since
 its tokens do (KIVI: Liu et al., arXiv 2402.02750). A group is as long as the shortest block, so an element takes 1 bit
-more than its code, 5 or 9, or half a bit where there is no zero point, 8.5. `codec.fixed` groups 32, which a block of 16 tokens has not got along tokens, and its heads
+more than its code, 5 or 9. `codec.fixed` groups 32, which a block of 16 tokens has not got along tokens, and its heads
 of 32 bits would take 2 bits an element there.
 
-A plane of a layer (K or V) is heads u8 [groups, 2], then codes [tokens, channels * bits / 8], of 4 bits the even channel
-in the low half. Where codes have 4 bits, the first of every 16 tokens of K has 4 bits more: fine [tokens / 16, channels
-/ 2], behind a layer's planes, in sixteenths of a scale, of which 8 are none. A sequence's first token is among them,
-which attention sinks on (arXiv 2309.17453): most of what 4 bits cost was its K.
+A plane of a layer (K or V) is heads u8 [groups, 2], then codes [tokens, channels * bits / 8], of 4 bits the even
+channel in the low half. Where codes have 4 bits, the first of every 16 tokens of K has 4 bits more: fine [tokens / 16,
+channels / 2], behind a layer's planes, in sixteenths of a scale, of which 8 are none. A sequence's first token is among
+them, which attention sinks on (arXiv 2309.17453): most of what 4 bits cost was its K.
 
-A head is the scale in its low byte, and the zero point, signed, in its high one. Scales have 5 bits of
+A head is the scale in its first byte, and the zero point, signed, in its second. Scales have 5 bits of
 exponent and 3 of mantissa, 2^-16 to 1.75 * 2^15, and are never too small for their group: an element is off by half a
 scale at most. A scale is the next one above the larger of range / (2^bits - unit) and largest / (127 * unit). The unit
 is 8 for 8 bits, so that a channel far from zero loses nothing; for 4 bits it is 1, as these have no codes to spare.
 The last scale means a group with a value that is not finite, or too large: all of it comes back as NaN.
 
-`fp8` has no zero points: value = e4m3(code) * scale (`floats.E4M3`), and heads u8 [groups, 1] are scales, the next one
-above largest / 448. So the largest code of a group is one of the top binade, and what comes back has 8 bits of mantissa
-at most: it is exact as float32 and bfloat16. An element is off by a 16th of itself at most, however large others are.
+`fp8` has no zero points: value = e4m3(code) * scale (`floats.E4M3`). A head is the scale, u8 [groups, 1], so an element
+takes 8.5 bits; it is the next one above largest / 448, so that the largest is in e4m3's top binade. What comes back has
+8 bits of mantissa at most, exact as float32 and bfloat16, and is off by a 16th of itself, however large its neighbours
+are; where it is below 2^-6 scales, by 2^-10 of a scale.
 """
 
 from typing import Any, Final

@@ -1,5 +1,6 @@
-"""Groups of quantized rows in Triton: from their values to heads and codes, and back, as `codec.quantized` says. Imports
-triton. UNIT 0: codes are e4m3, and there are no zero points.
+"""Groups of quantized rows in Triton, whose bits are those of `codec.quantized`: values to heads and codes, and back.
+
+UNIT 0: codes are e4m3, and there are no zero points.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
