@@ -86,9 +86,7 @@ def oracle(block: npt.NDArray[Any], bits: int, dtype: str) -> tuple[bytes, npt.N
     return row, back, scales
 
 
-def float_oracle(
-    block: npt.NDArray[Any], _bits: int, dtype: str
-) -> tuple[bytes, npt.NDArray[Any], npt.NDArray[np.float32]]:
+def float_oracle(block: npt.NDArray[Any], dtype: str) -> tuple[bytes, npt.NDArray[Any], npt.NDArray[np.float32]]:
     """As `oracle`, of fp8; the steps are those of each element's binade."""
     row, back, steps = b"", np.empty_like(block), np.empty(block.shape, np.float32)
     grid = np.array([(8 + m) * 2.0 ** (e - 19) for e in range(32) for m in range(8)], np.float32)
@@ -209,8 +207,8 @@ def test_the_cpu_makes_of_blocks_what_the_oracle_does(
     g, size = case.geometry, case.quantizer.stored.layer_bytes
     word = np.uint32 if dtype == "float32" else np.uint16
     blocks = case.canonical().view(word).reshape(3, g.layers, g.planes, g.block_tokens, -1)
-    rows_of = float_oracle if codec == "fp8" else oracle
-    found = [rows_of(block, case.quantizer.bits, dtype) for block in blocks]
+    bits = case.quantizer.bits
+    found = [float_oracle(block, dtype) if codec == "fp8" else oracle(block, bits, dtype) for block in blocks]
     used = len(found[0][0]) // g.layers  # of a layer; what is left of it is nobody's
     assert bits_of_layer(case.quantizer) == 8 * used <= 8 * size
     copier = QuantizedCpuCopier(case.quantizer)
