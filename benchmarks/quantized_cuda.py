@@ -31,7 +31,7 @@ from cairn.kv import KVGeometry
 LLAMA = KVGeometry(layers=32, kv_heads=8, head_dim=128, block_tokens=16)
 BLOCKS, RUNS, BAR = 512, 15, 1000.0
 LAYOUTS = ("nhd", "nhd_paged", "hnd", "halves", "cross_layer", "mla")
-CODECS = ("int8", "int4")
+CODECS = ("int8", "fp8", "int4")
 
 
 def shape_of(layout: str, g: KVGeometry, pages: int) -> tuple[int, ...]:

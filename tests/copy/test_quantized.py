@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cairn.codec.floats import E4M3, to_e4m3
 from cairn.codec.quantized import GROUP, Quantizer, quantizer_for
 from cairn.copy import CpuCopier, DeviceRows, PagedKV
 from cairn.copy.cpu_quantized import QuantizedCpuCopier
@@ -18,6 +19,7 @@ from cairn.kv import KVGeometry, Layout
 from tests.copy.fake_cuda import install
 
 PAGES, PAGE_TOKENS, LAYERS = 4, 16, 2
+CODECS = ("int4", "int8", "fp8")
 LAYOUTS = ("nhd", "nhd_paged", "hnd", "halves", "cross_layer", "mla")
 
 
@@ -84,6 +86,55 @@ def oracle(block: npt.NDArray[Any], bits: int, dtype: str) -> tuple[bytes, npt.N
     return row, back, scales
 
 
+def float_oracle(block: npt.NDArray[Any], dtype: str) -> tuple[bytes, npt.NDArray[Any], npt.NDArray[np.float32]]:
+    """As `oracle`, of fp8; the steps are those of each element's binade."""
+    row, back, steps = b"", np.empty_like(block), np.empty(block.shape, np.float32)
+    grid = np.array([(8 + m) * 2.0 ** (e - 19) for e in range(32) for m in range(8)], np.float32)
+    for layer, plane in np.ndindex(block.shape[:2]):
+        values = to_float(block[layer, plane], dtype)
+        along_tokens = block.shape[1] == 2 and plane == 0
+        tokens, channels = values.shape
+        shape = (tokens // GROUP, GROUP, channels, 1) if along_tokens else (tokens, 1, channels // GROUP, GROUP)
+        groups = values.reshape(shape)
+        with np.errstate(all="ignore"):
+            wanted = abs(groups).max(axis=(1, 3), keepdims=True) * np.float32(1 / 448)
+            code = np.where(np.isfinite(wanted), np.searchsorted(grid[:255], wanted), 255)
+            scale = np.where(code == 255, np.nan, grid[code]).astype(np.float32)
+            codes = np.where(code == 255, 0, nearest_e4m3(groups * (1 / scale)))
+        found = E4M3[codes] * scale
+        nan = {"bfloat16": 0x7FC0, "float16": 0x7E00, "float32": 0x7FC00000}[dtype]
+        elements = np.where(np.isnan(found), nan, from_float(found, dtype))
+        back[layer, plane] = elements.reshape(values.shape)
+        step = np.maximum(2.0 ** (np.frexp(E4M3[codes])[1] - 4), 2.0**-9) * scale
+        steps[layer, plane] = step.reshape(values.shape)
+        row += code.astype(np.uint8).tobytes() + codes.astype(np.uint8).tobytes()
+    return row, back, steps
+
+
+def nearest_e4m3(values: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+    """Codes, by looking for the nearest in a table; of two the even one."""
+    sizes, table = abs(values).astype(np.float64), E4M3[:127].astype(np.float64)
+    above = np.searchsorted(table, sizes).clip(1, 126)
+    middle = (table[above - 1] + table[above]) / 2
+    down = (sizes < middle) | ((sizes == middle) & (above % 2 == 1))
+    return np.where(down, above - 1, above) | np.signbit(values) * 128
+
+
+def test_e4m3_is_rounded_as_torch_rounds_it() -> None:
+    """All bfloat16 of at most 448, all float16, and what lies in the middle of two codes or just beside it."""
+    torch = pytest.importorskip("torch")
+    every = np.arange(1 << 16, dtype=np.uint16)
+    middles = ((E4M3[:126] + E4M3[1:127]) / 2).view(np.uint32)
+    near = np.concatenate([middles - 1, middles, middles + 1]).view(np.float32)
+    values = np.concatenate([to_float(every, "bfloat16"), to_float(every, "float16"), near, -near])
+    values = values[abs(values) <= 448]
+    wanted = torch.from_numpy(values).to(torch.float8_e4m3fn)
+    codes = np.array([to_e4m3(value) for value in values], np.uint8)
+    assert (codes == wanted.view(torch.uint8).numpy()).all()
+    assert (codes == nearest_e4m3(values)).all()
+    assert (E4M3[codes] == wanted.to(torch.float32).numpy()).all()
+
+
 class Case:
     """A paged cache of some layout with values as caches have them, and rows beside it."""
 
@@ -138,7 +189,7 @@ def drawn(shape: tuple[int, ...], dtype: str, rng: np.random.Generator) -> npt.N
 
 CASES = {
     "layout": st.sampled_from(LAYOUTS),
-    "codec": st.sampled_from(["int8", "int4"]),
+    "codec": st.sampled_from(CODECS),
     "dtype": st.sampled_from(["bfloat16", "float16", "float32"]),
     "block_tokens": st.sampled_from([16, 32]),
     "layers": st.sampled_from([range(LAYERS), range(1), range(1, 2)]),
@@ -156,7 +207,8 @@ def test_the_cpu_makes_of_blocks_what_the_oracle_does(
     g, size = case.geometry, case.quantizer.stored.layer_bytes
     word = np.uint32 if dtype == "float32" else np.uint16
     blocks = case.canonical().view(word).reshape(3, g.layers, g.planes, g.block_tokens, -1)
-    found = [oracle(block, case.quantizer.bits, dtype) for block in blocks]
+    bits = case.quantizer.bits
+    found = [float_oracle(block, dtype) if codec == "fp8" else oracle(block, bits, dtype) for block in blocks]
     used = len(found[0][0]) // g.layers  # of a layer; what is left of it is nobody's
     assert bits_of_layer(case.quantizer) == 8 * used <= 8 * size
     copier = QuantizedCpuCopier(case.quantizer)
@@ -191,7 +243,7 @@ def bits_of_layer(quantizer: Quantizer) -> int:
     """Without what rounding up a vector's bytes leaves over."""
     g = quantizer.geometry
     elements = g.planes * g.block_tokens * g.kv_heads * g.head_dim
-    return elements * (quantizer.bits + 1) + quantizer.fine * elements // 2 // GROUP * 4
+    return elements * quantizer.bits + (8 * quantizer.head_bytes * elements + 2 * quantizer.fine * elements) // GROUP
 
 
 @pytest.fixture
@@ -203,9 +255,10 @@ def kernel() -> Any:
         return importlib.import_module("cairn.copy.triton_quantized")
 
 
-#: Every layout twice, every codec with every dtype twice.
+#: Every layout three times, every codec with every dtype twice.
 COMBINATIONS = [
-    (layout, ("int4", "int8")[i % 2], ("bfloat16", "float16", "float32")[i % 3]) for i, layout in enumerate(2 * LAYOUTS)
+    (layout, CODECS[(i + i // 6) % 3], ("bfloat16", "float16", "float32")[i % 3])
+    for i, layout in enumerate(3 * LAYOUTS)
 ]
 
 
@@ -254,12 +307,12 @@ def test_the_gpu_makes_the_same_bits(
     assert all((tensor == want).all() for tensor, want in zip(case.tensors, wanted, strict=True))
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(5))
 def test_the_cuda_copier_moves_quantized_rows(kernel: Any, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Layer ranges, holes, several parts, in any order that the events allow."""
     cuda = importlib.import_module("cairn.copy.cuda")
     module = importlib.import_module("cairn.copy.cuda_quantized")
-    case = Case(LAYOUTS[seed], ("int4", "int8")[seed % 2], "bfloat16", 3, 16, seed)
+    case = Case(LAYOUTS[seed], CODECS[seed % 3], "bfloat16", 3, 16, seed)
     block = case.quantizer.stored.block_bytes
     monkeypatch.setattr(cuda, "_STAGING_BYTES", 2 * block)  # several parts: the ring goes round
     monkeypatch.setattr(cuda, "_FIRST_BYTES", block)

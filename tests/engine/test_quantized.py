@@ -16,7 +16,7 @@ from .pages import at_rest, prompt
 
 GEOMETRY = KVGeometry(layers=3, kv_heads=2, head_dim=32, dtype="float32", block_tokens=16)
 #: Largest error over the range of values, of normal ones in groups of 16.
-BOUND = {"int8": 0.005, "int4": 0.08}
+BOUND = {"int8": 0.005, "fp8": 0.04, "int4": 0.08}
 TOKENS = 100
 
 
@@ -50,7 +50,7 @@ def retrieved(one: CacheEngine, tensors: list[Any], slots: Any, tokens: Any) -> 
     return len(came), worst
 
 
-@pytest.mark.parametrize("codec", ["int8", "int4"])
+@pytest.mark.parametrize("codec", BOUND)
 def test_what_was_stored_comes_back_nearly(codec: str, pages: Any, tmp_path: Path) -> None:
     """From DRAM, layer by layer, and from the disk of an engine that is gone."""
     tensors, slots = pages
@@ -64,7 +64,7 @@ def test_what_was_stored_comes_back_nearly(codec: str, pages: Any, tmp_path: Pat
         assert count == 96
         assert 0 < worst < BOUND[codec] * reach
         moved = one.get_stats()["transfer_bytes"]["dram"]
-        assert one.row_geometry.vector_bytes == {"int8": 2 * 36, "int4": 2 * 21}[codec]
+        assert one.row_geometry.vector_bytes == {"int8": 2 * 36, "fp8": 2 * 34, "int4": 2 * 21}[codec]
         assert moved == dict.fromkeys(("store", "load"), 6 * one.row_geometry.block_bytes)
 
         other = prompt(1, 32)
@@ -83,7 +83,7 @@ def test_what_was_stored_comes_back_nearly(codec: str, pages: Any, tmp_path: Pat
 
 def test_a_directory_of_another_form_is_refused(pages: Any, tmp_path: Path) -> None:
     tensors, slots = pages
-    for mine, others in (("none", ["int8", "int4"]), ("int8", ["none", "int4"])):
+    for mine, others in (("none", ["int8", "int4"]), ("int8", ["none", "fp8", "int4"])):
         with engine(mine, tmp_path / mine) as one:
             one.store(prompt(0, 100), None, tensors, slots)
             assert one.flush(30)

@@ -8,30 +8,18 @@ A plane is scales u16 [groups] (bfloat16), zeros i16 [groups] (not for fp8), cod
 follows from the number of tokens. Codes of 4 bits: the even channel in the low half.
 """
 
-import math
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from cairn.codec.floats import BFLOAT16, Bits, narrow, widen
+from cairn.codec.floats import BFLOAT16, E4M3, E4M3_MAX, Bits, narrow, to_e4m3, widen
 from cairn.codec.planes import load_plane
 from cairn.jit import kernel
 
 GROUP: Final = 32
 _MOST_ZERO: Final = 32000
 _NAN: Final = 0x7FC0
-_E4M3_MAX: Final = 448.0
-
-
-def _e4m3(code: int) -> float:
-    exponent, fraction = code >> 3 & 15, code & 7
-    size = math.ldexp(fraction, -9) if exponent == 0 else math.ldexp(8 + fraction, exponent - 10)
-    return math.copysign(math.nan if code & 127 == 127 else size, -1 if code & 128 else 1)
-
-
-#: The values of float8 e4m3fn (Micikevicius et al., arXiv 2209.05433), float32 [256].
-E4M3: Final = np.array([_e4m3(code) for code in range(256)], np.float32)
 
 
 @kernel
@@ -49,25 +37,12 @@ def plane_bytes(tokens: int, channels: int, along_tokens: bool, bits: int, float
 
 
 @kernel
-def _to_e4m3(value: Any) -> Any:
-    """The code of the nearest e4m3 to a value of at most 448, ties to even."""
-    sign = 128 if value < 0 else 0
-    size = abs(value)
-    if size < 2.0**-6:
-        return sign | np.int64(np.rint(size * 512.0))
-    bits = np.int64(np.float32(size).view(np.uint32))
-    rounded = bits + 0x7FFFF + (bits >> 20 & 1)
-    code = (rounded >> 20) - (120 << 3)
-    return sign | (code if code < 126 else 126)
-
-
-@kernel
 def _scale(low: Any, high: Any, bits: int, floating: bool) -> Any:
     """A group's scale as bfloat16 bits, never too small for its values."""
     largest = max(abs(low), abs(high))
     if not np.isfinite(largest) or not np.isfinite(high - low):
         return np.int64(_NAN)
-    wanted = largest / _E4M3_MAX if floating else max((high - low) / ((1 << bits) - 1), largest / _MOST_ZERO)
+    wanted = largest / E4M3_MAX if floating else max((high - low) / ((1 << bits) - 1), largest / _MOST_ZERO)
     code = narrow(np.float32(max(wanted, 1e-30)), BFLOAT16)
     return code if widen(code, BFLOAT16) >= wanted else code + 1
 
@@ -138,7 +113,7 @@ def encode_fixed(
                     for j in range(part.shape[1]):
                         t, c = t0 + i, c0 + j
                         if floating:
-                            code = _to_e4m3(part[i, j] / scale)
+                            code = to_e4m3(part[i, j] / scale)
                         else:
                             code = min(max(np.int64(np.rint(part[i, j] / scale)) - zero, 0), (1 << bits) - 1)
                         if bits == 4:

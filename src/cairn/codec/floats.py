@@ -3,6 +3,7 @@
 A kernel sees elements as unsigned integers and a kind: 0 bfloat16, 1 float16 (both uint16), 2 float32 (uint32).
 """
 
+import math
 from typing import Any, Final
 
 import numpy as np
@@ -18,6 +19,17 @@ BFLOAT16, FLOAT16, FLOAT32 = KINDS.values()
 
 #: Bits of elements: uint16 or uint32.
 Bits = npt.NDArray[Any]
+E4M3_MAX: Final = 448.0
+
+
+def _e4m3(code: int) -> float:
+    exponent, fraction = code >> 3 & 15, code & 7
+    size = math.ldexp(fraction, -9) if exponent == 0 else math.ldexp(8 + fraction, exponent - 10)
+    return math.copysign(math.nan if code & 127 == 127 else size, -1 if code & 128 else 1)
+
+
+#: The values of float8 e4m3fn (Micikevicius et al., arXiv 2209.05433), float32 [256].
+E4M3: Final = np.array([_e4m3(code) for code in range(256)], np.float32)
 
 
 def kind_of(geometry: KVGeometry, setting: str = "compression.algorithm") -> int:
@@ -69,6 +81,18 @@ def narrow(value: Any, kind: int) -> Any:
         scaled = np.float32(abs(value)) * np.float32(2.0**24)
         return sign | np.int64(np.rint(scaled))
     return sign | ((magnitude - 0x38000000 + 0xFFF + (magnitude >> 13 & 1)) >> 13)
+
+
+@kernel
+def to_e4m3(value: Any) -> Any:
+    """The code of the e4m3 nearest to a float32 of at most 448, ties to even."""
+    bits = np.float32(value).view(np.int32)
+    # A binade's codes are an eighth of its begin apart, which is the last bit of 2^20 times as much; below the first
+    # normal number they go on as in its binade.
+    begin = max(np.int32(bits & np.int32(0x7F800000)), np.int32(121 << 23))
+    far = np.int32(begin + np.int32(20 << 23))
+    rounded = np.float32(abs(np.float32(value)) + far.view(np.float32)).view(np.int32)
+    return np.int32((begin >> 20) - (121 << 3) + rounded - far | bits >> 24 & 128)
 
 
 @kernel

@@ -43,7 +43,8 @@ class Cpu(Section):
     size: Size = Field(default=1 << 30, description="Bytes of the arena.")
     codec: RowCodec = Field(
         default="none",
-        description="int8, int4: blocks take 9 or 5.1 bits an element, with loss, here and below: see compression.md. "
+        description="int8, fp8, int4: blocks take 9, 8.5 or 5.1 bits an element, with loss, here and below: see "
+        "compression.md. "
         "Each engine's own, also where a node keeps the blocks.",
     )
     policy: Policy = Field(default="tenure", description="Eviction policy.")

@@ -93,7 +93,7 @@ Secret = Annotated[SecretStr, BeforeValidator(_secret)]
 Level = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)]
 Policy = Literal["lru", "s3fifo", "tenure"]
 Algorithm = Literal["none", "lossless", "packed", "fp8", "int", "cachegen"]
-RowCodec = Literal["none", "int8", "int4"]
+RowCodec = Literal["none", "int8", "fp8", "int4"]
 Quality = Literal["near-lossless", "high", "balanced", "small"]
 Scheduling = Literal["round_robin", "least_loaded", "prefix_aware", "slo_aware"]
 

@@ -39,7 +39,7 @@ def subjects(geometry: KVGeometry, calibration: Calibration | None) -> dict[str,
             lambda rows, first, fixed=fixed: fixed.encode(rows, sinks=SINK_TOKENS if first else 0),  # type: ignore[misc]
             fixed,
         )
-    for name in ("int8", "int4"):
+    for name in ("int8", "fp8", "int4"):
         found[f"{name} rows"] = quantizer_subject(Quantizer(geometry, name))
     found["published CacheGen"] = lambda kv, first: Published().run(kv)  # noqa: ARG005
     lossless = Lossless(geometry)
