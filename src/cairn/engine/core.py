@@ -286,7 +286,8 @@ class EngineCore:
         `ask`). Returns at once.
 
         first_token: tokens before it the caller has. stop_block: blocks from there on are not wanted. vram: False: what
-        VRAM has is not there, for who reads DRAM alone. The stage must be released (use it as a context manager); `wait` on it for blocks that are on their way.
+        VRAM has is not there, for who reads DRAM alone. The stage must be released (use it as a context manager);
+        `wait` on it for blocks that are on their way.
         """
         self._check_open()
         keys = chain.keys[:stop_block]

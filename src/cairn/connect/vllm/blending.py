@@ -223,11 +223,11 @@ class Blending:
         return Chunks(self._engine, chain, tokens, wanted, start, self._prelude, whole) if wanted else None
 
     def chunked(self, request: Any) -> bool:
-        """Whether there are chunks in a request's prompt, which is then loaded from DRAM alone: blending reads there."""
+        """Whether there are chunks in a request's prompt, which is then loaded from DRAM alone, as they are."""
         return self.ready and bool(self._pieces(request)[1])
 
     def _pieces(self, request: Any) -> tuple[Tokens, list[Piece]]:
-        """A request's tokens but for the last, which is left to vLLM, whose logits are needed; and the chunks in them."""
+        """A request's tokens but for the last, left to vLLM, whose logits are needed; and the chunks in them."""
         tokens = as_tokens(request.all_token_ids[:-1])
         if not self._engine.autopilot.blends or request.mm_features or request.lora_request or request.pooling_params:
             return tokens, []
