@@ -15,9 +15,10 @@ from cairn.fleet.subscriber import Subscriber
 from cairn.serve.base import T
 from cairn.serve.indexer.memory import Memory
 
-#: For what is asked of the thread, and for it to end, seconds; and for a large snapshot to be read before it begins.
+#: For what is asked of the thread, and for it to end, seconds; and at the start, where a large snapshot may be read
+#: first, and kernels may have to be compiled.
 _PATIENCE_S: Final = 10.0
-_READING_S: Final = 120.0
+_STARTING_S: Final = 120.0
 
 
 class Following:
@@ -51,11 +52,11 @@ class Following:
     def start(self, instances: Iterable[Instance] = ()) -> None:
         """Begins to follow these. Raises InputError where one cannot be, and follows none then."""
         self._thread.start()
-        if not self._begun.wait(_READING_S if self._memory else _PATIENCE_S) or self._loop is None:
+        if not self._begun.wait(_STARTING_S) or self._loop is None:
             raise ClosedError("the thread that follows events has not begun")
         try:
             for instance in instances:
-                self._call(self._add(instance)).result(_PATIENCE_S)
+                self._call(self._add(instance)).result(_STARTING_S)
         except BaseException:
             self.close()
             raise
