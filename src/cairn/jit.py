@@ -89,7 +89,9 @@ def _unlike_digits(_context: Any, builder: ir.IRBuilder, _signature: Any, argume
     """Codegen: below "0", which wraps around, or above "9"."""
     bytes_ = ir.VectorType(ir.IntType(8), 64)
     text = builder.load(builder.inttoptr(arguments[0], bytes_.as_pointer()), align=1)
-    above = builder.icmp_unsigned(">", builder.sub(text, ir.Constant(bytes_, [0x30] * 64)), ir.Constant(bytes_, [9] * 64))
+    above = builder.icmp_unsigned(
+        ">", builder.sub(text, ir.Constant(bytes_, [0x30] * 64)), ir.Constant(bytes_, [9] * 64)
+    )
     return builder.bitcast(above, ir.IntType(64))
 
 
