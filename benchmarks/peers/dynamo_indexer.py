@@ -7,7 +7,7 @@ Dynamo's lives in a venv of its own:
     python3 -m venv /tmp/dynamo-venv && /tmp/dynamo-venv/bin/pip install ai-dynamo-runtime==1.6.1
 
 In every round one process (`kv_publisher.py`) publishes the same messages, as vLLM does, on a port a worker: to
-`python -m dynamo.indexer`, and to a process that runs `cairn.fleet.subscriber.Subscriber` on a `FleetIndex`; who begins
+`python -m dynamo.indexer`, and to a process that follows them as `cairn index` does, into a `FleetIndex`; who begins
 changes from round to round. The clock runs from the first message until the last block of every worker is found, which
 is looked for every 5 ms; `blocks_per_cpu_s` counts the subscriber's own processor time instead. Then the whole story is
 asked for: `indexed_share` is what is found of it, and only that counts. Queries are of 131,072 tokens: Dynamo's over
@@ -15,7 +15,6 @@ HTTP (it has no other way; the time to make the request is left out), Cairn's in
 """
 
 import argparse
-import asyncio
 import http.client
 import json
 import os
@@ -206,13 +205,18 @@ def run_cairn(case: tuple[int, int, int, int, int], path: Path, _prompts: list[A
     return figures(case, spent, cpu, found["indexed"], found["samples"], "query_131072_tokens")
 
 
-async def cairn_child(case: tuple[int, int, int, int, int]) -> None:
+def cairn_child(case: tuple[int, int, int, int, int]) -> None:
+    """Follows as `cairn index` does."""
     from cairn.cli.bench_fleet import prompt_of, warm
     from cairn.cli.bench_fleet_wire import heard, payloads_of
-    from cairn.fleet import FleetIndex
-    from cairn.fleet.instances import Instance
-    from cairn.fleet.subscriber import Subscriber
+    from cairn.config.schema import Index
+    from cairn.fleet import FleetIndex, Speculation
+    from cairn.fleet.instances import Instance, Limits
+    from cairn.fleet.metrics import FleetMetrics
+    from cairn.serve.indexer.following import Following
+    from cairn.serve.process import SWITCH_S
 
+    sys.setswitchinterval(SWITCH_S)
     warm()
     for seed in (1, 2):  # so that all kernels are there, those that make room too
         heard(9, payloads_of(SENTINEL + seed, 2048, 16))
@@ -225,16 +229,18 @@ async def cairn_child(case: tuple[int, int, int, int, int]) -> None:
         reach = index.match(tokens).reach[:, -1] // BLOCK_TOKENS
         return [int(one) for one in reach if one]
 
-    async with Subscriber(index, instances):
-        print("ready", flush=True)
-        deadline = time.monotonic() + LIMIT_S
-        while held(last) != [1] * workers and time.monotonic() < deadline:
-            await asyncio.sleep(LOOK_S)
-        print("found", flush=True)
-        sys.stdin.readline()
-        indexed = sum(sum(held(one)) for one in prompts)
-        long = long_prompt(prompts)
-        samples = [timed(lambda: index.match(long)) for _ in range(QUERIES)]
+    following = Following(index, Speculation(), FleetMetrics(), Limits(), threads=Index().event_threads)
+    following.start(instances)
+    print("ready", flush=True)
+    deadline = time.monotonic() + LIMIT_S
+    while held(last) != [1] * workers and time.monotonic() < deadline:
+        time.sleep(LOOK_S)
+    print("found", flush=True)
+    sys.stdin.readline()
+    indexed = sum(sum(held(one)) for one in prompts)
+    long = long_prompt(prompts)
+    samples = [timed(lambda: index.match(long)) for _ in range(QUERIES)]
+    following.close()
     print(json.dumps({"indexed": indexed, "samples": samples}))
 
 
@@ -270,7 +276,7 @@ def main() -> None:
     parser.add_argument("--child", type=int, nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        asyncio.run(cairn_child(tuple(args.child)))
+        cairn_child(tuple(args.child))
         return
     from cairn.cli.output import machine
 

@@ -85,6 +85,16 @@ def _count_zeros(_context: Any, builder: ir.IRBuilder, _signature: Any, argument
     return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 0))
 
 
+def _unlike_digits(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
+    """Codegen: below "0", which wraps around, or above "9"."""
+    bytes_ = ir.VectorType(ir.IntType(8), 64)
+    text = builder.load(builder.inttoptr(arguments[0], bytes_.as_pointer()), align=1)
+    above = builder.icmp_unsigned(
+        ">", builder.sub(text, ir.Constant(bytes_, [0x30] * 64)), ir.Constant(bytes_, [9] * 64)
+    )
+    return builder.bitcast(above, ir.IntType(64))
+
+
 def _fetch(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
     """Codegen: to be read, into every level of the cache."""
     word = ir.IntType(32)
@@ -134,6 +144,12 @@ def call_c(typingctx: Any, function: Any, first: Any, second: Any, third: Any, f
 def trailing_zeros(typingctx: Any, word: Any) -> Any:
     """How many bits of a uint64 are 0 below the lowest that is 1, as an int64; 64 for 0."""
     return types.int64(types.uint64), _count_zeros
+
+
+@intrinsic
+def unlike_digits(typingctx: Any, address: Any) -> Any:
+    """Which of the 64 bytes at an address are no ASCII digits, as a uint64: the first byte's bit is the lowest."""
+    return types.uint64(types.int64), _unlike_digits
 
 
 @intrinsic

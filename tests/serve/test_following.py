@@ -1,6 +1,8 @@
 """Instances that come and go while the service runs, as a registry would make them; and how they are written down."""
 
 import asyncio
+import contextlib
+import threading
 
 import numpy as np
 import pytest
@@ -55,6 +57,34 @@ def test_added_and_removed_at_run_time() -> None:
     asyncio.run(run())
     following.close()
     following.close()
+
+
+def test_every_instance_is_followed_whichever_thread_it_falls_to() -> None:
+    rehearse()
+    index, names = FleetIndex(64), ("w0", "w1", "w4", "w5")
+    following = Following(index, Speculation(), FleetMetrics(), Limits(), threads=2)
+    endpoints = {name: (free_endpoint(), free_endpoint()) for name in names}
+
+    async def run() -> None:
+        with contextlib.ExitStack() as stack:
+            for endpoint in endpoints.values():
+                publisher = stack.enter_context(Publisher(*endpoint))
+                publisher.publish(encode([stored([1, 2], list(range(8)), 4)]))
+            following.start([Instance(name, *endpoints[name]) for name in names[:-1]])
+            await following.add(Instance(names[-1], *endpoints[names[-1]]))
+            every = {Source(name, 0): 2 for name in names}
+            await until(lambda: index.held() == every, "all events")
+            assert [len(lane.states()) for lane in following._lanes] == [2, 2]
+            with pytest.raises(InputError, match="followed already"):
+                await following.add(Instance("w4", *endpoints["w4"]))
+            await following.remove("w4")
+            del every[Source("w4", 0)]
+            assert index.held() == every
+            assert set(following.sources()) == set(every)
+
+    asyncio.run(run())
+    following.close()
+    assert not [one for one in threading.enumerate() if one.name.startswith("cairn-events")]
 
 
 def test_an_endpoint_that_cannot_be_used_ends_the_start() -> None:

@@ -25,11 +25,15 @@ def test_what_json_reads(ids: list[int], before: str, after: str, alone: bool) -
     assert json.loads(rest) == {"a": "b", "token_ids": None} | ({} if alone else {"c": [1, 2]})
 
 
-@given(st.text("0123456789, -+.eE[]null\t", max_size=24))
+JUNK = st.text("0123456789, -+.eE[]null\t", max_size=24)
+
+
+@given(st.sampled_from(("", "12345, 67,8, ", "1,2," * 20)), JUNK, st.sampled_from(("", " " * 64)))
 @settings(max_examples=1000, deadline=None, derandomize=True)
-def test_what_is_no_list_of_tokens(text: str) -> None:
-    """Whatever is taken, json takes too, and as the same."""
-    body = f'{{"token_ids":[{text}]}}'.encode()
+def test_what_is_no_list_of_tokens(before: str, junk: str, after: str) -> None:
+    """Whatever is taken, json takes too, and as the same; where many bytes are read at once too."""
+    text = before + junk
+    body = f'{{"token_ids":[{text}]{after}}}'.encode()
     try:
         _, tokens = cut_tokens(body)
     except InputError:

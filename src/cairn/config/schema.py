@@ -282,6 +282,10 @@ class Index(Section):
     max_messages: int = Field(default=4096, ge=1, description="Messages of a chat.")
     request_s: Seconds = Field(default=10.0, description="Deadline of a request in seconds.")
     shutdown_s: Seconds = Field(default=10.0, description="Seconds that the end may take, running requests included.")
+    event_threads: Threads = Field(
+        default=2,
+        description="Threads that take events in; with `snapshot` or `shared` it is one.",
+    )
     tokenizer_threads: Threads = Field(default=2, description="Threads that tokenize.")
     request_chat_template: bool = Field(
         default=False, description="Take chat templates from requests: code that is run here, in a sandbox."

@@ -19,7 +19,7 @@ from cairn.jit import call_c, kernel, load_big
 
 #: Messages, and bytes, that are taken at once: between two looks at the event loop, and as much as a core's cache has.
 _ROUND: Final = 256
-_ROUND_BYTES: Final = 1 << 17
+_ROUND_BYTES: Final = 1 << 18
 
 #: Frames of the longest message that says anything: an answer of the replay.
 _FRAMES: Final = 4

@@ -17,16 +17,16 @@ from cairn.jit import kernel
 from cairn.kv import Keys
 from cairn.kv.keys import Tokens
 
-#: Blocks whose entries are fetched at once: one after the other, each would wait for memory.
-_AHEAD = 32
+#: How many blocks ahead entries are fetched: what comes too early is gone again, and a core fetches few lines at once.
+_AHEAD = 16
 
 Told = npt.NDArray[np.uint64]
 
 
 @kernel
-def _expect(blocks: Blocks, names: Names, keys: Keys, hashes: Hashes, first: int, scattered: bool) -> None:
-    """Begins to fetch what the next _AHEAD blocks are found by."""
-    for i in range(first, min(first + _AHEAD, len(hashes))):
+def _expect(blocks: Blocks, names: Names, keys: Keys, hashes: Hashes, first: int, stop: int, scattered: bool) -> None:
+    """Begins to fetch what these blocks are found by."""
+    for i in range(first, min(stop, len(hashes))):
         expect_name(names, hashes[i])
         if scattered:
             table_expect(blocks.table, keys[i, 0])
@@ -56,9 +56,9 @@ def store(
     added, refused, uncounted, slot = 0, 0, 0, NONE
     # What became of the last block's set, and the source's tiers in it: a prompt's blocks mostly have the same.
     before, after, mine = NONE, NONE, 0
+    _expect(blocks, names, keys, hashes, 0, _AHEAD, scattered)
     for i in range(len(hashes)):
-        if i % _AHEAD == 0:
-            _expect(blocks, names, keys, hashes, i, scattered)
+        _expect(blocks, names, keys, hashes, i + _AHEAD, i + _AHEAD + 1, scattered)
         at = place_of(names, hashes[i])
         named = slot_at(names, at)
         slot = find_block(records, blocks.table, slot, keys[i, 0], keys[i, 1])

@@ -12,6 +12,7 @@ from typing import Final
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cairn.errors import InputError
 from cairn.observe.http import address
@@ -22,6 +23,8 @@ SWITCH_S: Final = 0.0005
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 _CONNECTIONS: Final = 4096
+#: Bytes of a body that wait for whoever reads it, a connection: one with 131,072 token ids.
+_WAITING: Final = 1 << 20
 
 
 class Server(uvicorn.Server):
@@ -32,12 +35,24 @@ class Server(uvicorn.Server):
         yield
 
 
+class _Protocol(HttpToolsProtocol):
+    """uvicorn's, which stops reading a connection at 64 KiB: several times for a long prompt, at a loop's turn each."""
+
+    def on_body(self, body: bytes) -> None:
+        if self.cycle.response_complete:
+            return
+        self.cycle.body += body
+        if len(self.cycle.body) > _WAITING:
+            self.flow.pause_reading()
+        self.cycle.message_event.set()
+
+
 def settings(app: ASGIApp, grace_s: float, *, keep_alive_s: int = 5) -> uvicorn.Config:
     """grace_s: for requests that are being served at the end. keep_alive_s: for idle connections."""
     return uvicorn.Config(
         app,
         loop="none",
-        http="httptools",
+        http=_Protocol,
         ws="none",
         lifespan="off",
         log_config=None,

@@ -202,8 +202,8 @@ def _by_instance(answer: Answer) -> dict[str, dict[str, Any]]:
     ranks: dict[str, dict[str, Any]] = {}
     for source, one in answer.scores.items():
         ranks.setdefault(source.instance, {})[str(source.rank)] = _score(one)
-    for name, (rank, one) in answer.best().items():
-        found[name] = {"rank": rank, **_score(one)}
+    for name, (rank, _) in answer.best().items():
+        found[name] = {"rank": rank, **ranks[name][str(rank)]}
         if len(ranks[name]) > 1:
             found[name]["ranks"] = ranks[name]
     return found

@@ -1,27 +1,26 @@
-"""Follows publishers on a thread of its own, so that no lookup waits behind a batch of events."""
+"""Follows publishers on threads of their own, so that no lookup waits behind a batch of events."""
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+import zlib
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import AsyncExitStack
-from typing import Any, Final
+from contextlib import asynccontextmanager
+from typing import Final
 
-from cairn.errors import ClosedError
 from cairn.fleet import Event, FleetIndex, Source, Speculation
 from cairn.fleet.instances import Instance, Limits, State
 from cairn.fleet.metrics import FleetMetrics
 from cairn.fleet.subscriber import Subscriber
-from cairn.serve.base import T
+from cairn.serve.indexer.lane import STARTING_S, Lane
 from cairn.serve.indexer.memory import Memory
 
-#: For what is asked of the thread, and for it to end, seconds; and for a large snapshot to be read before it begins.
+#: For what is asked of a thread while the service runs, seconds.
 _PATIENCE_S: Final = 10.0
-_READING_S: Final = 120.0
 
 
 class Following:
-    """A `Subscriber` with its event loop and thread, and who it follows. A `Followed` for registries. Thread-safe.
+    """Who is followed, each instance by one of several lanes. A `Followed` for registries. Thread-safe.
 
     `start` first; `close` when done.
     """
@@ -35,41 +34,41 @@ class Following:
         metrics: FleetMetrics,
         limits: Limits,
         memory: Memory | None = None,
+        *,
+        threads: int = 1,
     ) -> None:
-        """memory: what is known from before, and is kept for later."""
+        """memory: what is known from before, and is kept for later. threads: that take events in; one if there is a
+        memory, as a snapshot's moments are those of one event loop.
+        """
         self._index, self._speculation, self._memory = index, speculation, memory
         self._metrics, self._limits = metrics, limits
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._subscriber: Subscriber | None = None
-        self._thread = threading.Thread(target=self._run, name="cairn-events", daemon=True)
-        self._begun = threading.Event()
-        self._ended: asyncio.Event | None = None
+        self._lanes = [Lane(f"cairn-events-{i}", self._subscribed) for i in range(1 if memory else threads)]
+        self._lock = threading.Lock()
         self._told: set[Source] = set()
         self._changes = 0
         self._known: tuple[int, Mapping[Source, str]] = (-1, {})
 
     def start(self, instances: Iterable[Instance] = ()) -> None:
         """Begins to follow these. Raises InputError where one cannot be, and follows none then."""
-        self._thread.start()
-        if not self._begun.wait(_READING_S if self._memory else _PATIENCE_S) or self._loop is None:
-            raise ClosedError("the thread that follows events has not begun")
         try:
+            for lane in self._lanes:
+                lane.start()
             for instance in instances:
-                self._call(self._add(instance)).result(_PATIENCE_S)
+                self._adding(instance).result(STARTING_S)
         except BaseException:
             self.close()
             raise
 
     async def add(self, instance: Instance) -> None:
-        await asyncio.wait_for(asyncio.wrap_future(self._call(self._add(instance))), _PATIENCE_S)
+        await asyncio.wait_for(asyncio.wrap_future(self._adding(instance)), _PATIENCE_S)
 
     async def remove(self, name: str) -> None:
-        await asyncio.wait_for(asyncio.wrap_future(self._call(self._remove(name))), _PATIENCE_S)
+        work = self._lane(name).call(lambda one: self._remove(one, name))
+        await asyncio.wait_for(asyncio.wrap_future(work), _PATIENCE_S)
 
     def states(self) -> Sequence[State]:
         """How each publisher's stream stands."""
-        subscriber = self._subscriber
-        return subscriber.states() if subscriber else ()
+        return [state for lane in self._lanes for state in lane.states()]
 
     def sources(self) -> Mapping[Source, str]:
         """All sources that are followed, whether they hold something or not, with what they serve ("": not told)."""
@@ -84,54 +83,48 @@ class Following:
         self._index.apply(source, events)
         if source not in self._told:
             self._told.add(source)
-            self._changes += 1
+            self._changed()
 
     def drop(self, source: Source) -> None:
         """As a sink. What was sent there on its way is lost too."""
         self._index.drop(source)
         self._speculation.forget(source)
         self._told.discard(source)
-        self._changes += 1
+        self._changed()
 
     def close(self) -> None:
         """Stops; what the index holds stays. Repeatable."""
-        if self._loop is not None and self._ended is not None and self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._ended.set)
-            self._thread.join(_PATIENCE_S)
+        for lane in self._lanes:
+            lane.close()
 
-    def _run(self) -> None:
-        try:
-            asyncio.run(self._follow())
-        finally:
-            self._begun.set()
+    def _lane(self, name: str) -> Lane:
+        """Who follows all ranks of an instance, whenever it comes."""
+        return self._lanes[zlib.crc32(name.encode()) % len(self._lanes)]
 
-    async def _follow(self) -> None:
-        self._ended = asyncio.Event()
+    @asynccontextmanager
+    async def _subscribed(self) -> AsyncIterator[Subscriber]:
         warm = await self._memory.read() if self._memory else None
-        async with AsyncExitStack() as stack:
-            subscriber = Subscriber(self, limits=self._limits, metrics=self._metrics, warm=warm)
-            self._subscriber = await stack.enter_async_context(subscriber)
-            if self._memory:
-                await stack.enter_async_context(self._memory.kept(subscriber.position))
-            self._loop = asyncio.get_running_loop()
-            self._begun.set()
-            await self._ended.wait()
+        async with Subscriber(self, limits=self._limits, metrics=self._metrics, warm=warm) as subscriber:
+            if self._memory is None:
+                yield subscriber
+                return
+            async with self._memory.kept(subscriber.position):
+                yield subscriber
 
-    def _call(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
-        if self._loop is None or not self._thread.is_alive():
-            work.close()
-            raise ClosedError("no events are followed: the service has not started, or has ended")
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+    def _adding(self, instance: Instance) -> "Future[None]":
+        return self._lane(instance.name).call(lambda subscriber: self._add(subscriber, instance))
 
-    async def _add(self, instance: Instance) -> None:
-        assert self._subscriber is not None
-        self._subscriber.add(instance)
-        self._changes += 1
+    async def _add(self, subscriber: Subscriber, instance: Instance) -> None:
+        subscriber.add(instance)
+        self._changed()
 
-    async def _remove(self, name: str) -> None:
-        assert self._subscriber is not None
-        await self._subscriber.remove(name)
-        self._changes += 1
+    async def _remove(self, subscriber: Subscriber, name: str) -> None:
+        await subscriber.remove(name)
+        self._changed()
+
+    def _changed(self) -> None:
+        with self._lock:
+            self._changes += 1
 
 
 def _source_of(state: State) -> Source:

@@ -31,6 +31,11 @@ class Memory:
             url = config.shared.get_secret_value()
             self._replica = Replica(index, url, metrics, fleet=config.fleet, interval_s=config.shared_interval_s)
 
+    @property
+    def remembers(self) -> bool:
+        """Whether there is either."""
+        return self._path is not None or self._replica is not None
+
     async def read(self) -> WarmStart | None:
         """What there is to begin with: the copies, which are younger, or else the snapshot. The index must be empty."""
         warm = None

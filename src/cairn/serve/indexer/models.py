@@ -12,6 +12,8 @@ from cairn.serve.base import Tokens
 from cairn.serve.tokenizer import Chat
 
 _NULL = {"type": "null"}
+#: An enum works out a member's name at every call.
+_TIER_NAMES = {tier: tier.name.lower() for tier in Tier}
 _TOKENS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": (1 << 32) - 1}}
 
 
@@ -238,4 +240,4 @@ class HealthResponse(BaseModel):
 
 
 def tier_tokens(one: Score) -> dict[str, int]:
-    return {tier.name.lower(): count for tier, count in one.tokens.items()}
+    return {_TIER_NAMES[tier]: count for tier, count in one.tokens.items()}

@@ -33,7 +33,8 @@ class Parts:
         self.speculation = Speculation(config.speculation_s)
         fleet = FleetMetrics()
         limits, memory = Limits(lost_s=config.lost_s), Memory(config, self.index, fleet)
-        self.following = Following(self.index, self.speculation, fleet, limits, memory)
+        kept, threads = memory if memory.remembers else None, config.event_threads
+        self.following = Following(self.index, self.speculation, fleet, limits, kept, threads=threads)
         self.metrics = IndexMetrics(self.index, self.following, fleet)
         weights = {Tier[name.upper()]: value for name, value in config.weights.model_dump().items()}
         self.lookup = Lookup(self.index, self.speculation, self.following, weights)

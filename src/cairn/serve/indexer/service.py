@@ -1,4 +1,4 @@
-"""The service as a process: HTTP and gRPC on one event loop, events on a thread of their own, a bounded end."""
+"""The service as a process: HTTP and gRPC on one event loop, events on threads of their own, a bounded end."""
 
 import asyncio
 import sys
