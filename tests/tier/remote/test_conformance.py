@@ -375,7 +375,7 @@ def test_the_same_object_is_fetched_once(place: Place) -> None:
 
         def counted(gets: list[Get], *, deadline: float) -> list[int | Reason]:
             assert gate.wait(30)
-            fetched.append(gets[0].name)
+            fetched.extend(get.name for get in gets)
             return get_into(gets, deadline=deadline)
 
         tier._store.get_into = counted  # type: ignore[method-assign]

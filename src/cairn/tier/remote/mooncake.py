@@ -27,10 +27,12 @@ _LANES: Final = 12
 _CLOSE_S: Final = 2.0
 _PROBE_S: Final = 0.2
 
-#: The client's codes (mooncake-store/include/types.h): not found, and being written; no space; the master is gone.
+#: The client's codes (mooncake-store/include/types.h): not found, and being written; no space; the master is gone;
+#: less memory than the object takes.
 _ABSENT: Final = (-704, -703)
 _FULL: Final = -200
 _NO_MASTER: Final = -900
+_TOO_SMALL: Final = -600
 
 
 class Cluster(NamedTuple):
@@ -190,13 +192,16 @@ class _Load:
 
     def __call__(self, client: Any, lane: Lane, call: Call) -> int | Reason:
         name, get = self._get.name.decode(), self._get
-        size: int = client.get_size(name)
-        if size < 0:
-            return self._store.reason(size, client)
-        if size > _SIZE_LIMIT:
-            return size - get.offset  # nobody has asked for an object as large as that
-        memory = lane.memory(client, size)
-        code = client.get_into(name, lane.address, size)
+        code = _TOO_SMALL
+        if get.whole:  # its size is known, which spares asking the master
+            memory = lane.memory(client, get.size)
+            code = client.get_into(name, lane.address, len(memory))
+        if code == _TOO_SMALL:
+            size: int = client.get_size(name)
+            if size > _SIZE_LIMIT:
+                return size - get.offset  # nobody has asked for an object as large as that
+            memory = lane.memory(client, max(0, size))
+            code = client.get_into(name, lane.address, size) if size >= 0 else size
         if code < 0:
             return self._store.reason(code, client)
         found = memory[get.offset : code]
