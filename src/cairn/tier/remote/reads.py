@@ -107,18 +107,12 @@ class _Load(NamedTuple):
 
 
 class Fetches:
-    """The fetches that wait or are under way. Thread-safe; `submit` runs a task in one of `threads` workers.
-
-    Small objects are read several at a time, up to the size of one that the store likes: what a worker computes for
-    each costs a multiple where the bytes of the one before have taken the cache.
-    """
+    """The fetches that wait or are under way. Thread-safe; `submit` runs a task in one of `threads` workers."""
 
     def __init__(self, machine: Machine, submit: Callable[[Callable[[], None]], None], threads: int) -> None:
         self._machine = machine
         self._submit = submit
         self._tasks = 2 * threads  # so that a worker that is done early finds another one
-        packing = machine.packing
-        self._together = 1 if machine.streams else machine.store.object_bytes // packing.object_bytes(packing.blocks)
         self._waiting: dict[tuple[bytes, Span], list[Piece]] = {}
         self._lock = threading.Lock()
         self.shared = 0
@@ -134,7 +128,7 @@ class Fetches:
                 else:
                     others.append(piece)
                     self.shared += 1
-        step = max(1, min(self._together, len(new) // self._tasks))
+        step = max(1, min(self._machine.together, len(new) // self._tasks))
         for at in range(0, len(new), step):
             self._submit(partial(self._run, new[at : at + step]))
 

@@ -177,7 +177,7 @@ class RemoteTier(Tier):
         if batch.empty or (not self._flights.add(batch) and batch.expire(Reason.CLOSED)):
             batch.land()
         else:
-            self._writers.submit(batch.step, urgent=False, times=batch.objects)
+            self._writers.submit(batch.step, urgent=False, times=batch.steps)
         return batch.future
 
     def write_start(self, keys: Keys) -> int:
