@@ -95,13 +95,18 @@ def _unlike_digits(_context: Any, builder: ir.IRBuilder, _signature: Any, argume
     return builder.bitcast(above, ir.IntType(64))
 
 
-def _fetch(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
-    """Codegen: to be read, into every level of the cache."""
-    word = ir.IntType(32)
-    kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), word, word, word])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-    builder.call(function, [_pointer(builder, arguments[0], 8), *(ir.Constant(word, value) for value in (0, 3, 1))])
-    return context.get_dummy_value()
+def _fetching(locality: int) -> Any:
+    """Codegen: to be read, into every level of the cache (locality 3), or all but the first (2)."""
+
+    def generate(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), word, word, word])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        hints = (ir.Constant(word, value) for value in (0, locality, 1))
+        builder.call(function, [_pointer(builder, arguments[0], 8), *hints])
+        return context.get_dummy_value()
+
+    return generate
 
 
 @intrinsic
@@ -155,34 +160,61 @@ def unlike_digits(typingctx: Any, address: Any) -> Any:
 @intrinsic
 def prefetch(typingctx: Any, address: Any) -> Any:
     """Has the cache line at an address fetched, and does not wait for it; any address will do."""
-    return types.void(types.int64), _fetch
+    return types.void(types.int64), _fetching(3)
 
 
-def _calling(name: str) -> Any:
-    """Codegen for pread or pwrite, which are called without the GIL."""
+@intrinsic
+def prefetch_far(typingctx: Any, address: Any) -> Any:
+    """As `prefetch`, and leaves the first level of the cache alone."""
+    return types.void(types.int64), _fetching(2)
+
+
+def _calling(name: str, count: int, *narrow: int) -> Any:
+    """Codegen for a function of the C library of `count` arguments, those `narrow` ints and the others longs: a long,
+    or where that is negative the errno, negated. It is called without the GIL."""
 
     def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
         word, long = ir.IntType(32), ir.IntType(64)
-        call = cgutils.get_or_insert_function(builder.module, ir.FunctionType(long, [word, long, long, long]), name)
-        done = builder.call(call, [builder.trunc(arguments[0], word), *arguments[1:]])
+        kinds = [word if i in narrow else long for i in range(count)]
+        call = cgutils.get_or_insert_function(builder.module, ir.FunctionType(long, kinds), name)
+        values = [builder.trunc(one, word) if i in narrow else one for i, one in enumerate(arguments)]
+        done = builder.call(call, values)
         where = ir.FunctionType(word.as_pointer(), [])
         error = builder.call(cgutils.get_or_insert_function(builder.module, where, "__errno_location"), [])
         failed = builder.icmp_signed("<", done, ir.Constant(long, 0))
         return builder.select(failed, builder.neg(builder.sext(builder.load(error), long)), done)
 
-    return types.int64(types.int64, types.int64, types.int64, types.int64), generate
+    return types.int64(*[types.int64] * count), generate
 
 
 @intrinsic
 def pread(typingctx: Any, fd: Any, address: Any, count: Any, offset: Any) -> Any:
     """The system's: reads up to `count` bytes of a file to an address; how many, or a negative errno."""
-    return _calling("pread")
+    return _calling("pread", 4, 0)
 
 
 @intrinsic
-def pwrite(typingctx: Any, fd: Any, address: Any, count: Any, offset: Any) -> Any:
-    """The system's: writes up to `count` bytes at an address into a file; how many, or a negative errno."""
-    return _calling("pwrite")
+def preadv2(typingctx: Any, fd: Any, vector: Any, count: Any, offset: Any, flags: Any) -> Any:
+    """The system's: as `pread`, to what an int64 [count, 2] says, each an address and a size."""
+    return _calling("preadv2", 5, 0, 2, 4)
+
+
+@intrinsic
+def pwritev(typingctx: Any, fd: Any, vector: Any, count: Any, offset: Any) -> Any:
+    """The system's: writes what an int64 [count, 2] says into a file; how many bytes, or a negative errno."""
+    return _calling("pwritev", 4, 0, 2)
+
+
+@intrinsic
+def map_file(typingctx: Any, address: Any, size: Any, access: Any, flags: Any, fd: Any, offset: Any) -> Any:
+    """The system's mmap: the address, or a negative errno."""
+    return _calling("mmap", 6, 2, 3, 4)
+
+
+@intrinsic
+def unmap(typingctx: Any, address: Any, size: Any) -> Any:
+    """The system's munmap."""
+    return _calling("munmap", 2)
 
 
 @contextmanager

@@ -375,7 +375,7 @@ def test_the_same_object_is_fetched_once(place: Place) -> None:
 
         def counted(gets: list[Get], *, deadline: float) -> list[int | Reason]:
             assert gate.wait(30)
-            fetched.append(gets[0].name)
+            fetched.extend(get.name for get in gets)
             return get_into(gets, deadline=deadline)
 
         tier._store.get_into = counted  # type: ignore[method-assign]
@@ -387,6 +387,33 @@ def test_the_same_object_is_fetched_once(place: Place) -> None:
             assert all(np.array_equal(row, content(key)) for row, key in zip(rows.memory, keys, strict=True))
         assert len(fetched) == len(set(fetched)) == 8
         assert tier.stats()["shared_reads_total"] == 7 * 8
+
+
+def test_of_objects_read_together_each_is_proved_by_itself(place: Place) -> None:
+    keys = fresh(8 * PACK)
+    with opened(place, limits=LIMITS._replace(threads=1)) as tier:
+        assert write(tier, keys) == [None] * len(keys)
+        store, calls = tier._store, []
+        get_into = store.get_into
+
+        def counted(gets: list[Get], *, deadline: float) -> list[int | Reason]:
+            calls.append(len(gets))
+            return get_into(gets, deadline=deadline)
+
+        gone, broken = name_of(tier, keys[: 2 * PACK]), name_of(tier, keys[: 4 * PACK])
+        assert store.delete([gone, broken], deadline=soon()) is None
+        assert store.put([Put(broken, [memoryview(bytes(PACK * GEOMETRY.block_bytes + 4096))])], deadline=soon()) == [
+            None
+        ]
+        store.get_into = counted  # type: ignore[method-assign]
+        try:
+            outcomes = read(tier, keys)
+        finally:
+            store.get_into = get_into  # type: ignore[method-assign]
+        good, absent, corrupt = [None] * PACK, [Reason.ABSENT] * PACK, [Reason.CORRUPT] * PACK
+        assert outcomes == good + absent + good + corrupt + 4 * good
+        assert calls == [4, 4]
+        assert store.exists([broken], deadline=soon()) == [False]
 
 
 def test_a_request_that_gives_up_does_not_take_the_others_along(place: Place) -> None:

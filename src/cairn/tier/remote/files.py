@@ -19,7 +19,8 @@ from cairn.errors import StorageError
 from cairn.observe.reasons import Reason
 from cairn.tier.remote.base import Get, ObjectStore, Put
 from cairn.tier.remote.sweep import TEMPORARY, Sweeper
-from cairn.transport.moving import read_parts, sums_of, write_parts
+from cairn.transport.file_parts import Read, read_files, rehearse, write_parts
+from cairn.transport.moving import sums_of
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: An object's time of use is renewed when it is older than this share of its life, to spare the server.
@@ -53,6 +54,7 @@ class FileStore(ObjectStore):
             probe.unlink()
         except OSError as error:
             raise StorageError(f"{root}: {error.strerror or error}; must be a directory to write to") from None
+        rehearse()
         self._sweeper = Sweeper(root, capacity_bytes, ttl_s)
 
     def exists(self, names: Sequence[bytes], *, deadline: float) -> list[bool] | Reason:
@@ -74,7 +76,20 @@ class FileStore(ObjectStore):
         return [Reason.TIMEOUT if time.monotonic() > deadline else self._put(put) for put in puts]
 
     def get_into(self, gets: Sequence[Get], *, deadline: float) -> list[int | Reason]:
-        return [Reason.TIMEOUT if time.monotonic() > deadline else self._get(get) for get in gets]
+        files = [Reason.TIMEOUT if time.monotonic() > deadline else self._open(get.name) for get in gets]
+        try:
+            reads = [
+                Read(file, get.offset, get.parts, get.sums)
+                for file, get in zip(files, gets, strict=True)
+                if not isinstance(file, Reason)
+            ]
+            came = iter(read_files(reads))
+            answers = [file if isinstance(file, Reason) else next(came) for file in files]
+            return [Reason.IO_ERROR if not isinstance(one, Reason) and one < 0 else one for one in answers]
+        finally:
+            for file in files:
+                if not isinstance(file, Reason):
+                    os.close(file)
 
     def delete(self, names: Sequence[bytes], *, deadline: float) -> Reason | None:
         for name in names:
@@ -130,21 +145,21 @@ class FileStore(ObjectStore):
             finally:
                 os.close(fd)
 
-    def _get(self, get: Get) -> int | Reason:
-        path = self._path(get.name)
+    def _open(self, name: bytes) -> int | Reason:
+        """An object's file, to read it."""
+        path = self._path(name)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return Reason.ABSENT
         except OSError:
             return Reason.IO_ERROR
         try:
-            self._used(path, os.fstat(fd).st_mtime)
-            return read_parts(fd, get.offset, get.parts, get.sums)
+            self._used(path, os.fstat(file).st_mtime)
         except OSError:
+            os.close(file)
             return Reason.IO_ERROR
-        finally:
-            os.close(fd)
+        return file
 
     def _used(self, path: str, since: float) -> None:
         """Renews the time of the last use, which the sweeper goes by."""

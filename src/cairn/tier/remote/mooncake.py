@@ -11,6 +11,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
@@ -27,10 +28,12 @@ _LANES: Final = 12
 _CLOSE_S: Final = 2.0
 _PROBE_S: Final = 0.2
 
-#: The client's codes (mooncake-store/include/types.h): not found, and being written; no space; the master is gone.
+#: The client's codes (mooncake-store/include/types.h): not found, and being written; no space; the master is gone;
+#: less memory than the object takes.
 _ABSENT: Final = (-704, -703)
 _FULL: Final = -200
 _NO_MASTER: Final = -900
+_TOO_SMALL: Final = -600
 
 
 class Cluster(NamedTuple):
@@ -73,10 +76,12 @@ class MooncakeStore(ObjectStore):
         return answer
 
     def put(self, puts: Sequence[Put], *, deadline: float) -> list[Reason | None]:
-        return [self._do(_Store(self, put), deadline) for put in puts]
+        answers: list[Reason | None] | Reason = self._do(_Store(self, puts), deadline)
+        return [answers] * len(puts) if isinstance(answers, Reason) else answers
 
     def get_into(self, gets: Sequence[Get], *, deadline: float) -> list[int | Reason]:
-        return [self._do(_Load(self, get), deadline) for get in gets]
+        answers: list[int | Reason] | Reason = self._do(_Load(self, gets), deadline)
+        return [answers] * len(gets) if isinstance(answers, Reason) else answers
 
     def delete(self, names: Sequence[bytes], *, deadline: float) -> Reason | None:
         def remove(client: Any, *_: Any) -> Reason | None:
@@ -158,52 +163,70 @@ class MooncakeStore(ObjectStore):
 
 
 class _Store:
-    """A put, in a lane."""
+    """Puts, in a lane, all in one call of the client."""
 
-    def __init__(self, store: MooncakeStore, put: Put) -> None:
+    def __init__(self, store: MooncakeStore, puts: Sequence[Put]) -> None:
         self._store = store
-        self._put = put
+        self._puts = puts
 
-    def __call__(self, client: Any, lane: Lane, call: Call) -> Reason | None:
-        size = self._put.size
-        memory = lane.memory(client, size)
+    def __call__(self, client: Any, lane: Lane, call: Call) -> list[Reason | None]:
+        names, sizes = [put.name.decode() for put in self._puts], [put.size for put in self._puts]
+        starts = list(accumulate(sizes, initial=0))
+        memory = lane.memory(client, starts.pop())
+        rooms = [memory[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+        if not call.with_caller(lambda: self._fill(rooms)):
+            return [Reason.TIMEOUT] * len(names)
+        if len(names) == 1:  # the client's batches refuse empty objects
+            codes = [client.put_from(names[0], lane.address, sizes[0])]
+        else:
+            codes = client.batch_put_from(names, [lane.address + start for start in starts], sizes)
+        return [None if code == 0 else self._store.reason(code, client) for code in codes]
 
-        if not call.with_caller(lambda: self._fill(memory)):
-            return Reason.TIMEOUT
-        code = client.put_from(self._put.name.decode(), lane.address, size)
-        return None if code == 0 else self._store.reason(code, client)
-
-    def _fill(self, memory: memoryview) -> None:
-        put = self._put
-        sums = sums_of(put.blocks) if put.tail else None
-        gather(put.blocks, memory, sums)
-        if put.tail and sums is not None:
-            memory[put.size - put.tail_bytes : put.size] = put.tail(sums)
+    def _fill(self, rooms: Sequence[memoryview]) -> None:
+        for put, room in zip(self._puts, rooms, strict=True):
+            sums = sums_of(put.blocks) if put.tail else None
+            gather(put.blocks, room, sums)
+            if put.tail and sums is not None:
+                room[put.size - put.tail_bytes :] = put.tail(sums)
 
 
 class _Load:
-    """A get, in a lane. There are no reads of less than an object here, and an object's size may be another one."""
+    """Gets, in a lane, all in one call of the client, which fills one buffer only of two for the same name. There are
+    no reads of less than an object here, and an object's size may be another one."""
 
-    def __init__(self, store: MooncakeStore, get: Get) -> None:
+    def __init__(self, store: MooncakeStore, gets: Sequence[Get]) -> None:
         self._store = store
-        self._get = get
+        self._gets = gets
 
-    def __call__(self, client: Any, lane: Lane, call: Call) -> int | Reason:
-        name, get = self._get.name.decode(), self._get
-        size: int = client.get_size(name)
-        if size < 0:
-            return self._store.reason(size, client)
-        if size > _SIZE_LIMIT:
-            return size - get.offset  # nobody has asked for an object as large as that
-        memory = lane.memory(client, size)
-        code = client.get_into(name, lane.address, size)
+    def __call__(self, client: Any, lane: Lane, call: Call) -> list[int | Reason]:
+        # Of a whole object the size is known, which spares asking the master.
+        known = {get.name: get.size for get in self._gets if get.whole}
+        codes = {get.name: known.get(get.name) or client.get_size(get.name.decode()) for get in self._gets}
+        asked = {name: code for name, code in codes.items() if 0 < code <= _SIZE_LIMIT}
+        starts = list(accumulate(asked.values(), initial=0))
+        memory = lane.memory(client, starts.pop())
+        found = dict.fromkeys(codes, memory[:0])
+        if asked:
+            places = [lane.address + start for start in starts]
+            came = client.batch_get_into([name.decode() for name in asked], places, list(asked.values()))
+            for name, start, code in zip(asked, starts, came, strict=True):
+                codes[name], found[name] = code, memory[start : start + max(0, min(code, asked[name]))]
+        if not call.with_caller(lambda: self._deliver(found)):
+            return [Reason.TIMEOUT] * len(self._gets)
+        return [self._answer(client, get, codes[get.name]) for get in self._gets]
+
+    def _deliver(self, found: Mapping[bytes, memoryview]) -> None:
+        for get in self._gets:
+            scatter(found[get.name][get.offset :], get.parts, get.sums)
+
+    def _answer(self, client: Any, get: Get, code: int) -> int | Reason:
+        if code == _TOO_SMALL and get.whole:
+            code = client.get_size(get.name.decode())
         if code < 0:
             return self._store.reason(code, client)
-        found = memory[get.offset : code]
-
-        # Of a range no more counts than was asked for.
-        came = len(found) if get.whole else min(len(found), get.size)
-        return came if call.with_caller(lambda: scatter(found, get.parts, get.sums)) else Reason.TIMEOUT
+        # Of a range no more counts than was asked for; nobody has asked for an object as large as the limit.
+        came = max(0, code - get.offset)
+        return came if get.whole or code > _SIZE_LIMIT else min(came, get.size)
 
 
 #: Sizes are the store's word: memory is taken up to this one.

@@ -5,11 +5,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from threading import Event
 from typing import Final, NamedTuple
 
 import numpy as np
 
+from cairn.codec.base import Octets
 from cairn.kv import Keys
 from cairn.observe.reasons import Reason
 from cairn.tier.base import Rows
@@ -24,6 +26,8 @@ log = logging.getLogger(__name__)
 
 #: What shows that an object is of no use to anybody.
 _BROKEN: Final = frozenset({Reason.CORRUPT, Reason.FOREIGN})
+#: What the breaker counts.
+_FAILURES: Final = frozenset({Reason.TIMEOUT, Reason.IO_ERROR})
 
 
 class ReadBatch(Batch):
@@ -93,43 +97,56 @@ class Piece(NamedTuple):
             self.batch.land()
 
 
-class Fetches:
-    """The fetches that wait or are under way. Thread-safe; `submit` runs a task in a worker."""
+class _Load(NamedTuple):
+    """A piece whose blocks are stored as they are: where these and the object's tail go, and what is to be read."""
 
-    def __init__(self, machine: Machine, submit: Callable[[Callable[[], None]], None]) -> None:
+    piece: Piece
+    blocks: list[Octets]
+    tail: memoryview
+    gets: list[Get]
+
+
+class Fetches:
+    """The fetches that wait or are under way. Thread-safe; `submit` runs a task in one of `threads` workers."""
+
+    def __init__(self, machine: Machine, submit: Callable[[Callable[[], None]], None], threads: int) -> None:
         self._machine = machine
         self._submit = submit
+        self._tasks = 2 * threads  # so that a worker that is done early finds another one
         self._waiting: dict[tuple[bytes, Span], list[Piece]] = {}
         self._lock = threading.Lock()
         self.shared = 0
 
     def add(self, pieces: list[Piece]) -> None:
-        for piece in pieces:
-            with self._lock:
+        new = []
+        with self._lock:
+            for piece in pieces:
                 others = self._waiting.get(piece.place)
-                if others is not None:
+                if others is None:
+                    self._waiting[piece.place] = [piece]
+                    new.append(piece.place)
+                else:
                     others.append(piece)
                     self.shared += 1
-                    continue
-                self._waiting[piece.place] = [piece]
-            self._submit(lambda place=piece.place: self._run(place))  # type: ignore[misc]
+        step = max(1, min(self._machine.together, len(new) // self._tasks))
+        for at in range(0, len(new), step):
+            self._submit(partial(self._run, new[at : at + step]))
 
-    def _run(self, place: tuple[bytes, Span]) -> None:
-        lead = self._lead(place)
-        if lead is None:
-            return
+    def _run(self, places: list[tuple[bytes, Span]]) -> None:
+        leads = [lead for lead in map(self._lead, places) if lead]
         try:
-            reasons = self._fetch(lead)
+            outcomes = self._fetch(leads) if leads else []
         except Exception:
-            log.exception("reading an object failed in a way it should not have; please report this")
-            reasons = [Reason.IO_ERROR] * len(lead.run)
-        with self._lock:
-            followers = self._waiting.pop(place)
-        for follower in followers:
-            if follower.claim():
-                self._copy(lead, follower, reasons)
-                follower.settle(list(reasons))
-        lead.settle(reasons)  # last: until then its rows are what is copied from
+            log.exception("reading objects failed in a way it should not have; please report this")
+            outcomes = [[Reason.IO_ERROR] * len(lead.run) for lead in leads]
+        for lead, reasons in zip(leads, outcomes, strict=True):
+            with self._lock:
+                followers = self._waiting.pop(lead.place)
+            for follower in followers:
+                if follower.claim():
+                    self._copy(lead, follower, reasons)
+                    follower.settle(list(reasons))
+            lead.settle(reasons)  # last: until then its rows are what is copied from
 
     def _lead(self, place: tuple[bytes, Span]) -> Piece | None:
         """The first piece that is still wanted; the others stay."""
@@ -149,36 +166,51 @@ class Fetches:
                 row = lead.batch.rows.memory[lead.batch.rows.ids[source]]
                 follower.batch.rows.memory[follower.batch.rows.ids[target], :size] = row[:size]
 
-    def _fetch(self, piece: Piece) -> list[Reason | None]:
-        """Reads the blocks of a piece into their rows and proves them."""
+    def _fetch(self, pieces: list[Piece]) -> list[list[Reason | None]]:
+        """Reads the blocks of pieces into their rows and proves them."""
         machine = self._machine
         if not machine.breaker.allow():
-            return [Reason.BREAKER_OPEN] * len(piece.run)
-        deadline = machine.deadline(piece.batch.deadline)
-        reasons = self._decoded(piece, machine.streams, deadline) if machine.streams else self._copied(piece, deadline)
-        if not _BROKEN.isdisjoint(reasons):
-            self._drop(piece, deadline)
-        return reasons
+            return [[Reason.BREAKER_OPEN] * len(piece.run) for piece in pieces]
+        deadline = machine.deadline(min(piece.batch.deadline for piece in pieces))
+        if machine.streams:
+            outcomes = [self._decoded(piece, machine.streams, deadline) for piece in pieces]
+        else:
+            loads = [self._load(piece) for piece in pieces]
+            answers = self._get(pieces, [load.gets for load in loads], deadline)
+            outcomes = [self._proved(load, answer) for load, answer in zip(loads, answers, strict=True)]
+        for piece, reasons in zip(pieces, outcomes, strict=True):
+            if not _BROKEN.isdisjoint(reasons):
+                self._drop(piece, deadline)
+        return outcomes
 
-    def _copied(self, piece: Piece, deadline: float) -> list[Reason | None]:
-        """Reads blocks that are stored as they are."""
-        packing, (key, wanted), whole = self._machine.packing, piece.place, piece.whole
-        tail = memoryview(bytearray(TAIL_BYTES))
-        rows = piece.batch.rows
-        blocks = [rows.memory[rows.ids[i], : packing.block_bytes] for i in piece.run]
-        gets = self._gets(piece, tail, [block.data for block in blocks])
-        answer = self._get(piece, gets, deadline)
+    def _load(self, piece: Piece) -> _Load:
+        """What to read: blocks and tail at once where the tail follows the blocks."""
+        packing, whole, (key, wanted) = self._machine.packing, piece.whole, piece.place
+        memory, ids = piece.batch.rows
+        blocks = [memory[i, : packing.block_bytes] for i in ids[piece.run.start : piece.run.stop].tolist()]
+        tail, parts = memoryview(bytearray(TAIL_BYTES)), [block.data for block in blocks]
+        name, offset = packing.name(key), (wanted.start - whole.start) * packing.block_bytes
+        if wanted.stop == whole.stop:
+            parts.append(tail)
+            gets = [Get(name, offset, parts, whole=wanted == whole, sums=sums_of(parts))]
+        else:
+            end = (whole.stop - whole.start) * packing.block_bytes
+            gets = [Get(name, offset, parts, sums=sums_of(parts)), Get(name, end, [tail])]
+        return _Load(piece, blocks, tail, gets)
+
+    def _proved(self, load: _Load, answer: int | Reason) -> list[Reason | None]:
+        packing, (key, wanted), whole = self._machine.packing, load.piece.place, load.piece.whole
+        count = len(load.blocks)
         if isinstance(answer, Reason):
-            return [answer] * len(blocks)
-        if answer != len(blocks) * packing.block_bytes + TAIL_BYTES:
-            return [Reason.CORRUPT] * len(blocks)
-        expected = packing.prove_tail(tail, key, whole.stop - whole.start)
+            return [answer] * count
+        if answer != count * packing.block_bytes + TAIL_BYTES:
+            return [Reason.CORRUPT] * count
+        expected = packing.prove_tail(load.tail, key, whole.stop - whole.start)
         if isinstance(expected, Reason):
-            return [expected] * len(blocks)
-        first = wanted.start - whole.start
-        sums = gets[0].sums
+            return [expected] * count
+        first, sums = wanted.start - whole.start, load.gets[0].sums
         assert sums is not None
-        return packing.prove(blocks, sums[: len(blocks)], expected[first : first + len(blocks)])
+        return packing.prove(load.blocks, sums[:count], expected[first : first + count])
 
     def _decoded(self, piece: Piece, streams: Streams, deadline: float) -> list[Reason | None]:
         """Reads an object that is a stream: all of it, whatever part is wanted."""
@@ -186,7 +218,7 @@ class Fetches:
         data = np.empty(streams.object_limit(blocks), np.uint8)
         get = Get(self._machine.packing.name(piece.place[0]), 0, [data.data], whole=True)
         begun = time.monotonic()
-        answer = self._get(piece, [get], deadline)
+        (answer,) = self._get([piece], [[get]], deadline)
         if isinstance(answer, Reason):
             return [answer] * len(piece.run)
         streams.loaded(answer, time.monotonic() - begun)
@@ -195,33 +227,30 @@ class Fetches:
         rows = Rows(piece.batch.rows.memory, piece.batch.rows.ids[piece.run])
         return [streams.decode(data[:answer], piece.place[0], blocks, wanted, rows)] * len(piece.run)
 
-    def _get(self, piece: Piece, gets: list[Get], deadline: float) -> int | Reason:
-        """Loads bytes of a piece's object; how many came."""
+    def _get(self, pieces: list[Piece], gets: list[list[Get]], deadline: float) -> list[int | Reason]:
+        """Loads bytes of pieces' objects; how many came of each."""
         machine, begun, came = self._machine, time.monotonic(), 0
         machine.share.begin_load()
         try:
-            answers = machine.store.get_into(gets, deadline=deadline)
-            came = sum(answer for answer in answers if not isinstance(answer, Reason))
+            answers = iter(machine.store.get_into([get for some in gets for get in some], deadline=deadline))
+            found = [_sum_of([next(answers) for _ in some]) for some in gets]
+            came = sum(answer for answer in found if not isinstance(answer, Reason))
         finally:
             machine.share.end_load(came)
-        refusal = next((answer for answer in answers if isinstance(answer, Reason)), None)
-        machine.judge(refusal, deadline, begun)
-        if refusal is Reason.ABSENT:
-            machine.known.note([piece.place[0]], False)
-        return refusal or came
-
-    def _gets(self, piece: Piece, tail: memoryview, blocks: list[memoryview]) -> list[Get]:
-        """What to read: blocks and tail at once where the tail follows the blocks."""
-        packing, whole, (key, wanted) = self._machine.packing, piece.whole, piece.place
-        name, offset = packing.name(key), (wanted.start - whole.start) * packing.block_bytes
-        if wanted.stop == whole.stop:
-            parts = [*blocks, tail]
-            return [Get(name, offset, parts, whole=wanted == whole, sums=sums_of(parts))]
-        end = (whole.stop - whole.start) * packing.block_bytes
-        return [Get(name, offset, blocks, sums=sums_of(blocks)), Get(name, end, [tail])]
+        machine.judge(next((answer for answer in found if answer in _FAILURES), None), deadline, begun)
+        absent = [piece.place[0] for piece, answer in zip(pieces, found, strict=True) if answer is Reason.ABSENT]
+        if absent:
+            machine.known.note(absent, False)
+        return found
 
     def _drop(self, piece: Piece, deadline: float) -> None:
         """Takes a broken object away, so that it is written anew and nobody reads it again."""
         self._machine.known.note([piece.place[0]], False)
         self._machine.tally.add(dropped_blocks=piece.whole.stop - piece.whole.start)
         self._machine.store.delete([self._machine.packing.name(piece.place[0])], deadline=deadline)
+
+
+def _sum_of(answers: list[int | Reason]) -> int | Reason:
+    """How many bytes all came to, or why one did not come."""
+    refusal = next((answer for answer in answers if isinstance(answer, Reason)), None)
+    return refusal or sum(answer for answer in answers if not isinstance(answer, Reason))

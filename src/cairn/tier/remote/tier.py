@@ -132,7 +132,7 @@ class RemoteTier(Tier):
         self._scouts = Workers(_SCOUTS, "cairn-remote-ask")
         self._readers = Workers(limits.threads, "cairn-remote-read")
         self._writers = Workers(max(1, limits.threads // 4), "cairn-remote-write")
-        self._fetches = Fetches(self._machine, partial(self._readers.submit, urgent=True))
+        self._fetches = Fetches(self._machine, partial(self._readers.submit, urgent=True), limits.threads)
         self._flights = Flights(self._at_deadline, "cairn-remote-deadlines")
 
     def match(self, keys: Keys) -> int:
@@ -177,7 +177,7 @@ class RemoteTier(Tier):
         if batch.empty or (not self._flights.add(batch) and batch.expire(Reason.CLOSED)):
             batch.land()
         else:
-            self._writers.submit(batch.step, urgent=False, times=batch.objects)
+            self._writers.submit(batch.step, urgent=False, times=batch.steps)
         return batch.future
 
     def write_start(self, keys: Keys) -> int:

@@ -61,11 +61,13 @@ class WriteBatch(SteppedBatch):
         return True
 
     @property
-    def objects(self) -> int:
-        return len(list(self._machine.packing.spans(self._start, len(self.keys))))
+    def steps(self) -> int:
+        """How many workers can help."""
+        packing = self._machine.packing
+        return -(-len(list(packing.spans(self._start, len(self.keys)))) // self._machine.together)
 
     def joins(self, run: list[int], i: int) -> bool:
-        return (self.first + i) % self._machine.packing.blocks != 0
+        return (self.first + i) % (self._machine.packing.blocks * self._machine.together) != 0
 
     def arrange(self) -> None:
         """Asks once which of the objects are there."""
@@ -84,13 +86,19 @@ class WriteBatch(SteppedBatch):
                 self._admitted = lacking + self._admit(self.keys[lacking:])
 
     def work(self, run: list[int]) -> list[Reason | None]:
-        span = Span(self.first + run[0], self.first + run[-1] + 1)
-        reason = self._reason_against(span)
-        if reason is None and not self._machine.known.get(self.keys[span.stop - 1].tobytes()):
-            reason = self._store(span, run)
-        if reason is not None:
-            self._failed_from = min(self._failed_from, span.start)
-        return [reason] * len(run)
+        spans = list(self._machine.packing.spans(self.first + run[0], self.first + run[-1] + 1))
+        reasons = [self._reason_against(span) for span in spans]
+        known = self._machine.known
+        lacking = [
+            i
+            for i, span in enumerate(spans)
+            if reasons[i] is None and not known.get(self.keys[span.stop - 1].tobytes())
+        ]
+        for i, reason in zip(lacking, self._store([spans[i] for i in lacking]) if lacking else [], strict=True):
+            reasons[i] = reason
+        failed = [span.start for span, reason in zip(spans, reasons, strict=True) if reason is not None]
+        self._failed_from = min([self._failed_from, *failed])
+        return [reason for span, reason in zip(spans, reasons, strict=True) for _ in range(*span)]
 
     def complete(self) -> list[Batch]:
         self._machine.tally.add(**Counter(f"{reason}_total" for reason in self.outcomes if reason is not None))
@@ -104,30 +112,33 @@ class WriteBatch(SteppedBatch):
             return Reason.NOT_ADMITTED
         return Reason.NO_PARENT if span.start >= self._failed_from else None
 
-    def _store(self, span: Span, run: list[int]) -> Reason | None:
+    def _store(self, spans: list[Span]) -> list[Reason | None]:
         machine = self._machine
         if not machine.write_breaker.allow() or not machine.breaker.allow():
-            return Reason.BREAKER_OPEN
-        put = self._put(span, run)
-        machine.share.before_store(put.size, self.deadline)
+            return [Reason.BREAKER_OPEN] * len(spans)
+        puts = [self._put(span) for span in spans]
+        size = sum(put.size for put in puts)
+        machine.share.before_store(size, self.deadline)
         begun = time.monotonic()
         deadline = machine.deadline(self.deadline)
-        (reason,) = machine.store.put([put], deadline=deadline)
-        machine.judge(reason, deadline, begun)
-        if reason is None:
-            if machine.streams:
-                machine.streams.stored(put.size, time.monotonic() - begun)
-            machine.write_breaker.success()
-            machine.known.note([self.keys[span.stop - 1].tobytes()], True)
-            machine.tally.add(written_blocks=len(run), written_bytes=put.size)
-        elif reason is Reason.NO_SPACE:
+        reasons = machine.store.put(puts, deadline=deadline)
+        machine.judge(next((reason for reason in reasons if reason is not None), None), deadline, begun)
+        if machine.streams and not any(reasons):
+            machine.streams.stored(size, time.monotonic() - begun)
+        for span, put, reason in zip(spans, puts, reasons, strict=True):
+            if reason is None:
+                machine.write_breaker.success()
+                machine.known.note([self.keys[span.stop - 1].tobytes()], True)
+                machine.tally.add(written_blocks=span.stop - span.start, written_bytes=put.size)
+        if Reason.NO_SPACE in reasons:
             machine.write_breaker.failure()
-        return reason
+        return reasons
 
-    def _put(self, span: Span, run: list[int]) -> Put:
+    def _put(self, span: Span) -> Put:
         """An object to store."""
         machine, keys = self._machine, self.keys[span.start : span.stop]
-        packing, key, ids = machine.packing, keys[-1].tobytes(), self.rows.ids[run[0] : run[-1] + 1]
+        packing, key = machine.packing, keys[-1].tobytes()
+        ids = self.rows.ids[span.start - self.first : span.stop - self.first]
         if machine.streams:
             rows = Rows(self.rows.memory, ids)
             return Put(packing.name(key), machine.streams.encode(keys, self._namespace, rows, begins=span.start == 0))

@@ -1,0 +1,241 @@
+"""Bytes between parts of memory and files: summed while the cache holds them, and moved in one call without the GIL."""
+
+import errno
+import mmap
+import os
+from collections.abc import Sequence
+from functools import cache
+from itertools import accumulate
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from cairn.codec.xxh3 import ALIGNMENT, CHECKSUM_BYTES, SHORT, absorb, begin, finish, units
+from cairn.copy.memory import fence
+from cairn.jit import kernel, map_file, pread, preadv2, pwritev, unmap
+from cairn.transport.moving import NOTHING, PIECE, Extents, Octets, deliver, extents_of
+
+#: Files are written by so many bytes at a time, if they have them: the system then keeps them in huge pages, which are
+#: read and mapped faster. Smaller reads are not worth a mapping.
+WINDOW: Final = 2 << 20
+_VECTOR: Final = 1024
+_EINTR = errno.EINTR
+_READ_ONLY, _MAPPED = mmap.PROT_READ, mmap.MAP_SHARED | mmap.MAP_POPULATE
+_PAGE, _NOWAIT = mmap.PAGESIZE, os.RWF_NOWAIT
+
+
+class Read(NamedTuple):
+    """Parts (writable) to be filled, one after the other, from a file's bytes from `offset` on.
+
+    sums: of `sums_of`; gets the xxh3-128 of each part that was filled and is not `SHORT`.
+    """
+
+    fd: int
+    offset: int
+    parts: Sequence[memoryview]
+    sums: Octets | None = None
+
+
+def read_files(reads: Sequence[Read]) -> list[int]:
+    """Reads one after the other; how many bytes there were for each, or a negative errno."""
+    stops = list(accumulate(len(read.parts) for read in reads))
+    ranges = [(read.fd, read.offset, stop, read.sums is not None) for read, stop in zip(reads, stops, strict=True)]
+    places = np.array(ranges, np.int64).reshape(-1, 4)
+    extents = extents_of([part for read in reads for part in read.parts])
+    sums, came = np.zeros((len(extents), CHECKSUM_BYTES), np.uint8), np.empty(len(reads), np.int64)
+    _read(places, extents, sums, came)
+    for read, stop in zip(reads, stops, strict=True):
+        if read.sums is not None:
+            read.sums[:] = sums[stop - len(read.parts) : stop]
+    done: list[int] = came.tolist()
+    return done
+
+
+def read_parts(fd: int, offset: int, parts: Sequence[memoryview], sums: Octets | None = None) -> int:
+    """As `read_files`, one. Raises OSError."""
+    return _checked(read_files([Read(fd, offset, parts, sums)])[0])
+
+
+def write_parts(fd: int, offset: int, parts: Sequence[memoryview], sums: Octets | None = None) -> None:
+    """Puts parts, one after the other, into a file from `offset` on; `sums` as in `Read`.
+
+    Raises OSError.
+    """
+    done = _checked(_write(fd, offset, extents_of(parts), NOTHING if sums is None else sums))
+    if done != sum(len(part) for part in parts):
+        raise OSError(errno.ENOSPC, "cut short")
+
+
+@cache
+def rehearse() -> None:
+    """Compiles what the first call would otherwise wait for, up to seconds; milliseconds once that was done."""
+    fd = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        read_parts(fd, 0, [])
+        write_parts(fd, 0, [])
+    finally:
+        os.close(fd)
+
+
+def _checked(done: int) -> int:
+    if done < 0:
+        raise OSError(-done, os.strerror(-done))
+    return done
+
+
+@kernel
+def _read(places: Extents, extents: Extents, sums: Octets, came: Extents) -> None:
+    """Reads files; places: int64 [reads, 4], for each the file, the offset, where its extents end, whether to sum."""
+    # Handed down as an array: one that a kernel uses no more is freed, whatever addresses of it are still about.
+    scratch = np.empty(PIECE + ALIGNMENT, np.uint8)
+    first: int = 0
+    for i in range(len(places)):
+        fd, offset, stop, summed = places[i]
+        if summed:
+            came[i] = _read_summed(fd, offset, extents[first:stop], sums[first:stop], scratch)
+        else:
+            came[i] = _read_plainly(fd, offset, extents[first:stop])
+        first = stop
+    fence()
+
+
+@kernel
+def _read_plainly(fd: int, offset: int, extents: Extents) -> int:
+    total: int = 0
+    for i in range(len(extents)):
+        done = _pread(fd, extents[i, 0], extents[i, 1], offset + total)
+        if done < 0:
+            return done
+        total += done
+        if done < extents[i, 1]:
+            break
+    return total
+
+
+@kernel
+def _read_summed(fd: int, offset: int, extents: Extents, sums: Octets, buffer: Octets) -> int:
+    """Reads by pieces into the buffer, and from there past the caches into the parts; how many bytes, or an errno.
+
+    While a piece is delivered the cache fetches the next one from the system's own memory, so that reading it does not
+    wait for that. It needs an address for this and gets a mapping, of which nothing is ever read: a file that others
+    cut short, or that cannot be read any more, is what a read says and never a signal.
+    """
+    scratch = -(-buffer.ctypes.data // ALIGNMENT) * ALIGNMENT
+    stop = offset + extents[:, 1].sum()
+    start = offset // _PAGE * _PAGE
+    mapped = _mapped(fd, start, stop, scratch)
+    total: int = 0
+    done: int = 0
+    for i in range(len(extents)):
+        size = extents[i, 1]
+        ahead = mapped + offset + total - start if mapped else 0
+        done = _read_part(fd, offset + total, extents[i, 0], size, sums[i], scratch, ahead, stop)
+        if done < 0:
+            break
+        total += done
+        if done < size:
+            break
+    if mapped:
+        unmap(mapped, stop - start)
+    return done if done < 0 else total
+
+
+@kernel
+def _read_part(
+    fd: int, offset: int, address: int, size: int, digest: Octets, scratch: int, mapped: int, stop: int
+) -> int:
+    """mapped: an address that stands for `offset`, or 0; stop: where the mapping ends."""
+    state = np.empty(8, np.uint64)
+    begin(state)
+    for at in range(0, size, PIECE):
+        want = min(PIECE, size - at)
+        done = _pread(fd, scratch, want, offset + at)
+        if done < 0:
+            return done
+        ahead = at + done if mapped and offset + at + done + PIECE <= stop else 0
+        deliver(state, scratch, address + at, done, min(at + want, units(size)) - at, ahead and mapped + ahead)
+        if done < want:
+            return at + done
+    if size > SHORT:
+        finish(state, address, size, digest)
+    return size
+
+
+@kernel
+def _mapped(fd: int, start: int, stop: int, scratch: int) -> int:
+    """A mapping of bytes of a file, if they are worth one and its last one does not come from a device; or 0."""
+    if stop - start < WINDOW:
+        return 0
+    vector = np.array([scratch, 1])
+    here = preadv2(fd, vector.ctypes.data, 1, stop - 1, _NOWAIT) == vector[1]
+    if not here:
+        return 0
+    address: int = map_file(0, stop - start, _READ_ONLY, _MAPPED, fd, start)
+    return max(0, address)
+
+
+@kernel
+def _pread(fd: int, address: int, size: int, offset: int) -> int:
+    """Reads at an offset of a file; how many bytes, fewer only at its end, or a negative errno."""
+    moved: int = 0
+    done: int = 0
+    while moved < size:
+        done = pread(fd, address + moved, size - moved, offset + moved)
+        if done == 0:
+            break
+        if done > 0:
+            moved += done
+        elif done != -_EINTR:
+            return done
+    return moved
+
+
+@kernel
+def _write(fd: int, offset: int, extents: Extents, sums: Octets) -> int:
+    """Sums parts, a window at a time, and writes them; how many bytes, or a negative errno."""
+    state, vector = np.empty(8, np.uint64), np.empty((_VECTOR, 2), np.int64)
+    total: int = 0
+    pending: int = 0
+    count: int = 0
+    for i in range(len(extents)):
+        address, size = extents[i, 0], extents[i, 1]
+        summed = i < len(sums) and size > SHORT
+        begin(state)
+        for at in range(0, size, WINDOW):
+            want = min(WINDOW, size - at)
+            if summed:
+                absorb(state, address + at, min(at + want, units(size)) - at)
+            vector[count, 0], vector[count, 1] = address + at, want
+            count += 1
+            pending += want
+            if pending >= WINDOW or count == _VECTOR:
+                done = _pwritev(fd, vector, count, pending, offset + total)
+                if done < pending:
+                    return done if done < 0 else total + done
+                total += done
+                count = pending = 0
+        if summed:
+            finish(state, address, size, sums[i])
+    done = _pwritev(fd, vector, count, pending, offset + total)
+    return done if done < 0 else total + done
+
+
+@kernel
+def _pwritev(fd: int, vector: Extents, count: int, size: int, offset: int) -> int:
+    """Writes at an offset of a file; how many bytes, or a negative errno. Uses the vector up."""
+    moved: int = 0
+    first: int = 0
+    while moved < size:
+        done = pwritev(fd, vector[first:].ctypes.data, count - first, offset + moved)
+        if done == -_EINTR:
+            continue
+        if done <= 0:
+            return done if done < 0 else moved
+        moved += done
+        while first < count and done >= vector[first, 1]:
+            done -= vector[first, 1]
+            first += 1
+        if first < count:
+            vector[first, 0] += done
+            vector[first, 1] -= done
+    return moved
