@@ -185,6 +185,7 @@ def quality(
         Path | None, typer.Option(exists=True, dir_okay=False, help="Of `cairn codec calibrate`.")
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes that share the windows, of about 2 GB each.")] = 1,
+    only: Annotated[str, typer.Option(help="Compare those whose names contain this: cachegen, rows, int4.")] = "",
     plot: Annotated[Path | None, typer.Option(help="Draw KL over bits into this file, PNG or SVG.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -202,6 +203,7 @@ def quality(
         count=windows,
         calibration=calibration,
         jobs=jobs,
+        only=only,
         tick=lambda i, of: typer.echo(f"window {i} of {of}", err=True),
     )
     if plot:

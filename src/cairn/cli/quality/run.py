@@ -20,6 +20,7 @@ from cairn.codec.fixed import Fp8, Int4, Int8
 from cairn.codec.levels import LEVELS, Level
 from cairn.codec.lossless import Lossless
 from cairn.codec.quantized import Quantizer
+from cairn.errors import InputError
 from cairn.kv import KVGeometry
 
 #: 20,480 scored tokens.
@@ -58,17 +59,18 @@ def run_quality(
     count: int = WINDOWS,
     calibration: Path | None = None,
     jobs: int = 1,
+    only: str = "",
     tick: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Takes a minute a window on two cores; jobs: processes that share the windows, each with a model of its own and
-    one thread. Raises InputError and StorageError as its parts do.
+    """Takes a minute a window on two cores. jobs: processes that share the windows, each with a model of its own and
+    one thread. only: what the names of those compared contain. Raises InputError and StorageError as its parts do.
     """
     from cairn.cli.demo.model import default_cache_dir
 
     home = model_dir or fetch_model(default_cache_dir(), Screen())
     _, tokenizer = open_model(home)
     wanted = windows(tokenizer, count)
-    score = partial(_scores, home, calibration, 1 if jobs > 1 else 0)
+    score = partial(_scores, home, calibration, only, 1 if jobs > 1 else 0)
     scored = []
     with ProcessPoolExecutor(jobs, get_context("spawn")) if jobs > 1 else nullcontext() as pool:
         for found in pool.map(score, wanted) if pool else map(score, wanted):
@@ -78,16 +80,16 @@ def run_quality(
     return report(scored, [window.source for window in wanted])
 
 
-def _scores(home: Path, calibration: Path | None, threads: int, window: Window) -> dict[str, Score]:
+def _scores(home: Path, calibration: Path | None, only: str, threads: int, window: Window) -> dict[str, Score]:
     """One window, in whichever process. threads: of torch; 0 leaves it its own choice."""
-    model, compared = _opened(home, calibration, threads)
+    model, compared = _opened(home, calibration, only, threads)
     found: dict[str, Score] = scores(model, window, compared)  # inference_mode has no types
     return found
 
 
 @cache
-def _opened(home: Path, calibration: Path | None, threads: int) -> tuple[Any, dict[str, Subject]]:
-    """The model and what is compared on it, opened once a process."""
+def _opened(home: Path, calibration: Path | None, only: str, threads: int) -> tuple[Any, dict[str, Subject]]:
+    """The model and what is compared on it, opened once a process. Raises InputError where nothing is."""
     import torch
 
     from cairn.connect.hf_model import geometry_of
@@ -98,7 +100,11 @@ def _opened(home: Path, calibration: Path | None, threads: int) -> tuple[Any, di
     g = geometry_of(model)
     geometry = KVGeometry(layers=g.layers, kv_heads=g.kv_heads, head_dim=g.head_dim, dtype="bfloat16")
     known = Calibration.load(calibration) if calibration else shipped(NAME) if home.name == NAME else None
-    return model, subjects(geometry, known)
+    compared = subjects(geometry, known)
+    chosen = {name: subject for name, subject in compared.items() if only in name}
+    if not chosen:
+        raise InputError(f"--only {only!r}: in no name; name a part of one of {', '.join(compared)}")
+    return model, chosen
 
 
 def report(scored: Sequence[dict[str, Score]], sources: Sequence[str]) -> dict[str, Any]:
