@@ -117,21 +117,23 @@ def _key(bits: Any) -> Any:
 @kernel
 def _head(low_key: Any, high_key: Any, bits: int, unit: int) -> Any:
     """(head, 1 / scale, unit * zero) of a group; 1 / scale is 0 where it comes back as NaN."""
+    if high_key >= _INFINITY or low_key <= ~_INFINITY:
+        return NAN_SCALE, np.float32(0), np.float32(0)
     low, high = np.int32(_key(low_key)).view(np.float32), np.int32(_key(high_key)).view(np.float32)
-    largest, code = max(abs(low), abs(high)), np.int64(NAN_SCALE)
-    if high_key < _INFINITY and low_key > ~_INFINITY:
-        if unit:
-            by_range = (high - low) * np.float32(1 / ((1 << bits) - unit))
-            wanted = max(by_range, largest * np.float32(1 / (MOST_ZERO * unit)))
-        else:
-            wanted = largest * np.float32(1 / E4M3_MAX)
-        code = ((np.int64(np.float32(wanted).view(np.uint32)) + 0xFFFFF) >> 20) - SCALE_OFFSET
-    inverse, zero = np.float32(0), np.float32(0)
-    code = min(max(code, np.int64(0)), np.int64(NAN_SCALE))
-    if code < NAN_SCALE:
-        inverse = np.float32(1) / np.uint32((code + SCALE_OFFSET) << 20).view(np.float32)
-        if unit:
-            zero = np.rint((low * inverse - np.float32((unit - 1) / 2)) * np.float32(1 / unit))
+    largest = max(abs(low), abs(high))
+    if unit:
+        by_range = (high - low) * np.float32(1 / ((1 << bits) - unit))
+        wanted = max(by_range, largest * np.float32(1 / (MOST_ZERO * unit)))
+    else:
+        wanted = largest * np.float32(1 / E4M3_MAX)
+    code = ((np.int64(np.float32(wanted).view(np.uint32)) + 0xFFFFF) >> 20) - SCALE_OFFSET
+    if code >= NAN_SCALE:
+        return NAN_SCALE, np.float32(0), np.float32(0)
+    code = max(code, np.int64(0))
+    inverse = np.float32(1) / np.uint32((code + SCALE_OFFSET) << 20).view(np.float32)
+    if not unit:
+        return code, inverse, np.float32(0)
+    zero = np.rint((low * inverse - np.float32((unit - 1) / 2)) * np.float32(1 / unit))
     return code | (np.int64(zero) & 255) << 8, inverse, zero * np.float32(unit)
 
 
