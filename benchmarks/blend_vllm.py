@@ -44,6 +44,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=150, help="start no round when so much was measured")
     parser.add_argument("--cpu-size", default="8GiB", help="host memory of each engine with a connector")
+    parser.add_argument("--codec", default="none", help="of the rows in host memory: none, int8, fp8, int4")
     parser.add_argument("--logs", type=Path, help="where the engines' logs are kept (default: nowhere)")
     parser.add_argument("--cpu-smoke", action="store_true")
     args = parser.parse_args()
@@ -66,7 +67,7 @@ def start(args: argparse.Namespace, home: Path, logs: Path) -> Crew:
     started = Crew()
     longest = max(args.lengths) + 1024
     for name in ("none", "prefix", *(f"blend-{ratio}" for ratio in args.ratios)):
-        extra: dict[str, Any] = {"storage__cpu__size": args.cpu_size}
+        extra: dict[str, Any] = {"storage__cpu__size": args.cpu_size, "storage__cpu__codec": args.codec}
         if args.cpu_smoke:
             extra["engine__planner"] = False
         if name.startswith("blend"):
@@ -198,7 +199,7 @@ def main() -> None:
                         visit(running, name, tokens)
             running.all("freeze", VISIT_S)
             result = engines.machine() | next(iter(running.values())).about
-            result |= {"cpu_size": args.cpu_size, "chunks": CHUNKS, "check_layer": args.check_layer}
+            result |= {"cpu_size": args.cpu_size, "chunks": CHUNKS, "check_layer": args.check_layer, "codec": args.codec}
             result |= {"ready_after_s": time.monotonic() - began}
             print(f"warm after {result['ready_after_s']:.0f} s", flush=True)
             measure(args, running, prompts, result)
