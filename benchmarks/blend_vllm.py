@@ -199,7 +199,12 @@ def main() -> None:
                         visit(running, name, tokens)
             running.all("freeze", VISIT_S)
             result = engines.machine() | next(iter(running.values())).about
-            result |= {"cpu_size": args.cpu_size, "chunks": CHUNKS, "check_layer": args.check_layer, "codec": args.codec}
+            result |= {
+                "cpu_size": args.cpu_size,
+                "chunks": CHUNKS,
+                "check_layer": args.check_layer,
+                "codec": args.codec,
+            }
             result |= {"ready_after_s": time.monotonic() - began}
             print(f"warm after {result['ready_after_s']:.0f} s", flush=True)
             measure(args, running, prompts, result)
