@@ -38,7 +38,7 @@ from cairn.observe.log import log_once, setup_logging
 from cairn.observe.metrics import Figures, Metrics
 from cairn.observe.reasons import Reason
 from cairn.observe.trace import begin, setup_tracing
-from cairn.plan import Autopilot, CostModel, Segment, Work
+from cairn.plan import Autopilot, CostModel, Segment
 from cairn.tier.arena import Arena
 
 if TYPE_CHECKING:
@@ -357,7 +357,8 @@ class EngineCore:
 
     def observe_prefill(self, tokens: int, context: int, seconds: float) -> None:
         """Tells the planner what computing `tokens` behind `context` others took."""
-        self.cost.recompute.observe(Work.of([(tokens, context)]), seconds)
+        recompute = self.cost.recompute
+        recompute.observe(recompute.work(tokens, context), seconds)
 
     # --- the engine itself ---------------------------------------------------------------------------------------
 

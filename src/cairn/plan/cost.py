@@ -151,12 +151,15 @@ class RecomputeCost:
     Linear, so that a step's requests add up: steps shared by several prefills and decodes are as good to learn from as
     one prefill alone. step_tokens: how many tokens one step of the engine computes at most; longer prompts take several
     steps. None: no limit. stages: of a pipeline that a step passes through, the next one a stage behind it; what is
-    observed is then the time of one stage.
+    observed is then the time of one stage. masks: attention behind a context computes all pairs and masks those that
+    causality excludes, while without a context it leaves them out, as PyTorch's scaled_dot_product_attention does: a
+    short hit before a long prompt then costs more than it spares.
     """
 
     def __init__(self, window: int = 64) -> None:
         self.step_tokens: int | None = None
         self.stages = 1
+        self.masks = False
         self._fit = OnlineFit(3, window)
 
     @property
@@ -182,6 +185,12 @@ class RecomputeCost:
         """a, b and c [3]. Call only when `ready`."""
         return self._fit.coefficients()
 
+    def work(self, tokens: int, context: int) -> Work:
+        """Of one request in a step."""
+        if self.masks and context:
+            return Work(tokens, tokens * float(context + tokens))
+        return Work.of([(tokens, context)])
+
     def observe(self, work: Work, seconds: float) -> None:
         """A measured step."""
         self._fit.observe((1.0, *work), seconds)
@@ -191,7 +200,7 @@ class RecomputeCost:
         if not tokens:
             return 0.0
         steps = -(-tokens // self.step_tokens) if self.step_tokens else 1
-        seconds = self.seconds_of(Work.of([(tokens, context)]), steps)
+        seconds = self.seconds_of(self.work(tokens, context), steps)
         if self.stages > 1:  # all steps pass through the first stage, the dearest then through the others
             seconds += (self.stages - 1) * self.seconds_of(self._last_step(tokens, context))
         return seconds
@@ -203,7 +212,7 @@ class RecomputeCost:
     def _last_step(self, tokens: int, context: int) -> Work:
         """A prefill's dearest step: as full as any, behind all others."""
         step = min(tokens, self.step_tokens or tokens)
-        return Work.of([(step, context + tokens - step)])
+        return self.work(step, context + tokens - step)
 
 
 class LoadCost:
