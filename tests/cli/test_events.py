@@ -1,7 +1,6 @@
 """`cairn events`: what is recorded, published again and recorded once more is the same."""
 
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -10,18 +9,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from tests.fleet.peers import free_endpoint
 
 from cairn.fleet.base import Source
 from cairn.fleet.recording import Message, Recorder, Recording
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SAMPLE = Path(__file__).parents[1] / "data" / "vllm_kv_events.bin"
-
-
-def free_endpoint() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{found.getsockname()[1]}"
 
 
 def test_the_sample_in_figures(run: Run) -> None:

@@ -5,7 +5,6 @@ import base64
 import json
 import select
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,15 +18,14 @@ from cairn.fleet.instances import Instance, Limits
 from cairn.fleet.metrics import FleetMetrics
 from tests.fleet.holder import Hash, Holder
 from tests.fleet.wire_events import encode, stored
+from tests.ports import free_ports
 
 DEADLINE_S = 20.0
 LIMITS = Limits(replay_s=8.0, quiet_s=1.0, check_s=0.3, lost_s=5.0)
 
 
 def free_endpoint() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{found.getsockname()[1]}"
+    return f"tcp://127.0.0.1:{free_ports(1)[0]}"
 
 
 async def until(condition: Callable[[], bool], what: str = "") -> None:

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tests.ports import free_ports
+
 STOP_S = 30.0
 
 
@@ -22,9 +23,7 @@ class Server:
 
     def __init__(self, model: Path, home: Path, *options: str, environ: Mapping[str, str] | None = None) -> None:
         """options: of the command line; environ: beside this process's own."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        (self.port,) = free_ports(1)
         self.log = home / "log"
         self._command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         self._command += ["--served-model-name", "smol", "--host", "127.0.0.1", "--port", str(self.port)]
