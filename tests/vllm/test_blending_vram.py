@@ -22,10 +22,14 @@ def test_a_prompt_with_chunks_is_loaded_from_dram(model: Path, node: Node) -> No
         assert stats(llm)["stored_tokens"]["vram"] > 400, "chunks are prompts here, and in VRAM"
         # The first prompt's head is in VRAM, too, when the others ask for it.
         prompts = [texts.prompt(order, 1) for order in ([0, 1, 2], [0, 3, 4], [4, 2, 1])]
+        before = stats(llm)["hit_tokens"].get("vram", 0)
         with ratio(llm, 1.0):
             found = [answers(llm, [prompt])[0] for prompt in prompts]
         settle(llm)
         assert counted(llm)[1] >= 0.8 * counted(llm)[0] > 400
+        assert stats(llm)["hit_tokens"].get("vram", 0) == before
+        assert stats(llm)["hit_tokens"]["dram"] > 400
+        assert "io_error" not in stats(llm)["miss_tokens"], "a blend has failed"
         assert found == answers(llm, prompts, cache_salt="another tenant")
         settle(llm)
         no_leak(llm)

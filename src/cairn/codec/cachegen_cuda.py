@@ -34,8 +34,8 @@ _DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32
 
 
 class Planes:
-    """All planes of a stream, decoded on one device, one stream at a time. Thread-safe. Memory is torch's, and given
-    back to it after each stream.
+    """All planes of a stream, decoded on one device, one stream at a time. Thread-safe. Memory is torch's, which keeps
+    it for the next stream.
     """
 
     def __init__(self, device: str) -> None:

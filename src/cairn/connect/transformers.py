@@ -43,7 +43,7 @@ class CairnConnector:
         if own != engine.geometry:
             raise GeometryError(f"{type(model).__name__} has {own}, the engine {engine.geometry}: must be equal")
         self.engine = engine
-        engine.cost.recompute.masks = model.config._attn_implementation == "sdpa"
+        engine.cost.recompute.masks = getattr(model.config, "_attn_implementation", None) == "sdpa"
         self._owns_engine = False
         self._dtype = model.dtype
         self.blender = Blender(model, engine, tokenizer) if engine.config.blending.enabled else None

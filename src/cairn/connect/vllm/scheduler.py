@@ -95,8 +95,8 @@ class SchedulerSide:
             with serving(request.request_id), joined(getattr(request, "trace_headers", None)):
                 if self._awaits(tracked, computed) or not self._answered(tracked):
                     return None, False
-                vram = not (self._blending and tracked.blends and self._blending.chunked(request))
-                tracked.stage = self.engine.stage(tracked.chain, first_token=computed, vram=vram)
+                blends = self._vram and self._blending and tracked.blends and self._blending.chunked(request)
+                tracked.stage = self.engine.stage(tracked.chain, first_token=computed, vram=not blends)
             self.engine.metrics.lookups.tick()
         if not tracked.stage.settled:
             return None, False
