@@ -22,6 +22,9 @@ from tests.cluster.proxy import Proxy
 
 pytestmark = needs_etcd
 
+#: What a leader's end may cost: most of it is etcd's own election, of which a busy machine may need several.
+RECOVERY_S = 10.0
+
 
 @pytest.fixture(scope="module")
 def three() -> Iterator[Cluster]:
@@ -82,7 +85,7 @@ def test_no_event_is_lost_or_doubled_while_leaders_die(three: Cluster) -> None:
             keys = [change.key for change in changes if change.key != "/w/first"]
             assert keys == [f"/w/{i:04}" for i in range(count)]
             assert [change.revision for change in changes] == sorted({change.revision for change in changes})
-        assert longest < 5
+        assert longest < RECOVERY_S
         for one in reading:
             one.cancel()
         await asyncio.wait(reading)
@@ -108,7 +111,7 @@ def test_a_frozen_leader_costs_a_few_seconds(three: Cluster) -> None:
             try:
                 begun = time.monotonic()
                 await put_once(registry, "/f/b")
-                assert time.monotonic() - begun < 6
+                assert time.monotonic() - begun < RECOVERY_S
                 changes = await asyncio.wait_for(anext(watch), 10)
                 assert [change.key for change in changes] == ["/f/b"]
                 assert registry.metrics.cluster_watch_resumes.value() == 1
