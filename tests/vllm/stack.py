@@ -56,6 +56,10 @@ class Engine:
         """What it answers when it reuses nothing."""
         return ids(self.server.complete(prompt, tokens, cache_salt=os.urandom(8).hex(), return_token_ids=True))
 
+    def asked(self) -> float:
+        """Tokens of prompts, wherever it had them from."""
+        return self.server.metric("vllm:prompt_tokens_by_source_total")
+
     def computed(self) -> float:
         """Tokens of prompts that it has computed itself."""
         return self.server.metric("vllm:prompt_tokens_by_source_total", 'source="local_compute"')

@@ -208,14 +208,22 @@ class Pair:
         whole block; the tokens are those of one alone.
         """
         alone = [self.decode.alone(one, TOKENS) for one in prompts]
-        before = [self.prefill.computed(), self.decode.computed(), self.prefills()]
+        engines = self.prefill, self.decode
+        before, prefills = [(engine.asked(), engine.computed()) for engine in engines], self.prefills()
         with ThreadPoolExecutor(len(prompts)) as pool:
             assert list(pool.map(self.ask, prompts)) == alone
         lengths = [len(one) for one in prompts]
-        left = sum(length % BLOCK or 1 for length in lengths)
-        until(lambda: self.decode.computed() - before[1] == left, "the decode engine computes what is no whole block")
-        assert sum(lengths) - shared <= self.prefill.computed() - before[0] <= sum(lengths)
-        assert self.prefills() - before[2] == len(prompts)
+        computed = []
+        for engine, (tokens, own) in zip(engines, before, strict=True):
+            until(lambda: engine.asked() - tokens == sum(lengths), "an engine's own count")  # noqa: B023 - here and now
+            computed.append(engine.computed() - own)
+        left = sum(length % BLOCK for length in lengths)
+        # Of a prompt of whole blocks the last token is computed again. vLLM counts it as computed if the load was part
+        # of a step, and as loaded if the request waited for it outside.
+        again = sum(length % BLOCK == 0 for length in lengths)
+        assert left <= computed[1] <= left + again, "the decode engine computes what is no whole block"
+        assert sum(lengths) - shared <= computed[0] <= sum(lengths)
+        assert self.prefills() - prefills == len(prompts)
         assert self.gateway.metric("cairn_serve_engine_failures_total") == 0
 
 
