@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from cairn.config import load_config
 from cairn.engine import CacheEngine
+from cairn.engine.node_journal import NodeJournal
 from cairn.index.slots import RESIDENT
 from cairn.node import following, wire
+from cairn.node.client import Link
 from tests.engine.pages import SLOT, namespace, prompt, retrieved, stored
 
 from .peer import Peer, keys_of
@@ -96,6 +98,23 @@ def lose(one: Listener) -> None:
     client._found.clear()
     client.link._lost("the test says so")
     assert client.wait(60)
+
+
+def test_a_session_is_followed_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what is matched first would not be mentioned, and its children would be told without it."""
+    begin, found = NodeJournal.begin, []
+    with two_engines() as (node, (one, other)):
+        stored(one.engine, PROMPTS[2])
+
+        def used(journal: NodeJournal, link: Link) -> None:
+            found.append(other.engine.lookup(PROMPTS[2]))
+            begin(journal, link)
+
+        monkeypatch.setattr(NodeJournal, "begin", used)
+        lose(other)
+        assert found == [0, 0]
+        assert one.engine.flush(10)
+        other.agrees(node)
 
 
 STEP = st.tuples(

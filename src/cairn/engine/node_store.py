@@ -184,6 +184,8 @@ class NodeStore(BlockStore):
         self._figures_at = 0.0
         self._figures_lock = threading.Lock()
         self._journals: dict[str, NodeJournal] = {}
+        self._followed: Link | None = None
+        self._journals_lock = threading.Lock()
         metrics.watch("node", self._own_figures)
         self._client = NodeClient(
             address, geometry, layout, timeout_s=timeout_s, on_link=self._linked, canonical=canonical
@@ -238,12 +240,12 @@ class NodeStore(BlockStore):
         return NodeWriting(link, number, reply, self._committed)
 
     def watch(self) -> dict[str, NodeJournal]:
-        if not self._journals:
-            self._journals = {tier: NodeJournal(tier, self._client, self._figures_of) for tier in _WATCHED}
-            link = self._link()
-            if link:
-                self._follow(link)
-        return self._journals
+        with self._journals_lock:
+            if not self._journals:
+                self._journals = {tier: NodeJournal(tier, self._client, self._figures_of) for tier in _WATCHED}
+                if self._followed:
+                    self._follow(self._followed)
+            return self._journals
 
     def flush(self, timeout: float) -> bool:
         link = self._link()
@@ -281,7 +283,10 @@ class NodeStore(BlockStore):
     def _linked(self, link: Link) -> None:
         for tier in link.welcome.tiers:
             self._metrics.watch(tier, partial(self._figures_of, tier))
-        self._follow(link)
+        # What is matched and reserved before the journals have begun would not be mentioned to them.
+        with self._journals_lock:
+            self._followed = link
+            self._follow(link)
 
     def _follow(self, link: Link) -> None:
         for journal in self._journals.values():

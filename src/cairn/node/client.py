@@ -150,8 +150,9 @@ class Link:
 class NodeClient:
     """Keeps a session at the node for the blocks of one geometry and layout, and finds another when it is over.
 
-    `refusal`: why the node will not have this client; None while it might. on_link: told of every new session.
-    canonical: whether codecs can read its rows' values.
+    `refusal`: why the node will not have this client; None while it might. on_link: told of every new session
+    before others find it, so that what it says reaches the node first. canonical: whether codecs can read its rows'
+    values.
     """
 
     def __init__(
@@ -236,10 +237,10 @@ class NodeClient:
 
     def _serve(self, link: Link, hears: Dealer) -> None:
         """The life of a session."""
-        self.link = link
-        self.links += 1
         if self._on_link:
             self._on_link(link)
+        self.link = link
+        self.links += 1
         self._found.set()
         self._follow(link, hears)
         self._part(link, hears)
