@@ -16,6 +16,7 @@ from cairn.cluster.values import encode
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
+NOBODY = {"instances": {}, "replicas": {}, "nodes": {}, "leader": None, "slo": {}}
 CAIRN = [sys.executable, "-c", "from cairn.cli import main; main()"]
 
 
@@ -55,9 +56,13 @@ def test_an_engine_is_registered_shown_and_forgotten(run: Run, cluster: Cluster)
             assert (shown["role"], shown["model"], shown["block_tokens"]) == ("MIX", "tiny", 32)
             assert [one["endpoint"] for one in shown["events"]] == ["tcp://10.0.0.1:5557", "tcp://10.0.0.1:5558"]
             assert first.stdout.readline() == f"a: registered as {shown['incarnation']}\n"
+            for what in ("drain", "undrain"):
+                told = run("cluster", what, "a", "--etcd-addr", address)
+                assert (told.returncode, told.stdout, told.stderr) == (0, "", "")
+                assert next(one for one in events if one["draining"] is (what == "drain"))["event"] == "changed"
             first.kill()
             assert next(one for one in events if one["event"] != "changed")["event"] == "left"
-            assert listing(run, cluster) == {"instances": {}, "replicas": {}, "nodes": {}}
+            assert listing(run, cluster) == NOBODY
             lasting = [*register[:-1], "cluster.lease_s=300", "--http", engine.url]
             with subprocess.Popen(lasting, stdout=subprocess.PIPE, text=True) as second:
                 rejoined = next(events)
@@ -70,6 +75,14 @@ def test_an_engine_is_registered_shown_and_forgotten(run: Run, cluster: Cluster)
         finally:
             watcher.kill()
             first.kill()
+
+
+@needs_etcd
+def test_the_slo_is_set_for_all_and_unset(run: Run, cluster: Cluster) -> None:
+    at = ("--etcd-addr", cluster.endpoints[0], "--namespace", "slos")
+    for options, shown in ((("--ttft-s", "1.5"), {"ttft_s": 1.5}), ((), {})):
+        assert run("cluster", "slo", *options, *at).returncode == 0
+        assert json.loads(run("cluster", "list", "--json", *at).stdout)["slo"] == shown
 
 
 @needs_etcd
@@ -95,6 +108,7 @@ AT_NOWHERE = ("--etcd-addr", "127.0.0.1:1")
         (("cluster", "list"), 2, "cluster.etcd_addr is empty"),
         (("cluster", "list", "--etcd-addr", "nonsense"), 2, "'nonsense': must be host:port"),
         (("cluster", "list", *AT_NOWHERE, "--set", "cluster.timeout_s=0.5"), 1, "has not answered in 0.5 s"),
+        (("cluster", "drain", "a", *AT_NOWHERE, "--set", "cluster.timeout_s=0.5"), 1, "has not answered in 0.5 s"),
         (("register", "--name", "a/b", "--http", "http://a:1", *AT_NOWHERE), 2, "Instance a/b"),
         (("register", "--name", "a", "--http", "a:1", *AT_NOWHERE), 2, "must be an address such as"),
         (("register", "--name", "a", "--http", "http://a:1", *AT_NOWHERE, "--role", "BOSS"), 2, "BOSS: no role"),

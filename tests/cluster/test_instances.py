@@ -16,6 +16,7 @@ from cairn.cluster import (
     Keys,
     Left,
     Load,
+    Member,
     MemoryRegistry,
     Registration,
     Registry,
@@ -24,7 +25,9 @@ from cairn.cluster import (
     Role,
     Shared,
     TierState,
+    drain,
     put_setting,
+    undrain,
 )
 from cairn.cluster.directory import Event
 from cairn.cluster.values import decode, encode
@@ -74,12 +77,12 @@ def test_an_instance_joins_reports_changes_and_leaves(within: Within) -> None:
             assert await directory.wait(10)
             async with Registration(registry, keys.instance("a"), FULL, 30) as registration:
                 await until(lambda: "a" in directory.members, "the join")
-                assert directory.members["a"] == (FULL, None, None)
+                assert directory.members["a"] == Member(FULL)
                 assert await registration.report(keys.instance("a", "load"), load(running=3, ttft_s=0.2))
                 cache = CacheState(incarnation="1", time=2.0, tiers=(TierState(tier="remote", used_bytes=5),))
                 assert await registration.report(keys.instance("a", "cache"), cache)
                 await until(lambda: directory.members["a"].cache == cache, "the reports")
-                assert directory.members["a"] == (FULL, load(running=3, ttft_s=0.2), cache)
+                assert directory.members["a"] == Member(FULL, load(running=3, ttft_s=0.2), cache)
                 late: list[Event] = []
                 stop = directory.listen(late.append)
                 assert late == [Joined(directory.members["a"])]
@@ -87,7 +90,7 @@ def test_an_instance_joins_reports_changes_and_leaves(within: Within) -> None:
                 other = instance(role=Role.DECODE)
                 assert await registration.update(other)
                 await until(lambda: directory.members["a"].instance == other, "the change")
-                assert directory.members["a"] == (other, load(running=3, ttft_s=0.2), cache)
+                assert directory.members["a"] == Member(other, load(running=3, ttft_s=0.2), cache)
             await until(lambda: not directory.members, "the leaving")
         kinds = [type(event) for event in events]
         assert kinds[:4] == [Joined, Changed, Changed, Changed]
@@ -202,6 +205,32 @@ def test_an_opening_that_is_cancelled_leaves_nothing_behind() -> None:
     asyncio.run(main())
 
 
+def test_a_drained_instance_is_drained_for_all_until_it_leaves(within: Within) -> None:
+    async def body(registry: Registry, prefix: str) -> None:
+        keys = Keys(prefix.strip("/"))
+        with pytest.raises(InputError, match="instance 'a': is not there"):
+            await drain(registry, keys, "a")
+        async with Directory(registry, keys) as one, Directory(registry, keys) as other:
+            async with Registration(registry, keys.instance("a"), FULL, 30):
+                for directory in (one, other):
+                    await until(lambda: "a" in directory.members, "the join")  # noqa: B023 - here
+                await drain(registry, keys, "a")
+                for directory in (one, other):
+                    await until(lambda: directory.members["a"].drain is not None, "draining")  # noqa: B023 - here
+                await undrain(registry, keys, "a")
+                await undrain(registry, keys, "a")
+                for directory in (one, other):
+                    await until(lambda: directory.members["a"].drain is None, "no draining")  # noqa: B023 - here
+                await drain(registry, keys, "a")
+            await until(lambda: not one.members, "the leaving")
+            assert await registry.get(keys.instance("a", "drain")) is None
+            async with Registration(registry, keys.instance("a"), instance(incarnation="2"), 30):
+                await until(lambda: "a" in one.members, "the next one")
+                assert one.members["a"].drain is None
+
+    within(body)
+
+
 def test_values_that_cannot_be_read_are_counted_and_left_out(within: Within) -> None:
     async def body(registry: Registry, prefix: str) -> None:
         keys = Keys(prefix.strip("/"))
@@ -223,7 +252,7 @@ def test_values_that_cannot_be_read_are_counted_and_left_out(within: Within) -> 
         await registry.put(keys.instance("good", "load"), b'{"incarnation":"1","time":0,"kv_usage":2}')
         async with Directory(registry, keys) as directory:
             assert await directory.wait(10)
-            assert dict(directory.members) == {"good": (instance("good"), None, None)}
+            assert dict(directory.members) == {"good": Member(instance("good"))}
             unread = registry.metrics.cluster_unread
             assert {
                 reason: unread.value(kind="Instance", reason=reason) for reason in ("malformed", "newer", "misplaced")

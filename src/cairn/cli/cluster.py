@@ -1,4 +1,4 @@
-"""`cairn cluster`: who is there."""
+"""`cairn cluster`: who is there, and what all replicas of the service are told."""
 
 import contextlib
 import json
@@ -11,7 +11,9 @@ import typer
 from cairn.cli.output import help_if_alone, show
 
 if TYPE_CHECKING:
-    from cairn.cluster import Member
+    from collections.abc import Awaitable, Callable
+
+    from cairn.cluster import Keys, Member, Registry
     from cairn.cluster.directory import Event
     from cairn.config.schema import Cluster
 
@@ -19,7 +21,7 @@ app = typer.Typer(
     callback=help_if_alone,
     invoke_without_command=True,
     rich_markup_mode=None,
-    help="Show the instances, replicas and nodes that are registered in etcd.",
+    help="Show the instances, replicas and nodes that are registered in etcd, and tell all replicas what holds.",
 )
 
 ConfigFile = Annotated[
@@ -29,6 +31,8 @@ Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help=
 Etcd = Annotated[str | None, typer.Option(help="Members of etcd, as host:port, with commas between.", metavar="ADDR")]
 Namespace = Annotated[str | None, typer.Option(help="First part of every key.", metavar="NAME")]
 _Json = Annotated[bool, typer.Option("--json", help="For machines.")]
+_Name = Annotated[str, typer.Argument(help="Of an instance.")]
+_Slo = Annotated[float | None, typer.Option(min=0.001, help="Seconds; left out: each replica's own.")]
 
 
 @app.command("list")
@@ -39,7 +43,8 @@ def list_members(
     settings: Settings = [],  # noqa: B006 (typer copies it)
     as_json: _Json = False,
 ) -> None:
-    """List the instances with their last reports, the service's replicas, and the nodes that answer peers.
+    """List the instances with their last reports, the service's replicas and which of them leads, the SLO that they
+    share, and the nodes that answer peers.
 
     \b
     Example:
@@ -74,6 +79,67 @@ def watch(
         asyncio.run(_watch(cluster, seconds, reports, as_json))
 
 
+@app.command()
+def drain(
+    name: _Name,
+    etcd_addr: Etcd = None,
+    namespace: Namespace = None,
+    config: ConfigFile = None,
+    settings: Settings = [],  # noqa: B006 (typer copies it)
+) -> None:
+    """Have no replica of the service send anything new to an instance, until it leaves or `cairn cluster undrain`.
+
+    \b
+    Example:
+      cairn cluster drain a --etcd-addr 127.0.0.1:2379
+    """
+    from cairn.cluster import drain as tell
+
+    _told(cluster_config(etcd_addr, namespace, config, settings), lambda registry, keys: tell(registry, keys, name))
+
+
+@app.command()
+def undrain(
+    name: _Name,
+    etcd_addr: Etcd = None,
+    namespace: Namespace = None,
+    config: ConfigFile = None,
+    settings: Settings = [],  # noqa: B006 (typer copies it)
+) -> None:
+    """Have all replicas of the service send requests to an instance again.
+
+    \b
+    Example:
+      cairn cluster undrain a --etcd-addr 127.0.0.1:2379
+    """
+    from cairn.cluster import undrain as tell
+
+    _told(cluster_config(etcd_addr, namespace, config, settings), lambda registry, keys: tell(registry, keys, name))
+
+
+@app.command()
+def slo(
+    ttft_s: _Slo = None,
+    tbt_s: _Slo = None,
+    etcd_addr: Etcd = None,
+    namespace: Namespace = None,
+    config: ConfigFile = None,
+    settings: Settings = [],  # noqa: B006 (typer copies it)
+) -> None:
+    """Set the SLO of all replicas of the service, from now on; without options each has its own again.
+
+    \b
+    Example:
+      cairn cluster slo --ttft-s 1 --tbt-s 0.05 --etcd-addr 127.0.0.1:2379
+    """
+    from cairn.cluster import put_setting
+    from cairn.serve.gateway.agreed import SLO, SharedSlo
+
+    shared = SharedSlo(ttft_s=ttft_s, tbt_s=tbt_s)
+    cluster = cluster_config(etcd_addr, namespace, config, settings)
+    _told(cluster, lambda registry, keys: put_setting(registry, keys, SLO, shared))
+
+
 def cluster_config(etcd_addr: str | None, namespace: str | None, config: Path | None, settings: list[str]) -> "Cluster":
     """The section `cluster` with the options in force. Raises ConfigError without an address of etcd."""
     from cairn.config import load_config, parse_assignment
@@ -87,8 +153,21 @@ def cluster_config(etcd_addr: str | None, namespace: str | None, config: Path | 
     return cluster
 
 
+def _told(cluster: "Cluster", tell: "Callable[[Registry, Keys], Awaitable[None]]") -> None:
+    import asyncio
+
+    from cairn.cluster import Keys, open_registry
+
+    async def told() -> None:
+        async with open_registry(cluster) as registry:
+            await tell(registry, Keys(cluster.namespace))
+
+    asyncio.run(told())
+
+
 async def _listing(cluster: "Cluster") -> dict[str, Any]:
-    from cairn.cluster import Directory, HostNodes, Keys, Replicas, open_registry
+    from cairn.cluster import Directory, Election, HostNodes, Keys, Replicas, open_registry
+    from cairn.serve.gateway.agreed import ELECTION, SLO
 
     keys = Keys(cluster.namespace)
     async with open_registry(cluster) as registry:
@@ -104,6 +183,8 @@ async def _listing(cluster: "Cluster") -> dict[str, Any]:
                 "instances": {name: _figures(member) for name, member in sorted(directory.members.items())},
                 "replicas": {name: _plain(one) for name, one in sorted(replicas.values.items())},
                 "nodes": {name: _plain(one) for name, one in sorted(nodes.values.items())},
+                "leader": await Election(registry, keys.election(ELECTION), "", cluster.lease_s).leader(),
+                "slo": json.loads(shared.value) if (shared := await registry.get(keys.setting(SLO))) else {},
             }
 
 
@@ -142,6 +223,7 @@ def _figures(member: "Member") -> dict[str, Any]:
         "instance": _plain(member.instance),
         "load": _plain(member.load) if member.load else None,
         "cache": _plain(member.cache) if member.cache else None,
+        "draining": member.drain is not None,
     }
 
 

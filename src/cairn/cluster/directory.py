@@ -3,24 +3,35 @@
 import logging
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from cairn.cluster.base import Change, Entry, Registry
 from cairn.cluster.follower import Followed, Follower
 from cairn.cluster.keys import Keys
 from cairn.cluster.metrics import Unread
-from cairn.cluster.values import CacheState, Instance, Load, Versioned, decode
+from cairn.cluster.values import CacheState, Drain, Instance, Load, Versioned, decode
 from cairn.observe.log import log_once
 
 logger = logging.getLogger(__name__)
 
 
 class Member(NamedTuple):
-    """An instance with what it has reported last, in this incarnation; None: nothing yet."""
+    """An instance with what it has reported last, in this incarnation; None: nothing yet. drain: if nothing new is to
+    go there.
+    """
 
     instance: Instance
     load: Load | None = None
     cache: CacheState | None = None
+    drain: Drain | None = None
+
+
+#: What may stand beside an instance, by the name of the part and of the field.
+_PARTS: Final[dict[str, type[Load] | type[CacheState] | type[Drain]]] = {
+    "load": Load,
+    "cache": CacheState,
+    "drain": Drain,
+}
 
 
 class Joined(NamedTuple):
@@ -58,7 +69,7 @@ class Directory(Followed):
         self._metrics = registry.metrics
         self._members: dict[str, Member] = {}
         # Reports of incarnations that are not registered: in a difference a report may stand before its instance.
-        self._early: dict[tuple[str, str], Load | CacheState] = {}
+        self._early: dict[tuple[str, str], Load | CacheState | Drain] = {}
         self._listeners: list[Listener] = []
         self._follower = Follower(registry, keys.instances, self._apply)
 
@@ -84,10 +95,8 @@ class Directory(Followed):
             name, _, part = change.key.removeprefix(self._follower.prefix).partition("/")
             if part == "instance":
                 self._register(name, self._read(name, change.entry, Instance))
-            elif part == "load":
-                self._report(name, part, self._read(name, change.entry, Load))
-            elif part == "cache":
-                self._report(name, part, self._read(name, change.entry, CacheState))
+            elif part in _PARTS:
+                self._report(name, part, self._read(name, change.entry, _PARTS[part]))
 
     def _register(self, name: str, instance: Instance | None) -> None:
         before = self._members.get(name)
@@ -102,7 +111,7 @@ class Directory(Followed):
             self._replace(name, before, before._replace(instance=instance))
             return
         member = Member(instance)
-        for part in ("load", "cache"):
+        for part in _PARTS:
             early = self._early.get((name, part))
             if early and early.incarnation == instance.incarnation:
                 member = _with(member, part, self._early.pop((name, part)))
@@ -110,7 +119,7 @@ class Directory(Followed):
         self._metrics.cluster_joined.add()
         self._tell(Joined(member))
 
-    def _report(self, name: str, part: str, report: Load | CacheState | None) -> None:
+    def _report(self, name: str, part: str, report: Load | CacheState | Drain | None) -> None:
         before = self._members.get(name)
         if report and (before is None or report.incarnation != before.instance.incarnation):
             if before:
@@ -147,7 +156,6 @@ class Directory(Followed):
                 log_once(logger, "directory.listener", f"a bug in a listener: {error!r}")
 
 
-def _with(member: Member, part: str, report: Load | CacheState | None) -> Member:
-    if part == "load":
-        return member._replace(load=report if isinstance(report, Load) else None)
-    return member._replace(cache=report if isinstance(report, CacheState) else None)
+def _with(member: Member, part: str, report: Load | CacheState | Drain | None) -> Member:
+    changed: dict[str, Any] = {part: report}
+    return member._replace(**changed)

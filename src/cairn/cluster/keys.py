@@ -29,7 +29,7 @@ class Keys(NamedTuple):
         return self._folder("settings")
 
     def instance(self, name: str, part: str = "instance") -> str:
-        """part: instance, load or cache."""
+        """part: instance, load, cache or drain."""
         return f"{self.instances}{checked_name(name)}/{part}"
 
     def replica(self, name: str) -> str:

@@ -97,6 +97,10 @@ class CacheState(Versioned, frozen=True, kw_only=True):
     missed_tokens: Annotated[dict[Text, Count], Meta(max_length=64)] = {}
 
 
+class Drain(Versioned, frozen=True, kw_only=True):
+    """Nothing new is to go to an instance. incarnation: the instance's."""
+
+
 class Replica(Versioned, frozen=True, kw_only=True):
     """A replica of the service. http, rpc: where it listens."""
 

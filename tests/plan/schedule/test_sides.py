@@ -44,7 +44,7 @@ def test_prompts_that_queue_draw_a_mix_instance_to_prefill_and_it_stays() -> Non
             for i in range(6):
                 send(scheduler, ask(f"r{second}-{i}", 2000, at=now, slo=1e4), view, now)
         pairs(scheduler, view, now, 1)
-        counts.append(int(scheduler._sides._prefill.sum()))
+        counts.append(int(scheduler.sides._prefill.sum()))
     assert counts[0] == 3
     assert counts == sorted(counts)
     assert counts[-1] == 5  # nobody decodes, and the last one stays

@@ -5,11 +5,13 @@ import asyncio
 import httpx
 import pytest
 
+from cairn.cluster import Keys, MemoryRegistry
 from cairn.config import load_config
 from cairn.config.schema import Config, Serve
 from cairn.errors import ConfigError, InputError
 from cairn.plan.schedule import RoundRobin
 from cairn.serve.dashboard import PAGE, STATE, Board
+from cairn.serve.gateway.admin import Admin
 from cairn.serve.gateway.app import Gateway
 from cairn.serve.gateway.backends import parse_backend
 from cairn.serve.gateway.dispatch import Dispatch
@@ -30,7 +32,8 @@ def test_each_key_opens_its_door() -> None:
     parts = Parts(config.index)
     relay = Relay(members, dispatch, FleetPrompts(parts), config.serve, metrics)
     board = Board(ClusterShown("x", members, metrics.traffic, lambda: 0, parts.index.held, with_text=True))
-    gateway = Gateway(relay, members, config.serve, metrics, board)
+    admin = Admin(members, dispatch, MemoryRegistry(), Keys())
+    gateway = Gateway(relay, admin, config.serve, metrics, board)
 
     async def main() -> dict[tuple[str, str], int]:
         found = {}

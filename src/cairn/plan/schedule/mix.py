@@ -6,12 +6,16 @@ was foreseen at `spare`. Smoothing and a time between two changes do the rest fo
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Final, NamedTuple
 
 from cairn.plan.role import Role
 from cairn.plan.schedule.base import TBT_SLO_S, TTFT_SLO_S
+
+#: Seconds after which an instance that is away is forgotten.
+_FORGET_S: Final = 600.0
 
 
 class Side(NamedTuple):
@@ -47,28 +51,42 @@ def needed(prefill: Side, decode: Side, settings: MixSettings) -> Role | None:
 
 
 class MixRoles:
-    """The sides of MIX instances by name. Not thread-safe. A newcomer joins the side with fewer of them."""
+    """The sides of MIX instances by name. Not thread-safe. A newcomer joins the side with fewer of them; who is away
+    for a while, as it rests or serves another model than a request asks for, comes back to its own.
+
+    roles: what holds now. Where others schedule for the same fleet, one decides and the rest `follow`: else an instance
+    would prefill for one of them and decode for another.
+    """
 
     def __init__(self, settings: MixSettings | None = None) -> None:
         self._settings = settings or MixSettings()
         self._roles: dict[str, Role] = {}
+        self.roles: Mapping[str, Role] = MappingProxyType(self._roles)
+        self._seen: dict[str, float] = {}
+        self._told: Mapping[str, Role] | None = None
         self._prefill = self._decode = 0.0
         self._at = -math.inf
         self._changed = -math.inf
 
-    def __getitem__(self, name: str) -> Role:
-        return self._roles[name]
+    def follow(self, told: Mapping[str, Role] | None) -> None:
+        """Takes sides from whoever decides, also of instances that come later; None: decides from now on, beginning
+        with what holds.
+        """
+        self._told = told
+        if told is not None:
+            self._roles.update({name: role for name, role in told.items() if name in self._roles})
 
-    def meet(self, names: Sequence[str]) -> None:
-        """These MIX instances are there, and no others."""
-        if len(names) == len(self._roles) and all(name in self._roles for name in names):
-            return
-        self._roles = {name: self._roles[name] for name in names if name in self._roles}
+    def meet(self, names: Sequence[str], now: float) -> None:
+        """These MIX instances are there."""
+        known = [self._roles[name] for name in names if name in self._roles]
         for name in names:
             if name not in self._roles:
-                prefilling = sum(role is Role.PREFILL for role in self._roles.values())
-                fewer = Role.PREFILL if 2 * prefilling < len(self._roles) else Role.DECODE
-                self._roles[name] = fewer
+                fewer = Role.PREFILL if 2 * known.count(Role.PREFILL) < len(known) else Role.DECODE
+                self._roles[name] = (self._told or {}).get(name, fewer)
+                known.append(self._roles[name])
+        self._seen.update(dict.fromkeys(names, now))
+        for name in [name for name, at in self._seen.items() if now - at > _FORGET_S]:
+            del self._roles[name], self._seen[name]
 
     def observe(self, prefill: Side, decode: Side, idlest: Sequence[str], now: float) -> None:
         """Takes pressures in, and lets one instance change sides if that is due: the first of `idlest` that can."""
@@ -76,7 +94,7 @@ class MixRoles:
         self._at = now
         self._prefill = keep * self._prefill + (1 - keep) * prefill.pressure
         self._decode = keep * self._decode + (1 - keep) * decode.pressure
-        if now - self._changed < self._settings.dwell_s:
+        if self._told is not None or now - self._changed < self._settings.dwell_s:
             return
         role = needed(prefill._replace(pressure=self._prefill), decode._replace(pressure=self._decode), self._settings)
         changing = next((name for name in idlest if role and self._roles.get(name, role) is not role), None)

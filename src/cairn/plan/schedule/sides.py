@@ -26,11 +26,11 @@ class Split(NamedTuple):
 
 
 class Sides:
-    """Knows each instance's side, that of MIX ones by the pressure it sees. Not thread-safe."""
+    """Knows each instance's side, that of MIX ones (`mix`) by the pressure it sees. Not thread-safe."""
 
     def __init__(self, settings: MixSettings | None = None) -> None:
         self._settings = settings or MixSettings()
-        self._mix = MixRoles(self._settings)
+        self.mix = MixRoles(self._settings)
         self._observed = float("-inf")
         self._here: Sequence[InstanceView] = ()
         self._roles: list[Role] = []
@@ -47,7 +47,7 @@ class Sides:
             return None
         if here != self._here or roles != self._roles:
             self._here, self._roles = here, roles
-            self._mix.meet([one.id for one in here if one.role is Role.MIX])
+            self.mix.meet([one.id for one in here if one.role is Role.MIX], now)
             self._divide()
         if now - self._observed >= _OBSERVE_S:
             self._observed = now
@@ -61,7 +61,8 @@ class Sides:
     def _divide(self) -> None:
         """Takes masks of the roles, MIX ones resolved."""
         actual = [
-            self._mix[one.id] if role is Role.MIX else role for one, role in zip(self._here, self._roles, strict=True)
+            self.mix.roles[one.id] if role is Role.MIX else role
+            for one, role in zip(self._here, self._roles, strict=True)
         ]
         self._prefill, self._decode, self._default = (
             np.array([one is role for one in actual]) for role in (Role.PREFILL, Role.DECODE, Role.DEFAULT)
@@ -72,7 +73,7 @@ class Sides:
         busy = np.where(decode, np.maximum(found["tpot_s"] / self._settings.tbt_slo_s, found["kv_share"]), 0.0)
         queued = np.where(prefill, found["queue_s"] / self._settings.ttft_slo_s, 0.0)
         idlest = [here[i].id for i in np.argsort(busy + queued, kind="stable")]
-        self._mix.observe(_side(queued, prefill), _side(busy, decode), idlest, now)
+        self.mix.observe(_side(queued, prefill), _side(busy, decode), idlest, now)
 
 
 def _side(load: npt.NDArray[np.float64], mask: Mask) -> Side:

@@ -46,7 +46,7 @@ class SloAware(Booked):
     def __init__(self, settings: SloSettings | None = None) -> None:
         super().__init__()
         self._settings = settings or SloSettings()
-        self._sides = Sides()
+        self.sides = Sides()
 
     def choose(self, request: Ask, view: Sequence[InstanceView], now: float) -> Choice:
         self._turn += 1
@@ -89,7 +89,7 @@ class SloAware(Booked):
     ) -> Send | None:
         """The soonest way that is in time. fits: where it may decode; slack: by how much it would be early."""
         ttft = found["ttft_s"].copy()  # contiguous, as `least` is compiled for
-        sides = self._sides.of(here, found, request, now)
+        sides = self.sides.of(here, found, request, now)
         if sides is None:
             best = self._least(ttft, fits & (slack >= 0))
             return Send(here[best].id, None, float(ttft[best])) if best >= 0 else None

@@ -20,7 +20,6 @@ from cairn.serve.gateway.asked import CHAT, COMPLETIONS, Asked
 from cairn.serve.gateway.base import Headers
 from cairn.serve.gateway.client import Client
 from cairn.serve.gateway.dispatch import RefusedError
-from cairn.serve.gateway.members import Members
 from cairn.serve.gateway.metrics import GatewayMetrics
 from cairn.serve.gateway.models import Models
 from cairn.serve.gateway.relay import Relay
@@ -36,12 +35,12 @@ Route = Callable[[Client], Awaitable[None]]
 class Gateway:
     """The ASGI application. For one event loop."""
 
-    def __init__(self, relay: Relay, members: Members, config: Serve, metrics: GatewayMetrics, board: Board) -> None:
-        self._relay, self._members, self._config, self._metrics = relay, members, config, metrics
+    def __init__(self, relay: Relay, admin: Admin, config: Serve, metrics: GatewayMetrics, board: Board) -> None:
+        self._relay, self._members, self._config, self._metrics = relay, relay.members, config, metrics
         self._keys = [key.get_secret_value() for key in config.api_keys]
         self._admin_key = config.admin_key.get_secret_value() if config.admin_key else None
-        self._models = Models(members)
-        self._admin = Admin(members, relay.dispatch)
+        self._models = Models(relay.members)
+        self._admin = admin
         self._board = board
         self._running = 0
         self._routes: dict[tuple[str, str], Route] = {
@@ -102,7 +101,7 @@ class Gateway:
             if self._admin_key is None:
                 raise RequestError("there is no admin API without serve.admin_key", 403)
             _check_key(client, [self._admin_key])
-            return await _json(client, self._admin.answer(method, path))
+            return await _json(client, await self._admin.answer(method, path))
         if path.startswith("/v1/models/"):
             _check_key(client, self._keys)
             return await _json(client, await self._models.one(path.removeprefix("/v1/models/")))

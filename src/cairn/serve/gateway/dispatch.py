@@ -38,7 +38,8 @@ class Dispatch:
     """Places requests. For one event loop."""
 
     def __init__(self, members: Members, scheduler: Scheduler, config: Serve, shed: Callable[[], None]) -> None:
-        """shed: called for each request that the scheduler refuses."""
+        """shed: called for each request that the scheduler refuses. slo: of requests that come from now on."""
+        self.slo = config.slo
         self._members, self.scheduler, self._config, self._shed = members, scheduler, config, shed
         self._asks = 0
 
@@ -55,8 +56,8 @@ class Dispatch:
             prompt_tokens=prompt.tokens,
             arrived=time.monotonic(),
             held=prompt.held,
-            ttft_slo_s=self._config.slo.ttft_s,
-            tbt_slo_s=self._config.slo.tbt_s,
+            ttft_slo_s=self.slo.ttft_s,
+            tbt_slo_s=self.slo.tbt_s,
             max_tokens=asked.max_tokens,
             priority=-asked.priority,  # vLLM's are the other way round
         )

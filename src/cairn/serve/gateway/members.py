@@ -39,14 +39,14 @@ class Member:
         token = config.backend_token.get_secret_value() if config.backend_token else None
         self.pool = Pool(instance.http, config.connect_s, token)
         self.running = self.queued = 0
-        self.drains = self.gone = False
+        self.drains, self.gone = reported.drain is not None, False
         self._rest_s, self._rests_until = _FIRST_REST_S, 0.0
         self.since = time.time()
         self.update(reported)
 
     def update(self, reported: Reported) -> None:
         """What it has registered and reported."""
-        instance, load, self.cache = reported
+        instance, load, self.cache, _ = reported
         if load is not None and load is not self.load:
             self.view.running, self.view.waiting = load.running, load.waiting
             self.view.ttft_s, self.view.tpot_s = load.ttft_s, load.tpot_s
@@ -144,6 +144,12 @@ class Members:
         """A request's stay at a member."""
         return Flight(self, member, prompt)
 
+    def drain(self, member: Member, drains: bool) -> None:
+        """Whether nothing new goes there."""
+        back, member.drains = member.drains and not drains, drains
+        if back:
+            self._wake_all()
+
     def wake(self) -> None:
         """Lets the first that waits ask again; if it is served, it wakes the next."""
         while self._waiting:
@@ -183,10 +189,14 @@ class Members:
             self._on_left(name)
         elif known and isinstance(event, Changed) and known.instance.http == member.instance.http:
             known.update(member)
+            self.drain(known, member.drain is not None)
         else:
             self._members[name] = Member(member, self._config)
-            for _ in range(len(self._waiting)):
-                self.wake()
+            self._wake_all()
+
+    def _wake_all(self) -> None:
+        for _ in range(len(self._waiting)):
+            self.wake()
 
 
 def _let_go(waiter: asyncio.Future[None]) -> bool:

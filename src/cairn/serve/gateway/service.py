@@ -16,8 +16,10 @@ from cairn.observe.access import check_exposure
 from cairn.observe.http import address
 from cairn.observe.log import setup_logging
 from cairn.observe.trace import setup_tracing
-from cairn.plan.schedule import SCHEDULERS, rehearse
+from cairn.plan.schedule import SCHEDULERS, SloAware, rehearse
 from cairn.serve.dashboard import Board
+from cairn.serve.gateway.admin import Admin
+from cairn.serve.gateway.agreed import Agreed, SharedSlo
 from cairn.serve.gateway.app import Gateway
 from cairn.serve.gateway.backends import parse_backend, registered
 from cairn.serve.gateway.dispatch import Dispatch
@@ -96,6 +98,7 @@ async def _serve(config: Config, started: Callable[[Addresses], None]) -> None:
             registry = await stack.enter_async_context(_followed(config, members, parts))
             metrics = GatewayMetrics(members, (registry.metrics, *parts.metrics.collectors))
             dispatch = Dispatch(members, SCHEDULERS[serve.policy](), serve, metrics.shed.inc)
+            await stack.enter_async_context(_agreed(config, registry, dispatch, serve.name or at))
             shown = ClusterShown(
                 serve.name or at,
                 members,
@@ -105,7 +108,8 @@ async def _serve(config: Config, started: Callable[[Addresses], None]) -> None:
                 with_text=serve.show_prompts,
             )
             board = await stack.enter_async_context(Board(shown))
-            gateway = Gateway(Relay(members, dispatch, prompts, serve, metrics), members, serve, metrics, board)
+            admin = Admin(members, dispatch, registry, Keys(config.cluster.namespace))
+            gateway = Gateway(Relay(members, dispatch, prompts, serve, metrics), admin, serve, metrics, board)
             http = Server(settings(gateway, serve.shutdown_s / 2, keep_alive_s=_KEEP_ALIVE_S))
             serving = asyncio.create_task(http.serve([listening]))
             await until_begun(http, serving)
@@ -135,6 +139,16 @@ async def _followed(config: Config, members: Members, parts: Parts) -> AsyncIter
         )
         await directory.wait(config.cluster.timeout_s)
         yield registry
+
+
+def _agreed(config: Config, registry: Registry, dispatch: Dispatch, name: str) -> Agreed:
+    scheduler, own = dispatch.scheduler, config.serve.slo
+
+    def take(slo: SharedSlo) -> None:
+        dispatch.slo = slo.over(own)
+
+    mix = scheduler.sides.mix if isinstance(scheduler, SloAware) else None
+    return Agreed(registry, config.cluster, name, mix, take)
 
 
 @asynccontextmanager
