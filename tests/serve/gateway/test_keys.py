@@ -32,11 +32,11 @@ def test_each_key_opens_its_door() -> None:
     parts = Parts(config.index)
     relay = Relay(members, dispatch, FleetPrompts(parts), config.serve, metrics)
     board = Board(ClusterShown("x", members, metrics.traffic, lambda: 0, parts.index.held, with_text=True))
-    admin = Admin(members, dispatch, MemoryRegistry(), Keys())
-    gateway = Gateway(relay, admin, config.serve, metrics, board)
 
     async def main() -> dict[tuple[str, str], int]:
         found = {}
+        admin = Admin(members, dispatch, MemoryRegistry(), Keys())
+        gateway = Gateway(relay, admin, config.serve, metrics, board)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(gateway), base_url="http://x") as client:
             for key in ("", "one", "two", "boss", "onetwo"):
                 headers = {"authorization": f"Bearer {key}"} if key else {}
