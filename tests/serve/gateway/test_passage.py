@@ -132,3 +132,17 @@ def test_a_stream_is_gone_on_with_however_long_ago_its_request_came(monkeypatch:
             assert passage.sent.endswith(DONE)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("limit", [2**63 - 1, 10**19, 10**30])
+def test_no_limit_of_a_client_is_too_large_for_the_scheduler(limit: int) -> None:
+    async def main() -> None:
+        async with engine() as one:
+            passage = Passage(SloAware(), a=one)
+            await passage.carry(max_tokens=limit)
+            assert said(passage.sent) == TEXT
+            ledger = passage.dispatch.scheduler._ledger  # type: ignore[attr-defined]
+            assert not ledger._flights
+            assert not ledger._books["requests"].any()
+
+    asyncio.run(main())

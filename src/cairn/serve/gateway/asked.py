@@ -13,6 +13,9 @@ CHAT: Final = "/v1/chat/completions"
 #: Bytes of text that make a token, about, where nobody has tokenized it.
 _TOKEN_BYTES: Final = 4
 
+#: Of an answer; more is taken for this, as the scheduler adds such numbers up in 64 bits.
+_MOST_TOKENS: Final = 1 << 31
+
 #: What an answer depends on beside the text so far: where one of these is set, no other engine can take over.
 _STATEFUL: Final = (
     "best_of", "echo", "frequency_penalty", "functions", "guided_json", "guided_regex", "guided_choice",
@@ -123,4 +126,4 @@ def edited(body: bytes, changes: Mapping[str, Any]) -> bytes:
 
 
 def _count(value: object) -> int:
-    return value if isinstance(value, int) and value > 0 else 0
+    return min(value, _MOST_TOKENS) if isinstance(value, int) and value > 0 else 0
