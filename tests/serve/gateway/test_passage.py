@@ -14,7 +14,7 @@ from cairn.cluster import Instance
 from cairn.cluster.directory import Joined
 from cairn.cluster.directory import Member as Reported
 from cairn.config.schema import Serve
-from cairn.plan.schedule import SloAware
+from cairn.plan.schedule import RoundRobin, SloAware
 from cairn.plan.schedule.base import Ask, Scheduler, Send
 from cairn.serve.gateway.asked import COMPLETIONS, Asked
 from cairn.serve.gateway.base import Prompt
@@ -144,5 +144,31 @@ def test_no_limit_of_a_client_is_too_large_for_the_scheduler(limit: int) -> None
             ledger = passage.dispatch.scheduler._ledger  # type: ignore[attr-defined]
             assert not ledger._flights
             assert not ledger._books["requests"].any()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("asked", [{"n": 2}, {"prompt": ["P", "Q"]}, {"prompt": [[1], [2]]}])
+def test_the_end_of_one_choice_is_not_the_end_of_all(asked: dict[str, Any]) -> None:
+    """An engine dies when one of two choices has ended: the other is cut off, and the client is told."""
+
+    async def main() -> None:
+        async with engine([word(" one"), word(" uno", 1), word("", 0, "stop")]) as dying, engine() as other:
+            passage = Passage(RoundRobin(), a=dying, b=other)
+            passage.members.members["b"].drains = True
+            await passage.carry(**asked)
+            *_, last = payloads(passage.sent)
+            assert "the answer ends here" in last["error"]["message"]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("asked", [{}, {"prompt": [1, 2]}, {"prompt": ["P"]}, {"n": 1, "tools": [{}]}])
+def test_an_answer_that_has_ended_is_whole_without_its_last_line(asked: dict[str, Any]) -> None:
+    async def main() -> None:
+        async with engine([word(" one"), word("", 0, "stop")]) as dying:
+            passage = Passage(RoundRobin(), a=dying)
+            await passage.carry(**asked)
+            assert passage.sent == word(" one") + word("", 0, "stop") + DONE
 
     asyncio.run(main())

@@ -114,6 +114,13 @@ class Asked:
             return False
         return self.chat or isinstance(fields.get("prompt"), str)
 
+    def single(self) -> bool:
+        """Whether the answer is one text, so that it ends with the first end of a choice. Reads all fields."""
+        fields = self.everything()
+        prompt = fields.get("prompt")
+        several = isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
+        return fields.get("n") in (None, 1) and (self.chat or not several)
+
 
 def edited(body: bytes, changes: Mapping[str, Any]) -> bytes:
     """A body with other values of some fields, None: without the field; all other values are kept byte for byte."""

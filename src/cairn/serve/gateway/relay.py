@@ -223,7 +223,7 @@ class _Passage:
         if not client.started:
             raise RequestError(f"{len(self._tried)} engines have failed this request; the last: {error}", 502)
         self._metrics.broken.inc()
-        if self._transcript is not None and self._transcript.finished:
+        if self._transcript is not None and self._transcript.finished and self._asked.single():
             return await client.send(sse.DONE, more=False)
         words = error.words if isinstance(error, EngineFailedError) else b""
         told = words or b"data: " + error_body(f"the answer ends here: {error}", 502) + b"\n\n" + sse.DONE
