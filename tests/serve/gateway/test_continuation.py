@@ -119,6 +119,8 @@ def test_another_text_is_found_out() -> None:
     [
         {"n": 2}, {"logprobs": 3}, {"tools": [{}]},
         {"echo": True}, {"response_format": {"type": "json_object"}}, {"presence_penalty": 1.0}, {"prompt": ["a"]},
+        {"continue_final_message": True}, {"include_stop_str_in_output": True}, {"truncate_prompt_tokens": 9},
+        {"bad_words": ["no way"]}, {"regex": "a+"}, {"json_schema": "{}"},
     ],
 )  # fmt: skip
 def test_what_is_not_gone_on_with(more: dict[str, Any]) -> None:
@@ -132,6 +134,7 @@ def test_what_is_not_gone_on_with(more: dict[str, Any]) -> None:
         b'data: {"choices": [{"index": 0, "delta": {"tool_calls": [{"index": 0}]}}]}',
         b'data: {"choices": [{"index": 0, "delta": {"reasoning": "hm"}}]}',
         b'data: {"choices": [{"index": 1, "text": "hm"}]}',
+        b'data: {"choices": [{"index": 0, "text": "hm", "logprobs": {"tokens": ["hm"], "text_offset": [0]}}]}',
         b'data: {"choices": [7]}',
         b"data: 7",
         b"event: said\ndata: {}",

@@ -18,9 +18,11 @@ _MOST_TOKENS: Final = 1 << 31
 
 #: What an answer depends on beside the text so far: where one of these is set, no other engine can take over.
 _STATEFUL: Final = (
-    "best_of", "echo", "frequency_penalty", "functions", "guided_json", "guided_regex", "guided_choice",
-    "guided_grammar", "logprobs", "presence_penalty", "prompt_logprobs", "response_format", "structured_outputs",
-    "suffix", "tools", "top_logprobs", "use_beam_search", "repetition_penalty", "min_tokens", "return_token_ids",
+    "bad_words", "best_of", "continue_final_message", "ebnf", "echo", "frequency_penalty", "functions", "guided_json",
+    "guided_regex", "guided_choice", "guided_grammar", "include_stop_str_in_output", "json_schema", "logprobs",
+    "presence_penalty", "prompt_logprobs", "regex", "repetition_detection", "response_format", "structural_tag",
+    "structured_outputs", "suffix", "tools", "top_logprobs", "truncate_prompt_tokens", "use_beam_search",
+    "repetition_penalty", "min_tokens", "return_token_ids",
 )  # fmt: skip
 _NOTHING: Final[tuple[Any, ...]] = (None, False, 0, 0.0, [], {}, "")
 

@@ -119,7 +119,7 @@ class Transcript:
         if not self.head:
             self.head = value
         for choice in choices_of(value):
-            if choice.get("index") != 0:
+            if choice.get("index") != 0 or choice.get("logprobs"):
                 self.plain = False
             delta = choice.get("delta")
             text = choice.get("text") if delta is None else delta.get("content")
