@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cairn.serve.gateway.asked import Asked, edited
 from cairn.serve.gateway.continuation import Continuation, DivergedError
-from cairn.serve.gateway.sse import Events, Transcript, payloads
+from cairn.serve.gateway.sse import Events, Transcript, encode, payloads
 from cairn.serve.mock import text_of, words
 
 PATHS = ("/v1/completions", "/v1/chat/completions")
@@ -101,6 +101,21 @@ def test_another_engine_never_begins_behind_a_blank(text: str) -> None:
     assert text.startswith(said)
     assert said == said.rstrip()
     assert len(said) < len(text) or not text
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_tokens_that_bring_no_text_count(path: str) -> None:
+    """Of a character in three tokens, as vLLM streams it, two come as events without text."""
+    asked_for: dict[str, Any] = {"prompt": "x", "messages": [], "max_tokens": 50, "stream": True, "temperature": 0}
+    said = [{"role": "assistant", "content": ""}] if path == PATHS[1] else []
+    said += [{"content": text} for _ in range(5) for text in ("", "", "\u9f98")] + [{"content": text} for text in " ab"]
+    events = [{"delta": one} if path == PATHS[1] else {"text": one["content"]} for one in said]
+    transcript = Transcript()
+    for event in events:
+        transcript.add(encode({"choices": [{"index": 0, **event, "finish_reason": None}]}))
+    transcript.read()
+    body = json.loads(Continuation(Asked(path, json.dumps(asked_for).encode()), transcript).body())
+    assert body["max_tokens"] == 50 - 15
 
 
 def test_another_text_is_found_out() -> None:
