@@ -15,12 +15,13 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from tests.serve.running import DEADLINE_S, RUN, until
+
 from cairn.cli.up.plan import children_of
 from cairn.cli.up.spec import load_spec
 from cairn.cli.up.state import answers
 from cairn.cli.up.supervisor import Supervisor
 from cairn.errors import ConfigError, StorageError
-from tests.serve.running import DEADLINE_S, RUN, until
 
 
 class Up:

@@ -213,7 +213,8 @@ def test_an_answer_that_was_left_unread_does_not_stop_the_next_one() -> None:
     """All of a large answer is there when its client leaves; the next one's head comes before its body."""
 
     async def main() -> None:
-        loop, pool, flow, connection = asyncio.get_running_loop(), Pool("http://127.0.0.1:1", 5.0), _Flow(), Connection()
+        loop, pool = asyncio.get_running_loop(), Pool("http://127.0.0.1:1", 5.0)
+        flow, connection = _Flow(), Connection()
         connection.connection_made(flow)
         head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n"
         loop.call_soon(connection.data_received, head % 300_000 + bytes(300_000))
