@@ -1,6 +1,7 @@
 """One request on its way through failures, in one process: engines that follow a script, and the real scheduler."""
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -22,6 +23,7 @@ from cairn.serve.gateway.client import Client
 from cairn.serve.gateway.dispatch import Dispatch
 from cairn.serve.gateway.members import Members
 from cairn.serve.gateway.metrics import GatewayMetrics
+from cairn.serve.gateway.models import Models
 from cairn.serve.gateway.relay import Relay
 from cairn.serve.gateway.sse import DONE, encode, payloads
 from tests.serve.gateway.test_http1 import request_of
@@ -170,5 +172,29 @@ def test_an_answer_that_has_ended_is_whole_without_its_last_line(asked: dict[str
             passage = Passage(RoundRobin(), a=dying)
             await passage.carry(**asked)
             assert passage.sent == word(" one") + word("", 0, "stop") + DONE
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_stalls_in_its_list_of_models_keeps_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cairn.serve.gateway.models._ASK_S", 0.2)
+
+    async def main() -> None:
+        left = asyncio.Event()
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n{")
+            with contextlib.suppress(ConnectionError):
+                assert not await reader.read()
+            left.set()
+            writer.close()
+
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            passage = Passage(RoundRobin(), a=url)
+            assert await Models(passage.members).every() == {"object": "list", "data": []}
+            async with asyncio.timeout(30):
+                await left.wait()
 
     asyncio.run(main())
