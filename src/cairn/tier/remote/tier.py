@@ -270,7 +270,8 @@ class RemoteTier(Tier):
             self._breaker.failure()
 
     def _at_deadline(self, batch: Batch) -> None:
-        self._look_at(self._readers if isinstance(batch, ReadBatch) else self._writers)
+        if isinstance(batch, ReadBatch):  # stores may be slow in the background
+            self._look_at(self._readers)
         if batch.expire(Reason.TIMEOUT):
             batch.land()
 
