@@ -75,3 +75,23 @@ def test_newcomers_even_the_sides_out_and_the_idlest_changes() -> None:
     assert roles[decoding[0]] is Role.DECODE
     roles.meet(["a", decoding[1]])
     assert roles[decoding[1]] is Role.PREFILL
+
+
+def test_who_was_away_for_a_while_comes_back_to_its_side() -> None:
+    """Who rests after a failure, or has just failed the request at hand, is not among those that may be sent to."""
+    roles, names = MixRoles(MixSettings(smooth_s=0.01, dwell_s=0)), ["a", "b", "c", "d"]
+    roles.meet(names)
+    roles.observe(Side(0.9, 2), Side(0.1, 2), names, 1.0)
+    before = {name: roles[name] for name in names}
+    assert sorted(before.values()) == ["DECODE", "PREFILL", "PREFILL", "PREFILL"]
+    for name in names:
+        roles.meet([one for one in names if one != name])
+        roles.meet(names)
+    assert {name: roles[name] for name in names} == before
+
+
+def test_names_that_never_come_back_are_forgotten() -> None:
+    roles = MixRoles()
+    for number in range(1000):
+        roles.meet([str(number), str(number + 1)])
+    assert len(roles._roles) < 100

@@ -13,6 +13,9 @@ from typing import NamedTuple
 from cairn.plan.role import Role
 from cairn.plan.schedule.base import TBT_SLO_S, TTFT_SLO_S
 
+_AWAY = 64
+"""Instances that are away and yet remembered, beside twice as many as are there."""
+
 
 class Side(NamedTuple):
     """One side of the fleet. pressure: its load as a share of what the SLO allows, a mean over its instances."""
@@ -60,14 +63,17 @@ class MixRoles:
         return self._roles[name]
 
     def meet(self, names: Sequence[str]) -> None:
-        """These MIX instances are there, and no others."""
-        if len(names) == len(self._roles) and all(name in self._roles for name in names):
+        """These MIX instances may be sent to now. Of others the side is remembered: they may rest after a failure, or
+        serve another model.
+        """
+        if all(name in self._roles for name in names):
             return
-        self._roles = {name: self._roles[name] for name in names if name in self._roles}
+        if len(self._roles) > 2 * len(names) + _AWAY:
+            self._roles = {name: self._roles[name] for name in names if name in self._roles}
         for name in names:
             if name not in self._roles:
-                prefilling = sum(role is Role.PREFILL for role in self._roles.values())
-                fewer = Role.PREFILL if 2 * prefilling < len(self._roles) else Role.DECODE
+                here = [self._roles[one] for one in names if one in self._roles]
+                fewer = Role.PREFILL if 2 * here.count(Role.PREFILL) < len(here) else Role.DECODE
                 self._roles[name] = fewer
 
     def observe(self, prefill: Side, decode: Side, idlest: Sequence[str], now: float) -> None:
