@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,12 @@ import httpx
 import psutil
 import pytest
 from tests.serve.running import DEADLINE_S, RUN, until
+
+from cairn.cli.up.plan import children_of
+from cairn.cli.up.spec import load_spec
+from cairn.cli.up.state import answers
+from cairn.cli.up.supervisor import Supervisor
+from cairn.errors import ConfigError, StorageError
 
 
 class Up:
@@ -116,3 +123,29 @@ def test_status_without_a_cluster(tmp_path: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=DEADLINE_S)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert "no cluster runs" in ended.stderr
+
+
+def test_what_cannot_be_run_or_written_ends_in_one_line(tmp_path: Path) -> None:
+    spec = tmp_path / "cluster.yaml"
+    spec.write_text("engines: [{kind: command, name: e, command: [/nothing/at/all]}]\n")
+    with pytest.raises(StorageError, match="e: /nothing/at/all cannot be run: No such file"):
+        Supervisor(children_of(load_spec(spec), tmp_path / "state"), tmp_path / "state", print).run()
+    with pytest.raises(StorageError, match="name another place with --dir"):
+        children_of(load_spec(spec), spec / "below")
+    spec.write_text("engines: [{kind: mock, name: 2026-02-30}]\n")
+    with pytest.raises(ConfigError, match="day is out of range for month"):
+        load_spec(spec)
+
+
+def test_what_speaks_no_http_is_not_ready() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            with server.accept()[0] as client:
+                client.recv(1)
+                client.sendall(b"hello\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        assert not answers(f"http://127.0.0.1:{server.getsockname()[1]}/health")
+        thread.join()

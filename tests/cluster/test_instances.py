@@ -29,9 +29,10 @@ from cairn.cluster import (
     put_setting,
     undrain,
 )
+from cairn.cluster.base import Grant
 from cairn.cluster.directory import Event
 from cairn.cluster.values import decode, encode
-from cairn.errors import InputError
+from cairn.errors import ClusterError, InputError
 from tests.cluster.conftest import Body
 from tests.cluster.etcd import DEADLINE_S
 
@@ -334,5 +335,30 @@ def test_the_last_state_stands_while_the_registry_is_away() -> None:
             await registry.close()
             await until(lambda: not directory.connected, "the end")
             assert list(directory.members) == ["a"]
+
+    asyncio.run(main())
+
+
+def test_a_registry_that_grants_nothing_is_not_asked_in_a_tight_loop() -> None:
+    """An etcd that is full refuses at once, and still answers what stands there."""
+
+    class Full(MemoryRegistry):
+        refused: int | None = None
+
+        async def grant(self, ttl_s: float) -> Grant:
+            if self.refused is None:
+                return await super().grant(ttl_s)
+            self.refused += 1
+            await asyncio.sleep(0)
+            raise ClusterError("mvcc: database space exceeded")
+
+    async def main() -> None:
+        async with Full() as registry, Registration(registry, Keys().instance("a"), instance(), 60) as registration:
+            registry.refused = 0
+            assert registration._lease
+            registration._lease.gone.set()
+            for _ in range(100):
+                await asyncio.sleep(0)
+            assert registry.refused == 1
 
     asyncio.run(main())

@@ -150,6 +150,12 @@ def test_what_kubernetes_makes_of_a_service_is_left_alone() -> None:
             "engine: [",
             "cairn.yaml: must be YAML: expected the node content, but found '<stream end>', line 1, column 10",
         ),
+        ("serve: {name: 2026-02-30}", "cairn.yaml: must be YAML: day is out of range for month"),
+        ("engine: {lease_s: 0x_}", "cairn.yaml: must be YAML: invalid literal for int() with base 16: ''"),
+        (
+            "index: {lost_s: 1.0e+10}",
+            "index.lost_s=10000000000.0 (in cairn.yaml): must be less than or equal to 1000000000; the default is 30.0",
+        ),
         ("{[1]: 2}: 3", "cairn.yaml: must be YAML: found unhashable key, line 1, column 1"),
         ("engine: {lease_s: 1}", "engine: lease_s=1 must be at least timeout_s=5; raise lease_s"),
     ],

@@ -345,3 +345,13 @@ def test_what_begins_too_late_is_not_begun(rig: Rig) -> None:
     assert rig.tier.write(keys, 0, rows, namespace=bytes(16), deadline=soon()).result(10) == [Reason.NOT_ADMITTED] * 2
     rig.tier.close(10)
     assert rig.tier.read(keys, 0, rows, deadline=soon()).result(10) == [Reason.CLOSED] * 2
+
+
+@pytest.mark.parametrize(("left_s", "rests"), [(0.01, False), (10.0, True)])
+def test_a_read_that_had_no_time_is_not_the_peers_fault(rig: Rig, left_s: float, rests: bool) -> None:
+    """Reads wait for one another; those whose time is nearly over when they begin say nothing of the node."""
+    peer, lent = rig.peers.all()[0], Lent(1, "here", 0, PAGE, b"", b"")
+    rig.transport.fault = lambda _: Reason.TIMEOUT
+    for _ in range(3):
+        assert rig.tier._move(peer, lent, Rows(memory(1), np.zeros(0, np.int32)), soon(left_s)) is Reason.TIMEOUT
+    assert peer.reads.closed != rests

@@ -107,7 +107,11 @@ def test_as_it_is_written(text: str, expected: Instance) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a", "=tcp://h:1", "a=h:1", "a=tcp://h:1,rank=x", "a=tcp://h:1,rank=1,rank=2", "a=tcp://h:1,x=1"]
+    "text",
+    [
+        *("", "a", "=tcp://h:1", "a=h:1", "a=tcp://h:1,rank=x", "a=tcp://h:1,rank=1,rank=2", "a=tcp://h:1,x=1"),
+        "a=tcp://h:1,replay=h:2",
+    ],
 )
 def test_written_wrongly(text: str) -> None:
     with pytest.raises(InputError, match="must be NAME=ENDPOINT"):

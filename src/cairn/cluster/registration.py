@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 #: Looks at our own key within a lease's time: somebody may have deleted it, or taken the name.
 _LOOKS: Final = 2
 
+#: After a look that failed the next follows so soon, as a share of the lease's time.
+_AGAIN: Final = 0.1
+
 _CLOSE_S: Final = 2.0
 
 
@@ -108,6 +111,7 @@ class Registration:
                 return
             except ClusterError as error:
                 log_once(logger, "registration", f"{self._key}: not looked after: {error}")
+                await asyncio.sleep(self._ttl_s * _AGAIN)  # a lease that is gone is not waited for
 
     async def _look(self) -> None:
         """Mends our registration where it does not stand as it should."""

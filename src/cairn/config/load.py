@@ -22,6 +22,8 @@ from cairn.config.schema import Config
 from cairn.errors import ConfigError
 
 _OVERRIDE = ""
+#: What the parser raises: of its own, and of what looks like a date or a number and is none (2026-02-30, 0x_).
+_UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
 #: Variables that may be written shorter; the long form wins.
 _SHORT: dict[str, KeyPath] = {"CAIRN_LOG_LEVEL": ("engine", "log_level")}
 #: Keys that have another name now.
@@ -104,7 +106,7 @@ def _read(path: Path) -> Mapping[Any, Any]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: must be UTF-8 text in YAML") from None
-    except yaml.YAMLError as error:
+    except _UNREADABLE as error:
         raise ConfigError(f"{path}: must be YAML: {_yaml_problem(error)}") from None
     if tree is None:
         return {}
@@ -131,13 +133,15 @@ def _from_environ(environ: Mapping[str, str]) -> Iterator[tuple[KeyPath, _Value]
 def _parse_value(name: str, text: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except _UNREADABLE as error:
         raise ConfigError(
             f"{name}={text!r}: must be a value in YAML, quoted if need be: {_yaml_problem(error)}"
         ) from None
 
 
-def _yaml_problem(error: yaml.YAMLError) -> str:
+def _yaml_problem(error: Exception) -> str:
+    if not isinstance(error, yaml.YAMLError):
+        return str(error)
     mark = getattr(error, "problem_mark", None)
     place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
     return f"{getattr(error, 'problem', None) or 'unreadable characters'}{place}"

@@ -84,7 +84,8 @@ Addresses = Annotated[
 NodeAddress = Annotated[str, Field(pattern=r"^ipc:///.+", max_length=106)]
 #: By which others reach a socket.
 TcpAddress = Annotated[str, Field(pattern=r"^tcp://[^/*\s]+:\d{1,5}$", max_length=200)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+#: At most 30 years: locks and futures take no more than 292, and raise in who waits.
+Seconds = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 Threads = Annotated[int, Field(ge=1, le=64)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Worth = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]

@@ -52,11 +52,20 @@ class Discovery:
 
     async def _run(self) -> None:
         while not self._ended:
-            event = await self._events.get()
-            if not isinstance(event, Joined):
-                await self._follower.remove(event.member.instance.name)
-            if not isinstance(event, Left):
-                await self._add(event.member.instance)
+            await self._take(await self._events.get())
+
+    async def _take(self, event: Event) -> None:
+        """A follower that is late, as after the process was stopped for a while, is told again and again."""
+        name = event.member.instance.name
+        while not self._ended:
+            try:
+                if not isinstance(event, Joined):
+                    await self._follower.remove(name)
+                if not isinstance(event, Left):
+                    await self._add(event.member.instance)
+                return
+            except TimeoutError:
+                log_once(logger, "discovery late", f"{name}: whoever follows events does not answer; told again")
 
     async def _add(self, engine: Engine) -> None:
         for one in engine.events:

@@ -43,6 +43,7 @@ def parse_instance(text: str) -> Instance:
     given = dict(option.partition("=")[::2] for option in options)
     rank, bind, copies = given.get("rank", "0"), given.get("bind", "true"), given.get("copies", "yes")
     usable = name.strip() and "://" in endpoint and len(given) == len(options) and given.keys() <= _OPTIONS
+    usable = usable and "://" in (given.get("replay") or "://")  # or it would fail at the first connection, for ever
     usable = usable and bind in ("", "true") and copies in ("yes", "no") and rank.isascii() and rank.isdigit()
     if not usable:
         raise InputError(f"instance {text!r}: must be {_FORM}, as in a=tcp://10.0.0.1:5557,replay=tcp://10.0.0.1:5558")

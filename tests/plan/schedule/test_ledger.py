@@ -54,6 +54,16 @@ def test_instances_that_come_and_go_leave_nothing_behind() -> None:
     assert not ledger._flights
 
 
+def test_a_model_of_few_instances_makes_nobody_forget_those_of_another() -> None:
+    """Each request is scheduled among the instances of its model alone."""
+    ledger, many, one = Ledger(), [instance(f"m{i}") for i in range(100)], [instance("n")]
+    ledger.slots(many)
+    for i in range(100):
+        ledger.sent(ask(f"r{i}"), Send(f"m{i}"), 0.0)
+    ledger.slots(one)
+    assert ledger.in_flight(ledger.slots(many)).tolist() == [1] * 100
+
+
 def test_a_disaggregated_request_is_at_both_until_its_first_token() -> None:
     ledger, view = Ledger(), [instance("p", Role.PREFILL), instance("d", Role.DECODE)]
     slots = ledger.slots(view)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cairn.serve.gateway.asked import Asked, edited
 from cairn.serve.gateway.continuation import Continuation, DivergedError
-from cairn.serve.gateway.sse import Events, Transcript, payloads
+from cairn.serve.gateway.sse import Events, Transcript, encode, payloads
 from cairn.serve.mock import text_of, words
 
 PATHS = ("/v1/completions", "/v1/chat/completions")
@@ -103,6 +103,21 @@ def test_another_engine_never_begins_behind_a_blank(text: str) -> None:
     assert len(said) < len(text) or not text
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_tokens_that_bring_no_text_count(path: str) -> None:
+    """Of a character in three tokens, as vLLM streams it, two come as events without text."""
+    asked_for: dict[str, Any] = {"prompt": "x", "messages": [], "max_tokens": 50, "stream": True, "temperature": 0}
+    said = [{"role": "assistant", "content": ""}] if path == PATHS[1] else []
+    said += [{"content": text} for _ in range(5) for text in ("", "", "\u9f98")] + [{"content": text} for text in " ab"]
+    events = [{"delta": one} if path == PATHS[1] else {"text": one["content"]} for one in said]
+    transcript = Transcript()
+    for event in events:
+        transcript.add(encode({"choices": [{"index": 0, **event, "finish_reason": None}]}))
+    transcript.read()
+    body = json.loads(Continuation(Asked(path, json.dumps(asked_for).encode()), transcript).body())
+    assert body["max_tokens"] == 50 - 15
+
+
 def test_another_text_is_found_out() -> None:
     asked_for = {"prompt": "x", "max_tokens": 20, "stream": True, "temperature": 0}
     asked = Asked(PATHS[0], json.dumps(asked_for).encode())
@@ -119,6 +134,8 @@ def test_another_text_is_found_out() -> None:
     [
         {"n": 2}, {"logprobs": 3}, {"tools": [{}]},
         {"echo": True}, {"response_format": {"type": "json_object"}}, {"presence_penalty": 1.0}, {"prompt": ["a"]},
+        {"continue_final_message": True}, {"include_stop_str_in_output": True}, {"truncate_prompt_tokens": 9},
+        {"bad_words": ["no way"]}, {"regex": "a+"}, {"json_schema": "{}"},
     ],
 )  # fmt: skip
 def test_what_is_not_gone_on_with(more: dict[str, Any]) -> None:
@@ -132,6 +149,7 @@ def test_what_is_not_gone_on_with(more: dict[str, Any]) -> None:
         b'data: {"choices": [{"index": 0, "delta": {"tool_calls": [{"index": 0}]}}]}',
         b'data: {"choices": [{"index": 0, "delta": {"reasoning": "hm"}}]}',
         b'data: {"choices": [{"index": 1, "text": "hm"}]}',
+        b'data: {"choices": [{"index": 0, "text": "hm", "logprobs": {"tokens": ["hm"], "text_offset": [0]}}]}',
         b'data: {"choices": [7]}',
         b"data: 7",
         b"event: said\ndata: {}",

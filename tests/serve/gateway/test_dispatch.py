@@ -143,8 +143,10 @@ def test_who_may_serve() -> None:
         assert not a.ready(11.9)
         a.succeeded()
         assert a.ready(11.9)
+        assert members.choices("n", ("b",), 20.0) == []  # who serves another model would refuse, or say something else
         b.drains = True
-        assert members.choices("n", (), 20.0) == [a]
+        assert members.choices("n", (), 20.0) == []
+        assert members.choices("adapter", (), 20.0) == [a]
 
     asyncio.run(main())
 

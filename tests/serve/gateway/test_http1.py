@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cairn.serve.gateway.base import UpstreamError
-from cairn.serve.gateway.http1 import Pool
+from cairn.serve.gateway.http1 import Connection, Pool
 
 Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -189,5 +189,41 @@ def test_closing_one_answer_leaves_the_next_alone() -> None:
             first.close()
             assert await second.read(DEADLINE_S) == b"ok"
             assert len(made) == 1
+
+    asyncio.run(main())
+
+
+class _Flow(asyncio.Transport):
+    """A connection's other side: told to stop and to go on."""
+
+    stopped = False
+
+    def write(self, data: object) -> None: ...
+
+    def abort(self) -> None: ...
+
+    def pause_reading(self) -> None:
+        self.stopped = True
+
+    def resume_reading(self) -> None:
+        self.stopped = False
+
+
+def test_an_answer_that_was_left_unread_does_not_stop_the_next_one() -> None:
+    """All of a large answer is there when its client leaves; the next one's head comes before its body."""
+
+    async def main() -> None:
+        loop, pool = asyncio.get_running_loop(), Pool("http://127.0.0.1:1", 5.0)
+        flow, connection = _Flow(), Connection()
+        connection.connection_made(flow)
+        head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n"
+        loop.call_soon(connection.data_received, head % 300_000 + bytes(300_000))
+        (await connection.ask(pool, b"", DEADLINE_S)).close()
+        assert connection.usable
+        loop.call_soon(connection.data_received, head % 2)
+        answer = await connection.ask(pool, b"", DEADLINE_S)
+        assert not flow.stopped
+        loop.call_soon(connection.data_received, b"ok")
+        assert await answer.read(DEADLINE_S) == b"ok"
 
     asyncio.run(main())

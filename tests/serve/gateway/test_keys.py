@@ -13,7 +13,7 @@ from cairn.plan.schedule import RoundRobin
 from cairn.serve.dashboard import PAGE, STATE, Board
 from cairn.serve.gateway.admin import Admin
 from cairn.serve.gateway.app import Gateway
-from cairn.serve.gateway.backends import parse_backend
+from cairn.serve.gateway.backends import parse_backend, parse_backends
 from cairn.serve.gateway.dispatch import Dispatch
 from cairn.serve.gateway.members import Members
 from cairn.serve.gateway.metrics import GatewayMetrics
@@ -85,6 +85,13 @@ def test_a_backend_in_words() -> None:
     for bad in ("a=http://h,role=king", "a=http://h,x=1", "a=http://h,ranks=0", "a=ftp://h", "h:1"):
         with pytest.raises(InputError):
             parse_backend(bad)
+
+
+def test_two_backends_of_one_name_are_refused() -> None:
+    """As two paths of one host are called alike; the registry would let the later one take the name."""
+    assert [one.name for one in parse_backends(["a=http://h/x", "b=http://h/y"])] == ["a", "b"]
+    with pytest.raises(InputError, match="http://h/x and http://h/y: both are called h; NAME=URL"):
+        run(load_config(overrides={"serve.backends": ["http://h/x", "http://h/y"]}, environ={}), lambda _: None)
 
 
 def test_secrets_are_not_shown() -> None:

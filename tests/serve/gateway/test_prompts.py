@@ -5,14 +5,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cairn.config.schema import Index
+from cairn.fleet import Source
 from cairn.fleet.publisher import Publisher
 from cairn.serve.gateway.asked import Asked
+from cairn.serve.gateway.base import Prompt
 from cairn.serve.gateway.guesses import Guesses, pieces
 from cairn.serve.gateway.prompts import FleetPrompts
+from cairn.serve.indexer.lookup import Query
 from cairn.serve.indexer.parts import Parts
 from cairn.serve.tokenizers import ANY_MODEL
 from tests.fleet.peers import free_endpoint
@@ -85,3 +90,12 @@ def test_the_index_is_asked_with_the_engine_s_tokens(tiny: Path) -> None:
     finally:
         parts.close()
         publisher.close(0)
+
+
+def test_an_instance_that_leaves_just_as_a_prompt_goes_there_fails_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sources go on another thread, between any two looks at them."""
+    parts, source = Parts(Index()), Source("a", 0)
+    seen = iter([{source: "m"}])
+    monkeypatch.setattr(parts.following, "sources", lambda: next(seen, {}))
+    FleetPrompts(parts).sent(Prompt(8, {}, Query(np.arange(8, dtype=np.uint32))), "a")
+    parts.close()

@@ -3,8 +3,9 @@
 import contextlib
 import os
 import resource
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,11 +15,13 @@ import pytest
 from cairn.observe.reasons import Reason
 from cairn.tier.breaker import Breaker
 from cairn.tier.remote import RemoteTier
+from cairn.tier.remote.files import FileStore
 from cairn.tier.remote.tier import Limits
 from tests.tier.remote import servers
 from tests.tier.remote.proxy import Proxy
 from tests.tier.remote.rig import PACK, Place, ask, loaded, opened, read, write
 from tests.tier.remote.test_conformance import fresh
+from tests.tier.rig import soon
 
 #: What an operation may take here, and how much longer a call may take to say so on a busy machine.
 LIMITS = Limits(timeout_s=0.4, lookup_timeout_s=0.4, threads=2)
@@ -287,3 +290,32 @@ def test_writes_that_give_way_to_loads_are_counted(tmp_path: Path) -> None:
         write(tier, fresh(PACK), timeout=0.2)
         share.end_load(0)
         assert tier.stats()["held_back_writes_total"] == 1
+
+
+class Hanging(FileStore):
+    """A file system that hangs, as an NFS mount whose server is gone: nothing returns while `held`."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.held = threading.Event()
+        self.entered = threading.Semaphore(0)
+
+    def exists(self, names: Sequence[bytes], *, deadline: float) -> list[bool] | Reason:
+        self.entered.release()
+        assert self.held.wait(60)
+        return super().exists(names, deadline=deadline)
+
+
+def test_who_asks_a_store_that_never_returns_does_not_wait_for_ever(tmp_path: Path) -> None:
+    """Such a call tells the breaker nothing; the third who asks after it counts as stuck is not let wait."""
+    store, keys, other = Hanging(tmp_path), fresh(4), fresh(4)
+    with opened(store, LIMITS, breaker=Breaker(cooldown_seconds=60)) as tier:
+        first = tier.ask(keys, deadline=soon(0.1))
+        assert first is not None
+        assert store.entered.acquire(timeout=30)
+        while tier._scouts.longest_seconds() <= LIMITS.timeout_s + 1.0:
+            time.sleep(0.05)
+        asked = [tier.ask(other, deadline=soon(0.1)) for _ in range(5)]
+        assert asked[2:] == [None] * 3
+        assert tier.stats()["breaker_open"] == 1
+        store.held.set()

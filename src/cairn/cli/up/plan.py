@@ -14,7 +14,7 @@ import yaml
 from cairn.cli.up.spec import ClusterSpec, EngineSpec, names_of
 from cairn.config import load_config
 from cairn.config.schema import Config
-from cairn.errors import InputError
+from cairn.errors import InputError, StorageError
 
 _CAIRN: Final = (sys.executable, "-c", "from cairn.cli import main; main()")
 _START_S: Final = 180.0
@@ -51,9 +51,8 @@ def children_of(spec: ClusterSpec, home: Path) -> list[Child]:
     """In the order in which they are started; writes the configuration that they share to `home`.
 
     Raises ConfigError for settings that break a rule, InputError for ports that are in use and programs that are not
-    there.
+    there, StorageError where `home` cannot be written to.
     """
-    home.mkdir(parents=True, exist_ok=True)
     config = load_config(overrides=spec.config, environ={})
     http = _fixed(config.serve.http_server_port)
     engines = _engines(spec)
@@ -62,7 +61,11 @@ def children_of(spec: ClusterSpec, home: Path) -> list[Child]:
     if spec.node:
         settings["node"] = {"address": address} | settings.get("node", {})
     file = home / "cairn.yaml"
-    file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"{home}: {error.strerror or error}; name another place with --dir") from None
     found, cluster = list[Child](), list[str]()
     if spec.etcd:
         child, endpoint = _etcd(home)

@@ -1,5 +1,6 @@
 """What `cairn up` writes of its children while it runs, and what `cairn status` makes of it."""
 
+import http.client
 import json
 import os
 import urllib.error
@@ -50,7 +51,7 @@ def answers(url: str | None) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=_ANSWER_S) as answer:
             return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError, ValueError):
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError):
         return False
 
 

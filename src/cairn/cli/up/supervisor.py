@@ -91,7 +91,10 @@ class Supervisor:
 
     def _start(self, child: Child) -> bool:
         """False: it is to end."""
-        one = _Running(child, self._home)
+        try:
+            one = _Running(child, self._home)
+        except OSError as error:
+            raise StorageError(f"{child.name}: {child.command[0]} cannot be run: {error.strerror or error}") from None
         self._running.append(one)
         self._write()
         deadline = time.monotonic() + child.start_s

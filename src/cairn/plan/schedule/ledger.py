@@ -28,7 +28,8 @@ _FLEET_WINDOW = 256
 """Prefills that the fleet's fit is over."""
 
 _SPARE = 64
-"""Instances that are away and yet remembered, beside as many as are there: they may come back."""
+"""Instances that are away and yet remembered, beside as many as ever were asked for at once: they may come back, and
+requests for another model see none of them."""
 
 _TIER_ROWS = {tier: row for row, tier in enumerate(TIERS)}
 
@@ -77,6 +78,7 @@ class Ledger:
         self._lives: list[_Life] = []
         self._flights: dict[str, _Flight] = {}
         self._free: list[int] = []
+        self._widest = 0
         self._fleet = RecomputeCost(_FLEET_WINDOW)
         self._prefills = 0
         self._fleet_fit: FleetFit = np.zeros(4)
@@ -93,7 +95,8 @@ class Ledger:
             if lives[slot].reported_at != one.reported_at:
                 self._report(slot, one)
             out[i] = slot
-        if len(self._slots) > 2 * len(view) + _SPARE:
+        self._widest = max(self._widest, len(view))
+        if len(self._slots) > 2 * self._widest + _SPARE:
             self._forget_absent(view)
         return out
 

@@ -13,11 +13,16 @@ CHAT: Final = "/v1/chat/completions"
 #: Bytes of text that make a token, about, where nobody has tokenized it.
 _TOKEN_BYTES: Final = 4
 
+#: Of an answer; more is taken for this, as the scheduler adds such numbers up in 64 bits.
+_MOST_TOKENS: Final = 1 << 31
+
 #: What an answer depends on beside the text so far: where one of these is set, no other engine can take over.
 _STATEFUL: Final = (
-    "best_of", "echo", "frequency_penalty", "functions", "guided_json", "guided_regex", "guided_choice",
-    "guided_grammar", "logprobs", "presence_penalty", "prompt_logprobs", "response_format", "structured_outputs",
-    "suffix", "tools", "top_logprobs", "use_beam_search", "repetition_penalty", "min_tokens", "return_token_ids",
+    "bad_words", "best_of", "continue_final_message", "ebnf", "echo", "frequency_penalty", "functions", "guided_json",
+    "guided_regex", "guided_choice", "guided_grammar", "include_stop_str_in_output", "json_schema", "logprobs",
+    "presence_penalty", "prompt_logprobs", "regex", "repetition_detection", "response_format", "structural_tag",
+    "structured_outputs", "suffix", "tools", "top_logprobs", "truncate_prompt_tokens", "use_beam_search",
+    "repetition_penalty", "min_tokens", "return_token_ids",
 )  # fmt: skip
 _NOTHING: Final[tuple[Any, ...]] = (None, False, 0, 0.0, [], {}, "")
 
@@ -111,6 +116,13 @@ class Asked:
             return False
         return self.chat or isinstance(fields.get("prompt"), str)
 
+    def single(self) -> bool:
+        """Whether the answer is one text, so that it ends with the first end of a choice. Reads all fields."""
+        fields = self.everything()
+        prompt = fields.get("prompt")
+        several = isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
+        return fields.get("n") in (None, 1) and (self.chat or not several)
+
 
 def edited(body: bytes, changes: Mapping[str, Any]) -> bytes:
     """A body with other values of some fields, None: without the field; all other values are kept byte for byte."""
@@ -123,4 +135,4 @@ def edited(body: bytes, changes: Mapping[str, Any]) -> bytes:
 
 
 def _count(value: object) -> int:
-    return value if isinstance(value, int) and value > 0 else 0
+    return min(value, _MOST_TOKENS) if isinstance(value, int) and value > 0 else 0

@@ -43,6 +43,16 @@ def parse_backend(text: str) -> Instance:
     )
 
 
+def parse_backends(texts: Sequence[str]) -> list[Instance]:
+    """All of them. Raises InputError, too where two would have one name: the later would take the earlier's place."""
+    found: dict[str, Instance] = {}
+    for one in map(parse_backend, texts):
+        other = found.setdefault(one.name, one)
+        if other is not one:
+            raise InputError(f"backends {other.http} and {one.http}: both are called {one.name}; NAME=URL names one")
+    return list(found.values())
+
+
 @asynccontextmanager
 async def registered(
     registry: Registry, keys: Keys, instances: Sequence[Instance], lease_s: float, look_s: float, token: str | None

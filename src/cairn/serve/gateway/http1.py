@@ -74,7 +74,8 @@ class Connection(asyncio.Protocol):
         assert self._transport is not None
         self.status, self.headers = 0, []
         self.done = self._complete = self._to_the_end = False
-        self._head, self._pool = 0, pool
+        self._head = self._waiting = 0  # what nobody has read of the last answer is gone
+        self._pool = pool
         self._transport.write(data)
         try:
             while not self.status:

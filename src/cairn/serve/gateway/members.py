@@ -135,9 +135,9 @@ class Members:
         """Who may serve a request: those that serve its model, or all if nobody says so (an adapter's name); of them
         those that were not tried; of them those that do not rest, if there are any.
         """
-        every = [one for one in self._members.values() if not (one.drains or one.name in tried)]
+        every = list(self._members.values())
         able = [one for one in every if one.instance.model == model] if model else every
-        able = able or every
+        able = [one for one in able or every if not (one.drains or one.name in tried)]
         return [one for one in able if one.ready(now)] or able
 
     def flight(self, member: Member, prompt: Prompt) -> Flight:

@@ -55,9 +55,11 @@ async def _models_of(member: Member) -> list[dict[str, Any]]:
         async with asyncio.timeout(_ASK_S):
             answer = await member.pool.get(b"/v1/models", _ASK_S)
             told = bytearray()
-            while len(told) <= _ANSWER and (data := await answer.read(_ASK_S)):
-                told += data
-            answer.close()
+            try:
+                while len(told) <= _ANSWER and (data := await answer.read(_ASK_S)):
+                    told += data
+            finally:
+                answer.close()
             return msgspec.json.decode(bytes(told), type=_Listing).data
     except (UpstreamError, TimeoutError, msgspec.DecodeError):
         return []

@@ -1,12 +1,13 @@
 """Who holds how much of a request's prompt: by the index over the engines' KV events, or else by a guess."""
 
 import asyncio
+import contextlib
 from typing import Final
 
 from cairn.fleet import Tier
 from cairn.fleet.separation import namespace_digest
 from cairn.plan.schedule.base import TIERS
-from cairn.serve.base import Tokens
+from cairn.serve.base import RequestError, Tokens
 from cairn.serve.gateway.asked import Asked
 from cairn.serve.gateway.base import Prompt
 from cairn.serve.gateway.guesses import Guesses, Pieces, pieces
@@ -45,7 +46,7 @@ class FleetPrompts:
 
     def sent(self, prompt: Prompt, instance: str) -> None:
         if isinstance(prompt.key, Query):
-            if any(source.instance == instance for source in self._parts.following.sources()):
+            with contextlib.suppress(RequestError):  # it publishes no events, or has left just now
                 self._parts.lookup.routed(prompt.key, instance, None)
         else:
             found: Pieces = prompt.key

@@ -4,6 +4,8 @@ import re
 import time
 from typing import Final
 
+import msgspec
+
 from cairn.config.schema import Serve
 from cairn.observe.trace import begin, joined
 from cairn.serve.base import RequestError
@@ -52,6 +54,7 @@ class _Passage:
         self._asked, self._client, self._prompt = asked, client, prompt
         self._headers, self._path = client.headers(), asked.path.encode()
         self._ask = relay.dispatch.ask(asked, prompt)
+        self._arrived = self._ask.arrived
         self._tried: list[str] = []
         self._tokens, self._served = 0, ""
         self._first = self._latest = 0.0
@@ -72,20 +75,22 @@ class _Passage:
                 failure = error
                 if not self._goes_on(last=attempt == attempts):
                     return await self._give_up(error)
+                # Time that a dead engine took is not held against it: for the scheduler it comes now.
+                self._ask = msgspec.structs.replace(self._ask, arrived=time.monotonic())
             except (RequestError, DivergedError) as error:
                 if not self._client.started:
                     if failure is not None:  # nobody else is left, whatever the words
                         return await self._give_up(failure)
                     raise
                 return await self._give_up(UpstreamError("resume", str(error)))
-        self._metrics.timed(self._ask.arrived, self._first, self._latest, self._tokens)
+        self._metrics.timed(self._arrived, self._first, self._latest, self._tokens)
         self._remember()
         return None
 
     def _remember(self) -> None:
         """For who looks at the dashboard."""
         traffic, prompt, served = self._metrics.traffic, self._prompt, self._served
-        ttft_s = self._first - self._ask.arrived if self._first else None
+        ttft_s = self._first - self._arrived if self._first else None
         traffic.answered_at(served, prompt.tokens, prompt.held.get(served, {}), ttft_s)
         if traffic.curious:
             traffic.remember(Recent(*self._asked.beginning(BEGINNING), prompt.tokens, prompt.held, served))
@@ -218,7 +223,7 @@ class _Passage:
         if not client.started:
             raise RequestError(f"{len(self._tried)} engines have failed this request; the last: {error}", 502)
         self._metrics.broken.inc()
-        if self._transcript is not None and self._transcript.finished:
+        if self._transcript is not None and self._transcript.finished and self._asked.single():
             return await client.send(sse.DONE, more=False)
         words = error.words if isinstance(error, EngineFailedError) else b""
         told = words or b"data: " + error_body(f"the answer ends here: {error}", 502) + b"\n\n" + sse.DONE

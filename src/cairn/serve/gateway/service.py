@@ -21,7 +21,7 @@ from cairn.serve.dashboard import Board
 from cairn.serve.gateway.admin import Admin
 from cairn.serve.gateway.agreed import Agreed, SharedSlo
 from cairn.serve.gateway.app import Gateway
-from cairn.serve.gateway.backends import parse_backend, registered
+from cairn.serve.gateway.backends import parse_backends, registered
 from cairn.serve.gateway.dispatch import Dispatch
 from cairn.serve.gateway.members import Members
 from cairn.serve.gateway.metrics import GatewayMetrics
@@ -69,6 +69,7 @@ def _check(config: Config) -> None:
         )
     if not serve.backends and not config.cluster.etcd_addr:
         raise ConfigError("no engines: name serve.backends (--backend), or an etcd where they register (--etcd-addr)")
+    parse_backends(serve.backends)  # what is wrong is told before anything is compiled
 
 
 async def _serve(config: Config, started: Callable[[Addresses], None]) -> None:
@@ -128,7 +129,7 @@ async def _followed(config: Config, members: Members, parts: Parts) -> AsyncIter
     """The registry, with everything that follows its instances. Without an answer at the start there are none yet."""
     keys, serve = Keys(config.cluster.namespace), config.serve
     token = serve.backend_token.get_secret_value() if serve.backend_token else None
-    instances = [parse_backend(text) for text in serve.backends]
+    instances = parse_backends(serve.backends)
     async with AsyncExitStack() as stack:
         registry = await stack.enter_async_context(open_registry(config.cluster))
         directory = await stack.enter_async_context(Directory(registry, keys))

@@ -119,13 +119,13 @@ class Transcript:
         if not self.head:
             self.head = value
         for choice in choices_of(value):
-            if choice.get("index") != 0:
+            if choice.get("index") != 0 or choice.get("logprobs"):
                 self.plain = False
             delta = choice.get("delta")
             text = choice.get("text") if delta is None else delta.get("content")
             if delta and any(delta[name] for name in delta.keys() - {"role", "content"}):
                 self.plain = False
-            if text:
-                self.text += text
+            if text or not (delta and delta.get("role")):  # a token may be half a character; who speaks is none
+                self.text += text or ""
                 self.ends.append(len(self.text))
             self.finished |= choice.get("finish_reason") is not None

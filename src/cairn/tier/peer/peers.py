@@ -14,7 +14,7 @@ from cairn.tier.peer.wire import MAX_FRAME, Keypair, Reply, Request, decode_repl
 Socket = zmq.Socket[bytes]
 
 #: An answer that took less than this is not late by the node's fault.
-_FAIR_S: Final = 0.02
+FAIR_S: Final = 0.02
 #: A node that is away is tried at least so often: that costs a lookup its deadline.
 _LONGEST_REST_S: Final = 10.0
 
@@ -83,7 +83,7 @@ class Peers:
                 peer.answers.success()
                 self._keep(peer, socket)
         for socket, peer in waiting.items():
-            if deadline - begun > _FAIR_S:
+            if deadline - begun > FAIR_S:
                 peer.answers.failure()
             socket.close(0)
             answers[peer] = None

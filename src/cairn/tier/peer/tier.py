@@ -17,7 +17,7 @@ from cairn.kv.keys import KEY_BYTES
 from cairn.observe.reasons import Reason
 from cairn.tier.base import Outcomes, Rows, Tier, check_span
 from cairn.tier.known import ABSENT_S, Known
-from cairn.tier.peer.peers import Peer, Peers
+from cairn.tier.peer.peers import FAIR_S, Peer, Peers
 from cairn.tier.peer.wire import MAX_BLOCKS, MAX_LEASE_S, SUM_BYTES, Find, Found, GiveBack, Lend, Lent, sum_of
 from cairn.tier.tally import Tally
 from cairn.tier.workers import Workers
@@ -234,9 +234,10 @@ class PeerTier(Tier):
             Read(lent.address + row * lent.stride, rows.memory[own, : self._block_bytes].data)
             for row, own in zip(theirs, rows.ids, strict=False)
         ]
+        begun = time.monotonic()
         reason = self._transport.read(lent.endpoint, reads, deadline=deadline)
         if reason is None:
             peer.reads.success()
-        else:
+        elif reason is not Reason.TIMEOUT or deadline - begun > FAIR_S:
             peer.reads.failure()
         return reason

@@ -33,7 +33,8 @@ _MULTIPART_BYTES: Final = 64 << 20
 _FULL: Final = ("InsufficientStorage", "QuotaExceeded", "StorageFull", "No space left")
 #: Loads at a time, and so the threads that a hanging store can keep.
 _LANES: Final = 12
-_PAST_THE_END: Final = ("InvalidRange", "416")
+#: Not the bare number: an error tells its URL and how long it took, and a key is hexadecimal.
+_PAST_THE_END: Final = ("InvalidRange", "416 Range Not Satisfiable")
 
 
 class ObstoreStore(ObjectStore):

@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 #: What was found to be there is asked about again after so many seconds.
 PRESENT_S: Final = 60.0
 _SCOUTS: Final = 2
+#: What a call of the store takes beyond its deadline before it counts as stuck.
+_STUCK_S: Final = 1.0
 #: Blocks whose offers `second_touch` remembers.
 _REMEMBERED: Final = 1 << 18
 
@@ -141,6 +143,7 @@ class RemoteTier(Tier):
 
     def ask(self, keys: Keys, *, deadline: float, worth_s: float = math.inf) -> "Future[None] | None":
         scout = self._machine.scout
+        self._look_at(self._scouts)
         if self._closed or not self._breaker.ready() or scout.seconds > worth_s or scout.settled(keys):
             return None
         answered: Future[None] = Future()
@@ -261,7 +264,14 @@ class RemoteTier(Tier):
         finally:
             answered.set_result(None)
 
+    def _look_at(self, workers: Workers) -> None:
+        """A call that does not return, as in a file system that hangs, tells the breaker nothing by itself."""
+        if workers.longest_seconds() > self._limits.timeout_s + _STUCK_S and self._breaker.allow():
+            self._breaker.failure()
+
     def _at_deadline(self, batch: Batch) -> None:
+        if isinstance(batch, ReadBatch):  # stores may be slow in the background
+            self._look_at(self._readers)
         if batch.expire(Reason.TIMEOUT):
             batch.land()
 

@@ -1,0 +1,200 @@
+"""One request on its way through failures, in one process: engines that follow a script, and the real scheduler."""
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cairn.cluster import Instance
+from cairn.cluster.directory import Joined
+from cairn.cluster.directory import Member as Reported
+from cairn.config.schema import Serve
+from cairn.plan.schedule import RoundRobin, SloAware
+from cairn.plan.schedule.base import Ask, Scheduler, Send
+from cairn.serve.gateway.asked import COMPLETIONS, Asked
+from cairn.serve.gateway.base import Prompt
+from cairn.serve.gateway.client import Client
+from cairn.serve.gateway.dispatch import Dispatch
+from cairn.serve.gateway.members import Members
+from cairn.serve.gateway.metrics import GatewayMetrics
+from cairn.serve.gateway.models import Models
+from cairn.serve.gateway.relay import Relay
+from cairn.serve.gateway.sse import DONE, encode, payloads
+from tests.serve.gateway.test_http1 import request_of
+
+TEXT = " one two three four five six"
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+class Known:
+    """A `Prompts`: nobody holds anything."""
+
+    async def look(self, asked: Asked) -> Prompt:
+        return Prompt(100, {})
+
+    def sent(self, prompt: Prompt, instance: str) -> None: ...
+
+    def forget(self, instance: str) -> None: ...
+
+
+def word(text: str, index: int = 0, end: str | None = None) -> bytes:
+    return encode({"id": "a", "choices": [{"index": index, "text": text, "finish_reason": end}]})
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def going_on(body: dict[str, Any]) -> list[bytes]:
+    """The events of an engine that says `TEXT` after the prompt "P"."""
+    rest = TEXT[len(body["prompt"].removeprefix("P")) :].split(" ")[1:]
+    return [*(word(f" {one}") for one in rest), word("", end="stop"), DONE]
+
+
+@asynccontextmanager
+async def engine(
+    dies_after: Sequence[bytes] | None = None, dying: Callable[[], None] = lambda: None
+) -> AsyncIterator[str]:
+    """Answers with `going_on`, or with these events and the end of the connection, just before which it calls."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        _, _, body = (await request_of(reader)).partition(b"\r\n\r\n")
+        events = going_on(json.loads(body)) if dies_after is None else dies_after
+        writer.write(HEAD + b"".join(map(chunk, events)) + (b"0\r\n\r\n" if dies_after is None else b""))
+        await writer.drain()
+        dying()
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+class Passage:
+    """A relay with a client that keeps what it is sent."""
+
+    def __init__(self, scheduler: Scheduler, **engines: str) -> None:
+        config = Serve()
+        self.members, self.sent, self.status = Members(config), b"", 0
+        for name, url in engines.items():
+            self.members._hear(Joined(Reported(Instance(name=name, incarnation="1", http=url, model="m"))))
+        self.dispatch = Dispatch(self.members, scheduler, config, lambda: None)
+        self._relay = Relay(self.members, self.dispatch, Known(), config, GatewayMetrics(self.members))
+
+    def learn(self) -> None:
+        """The scheduler sees many prompts, each computed within 60 ms."""
+        scheduler, views = self.dispatch.scheduler, [member.view for member in self.members.members.values()]
+        for i in range(40):
+            ask, now = Ask(id=f"past {i}", prompt_tokens=80 + 10 * (i % 7), arrived=float(i)), float(i)
+            choice = scheduler.choose(ask, views, now)
+            assert isinstance(choice, Send)
+            scheduler.sent(ask, choice, now)
+            scheduler.first_token(ask, now + 0.05 + 0.001 * (i % 7))
+            scheduler.finished(ask, now + 0.3, 10)
+
+    async def carry(self, **fields: Any) -> None:
+        body = {"model": "m", "prompt": "P", "stream": True, "temperature": 0, "max_tokens": 50} | fields
+        client = Client({"headers": [], "query_string": b""}, self._nothing, self._take, 60.0)
+        await self._relay.carry(Asked(COMPLETIONS, json.dumps(body).encode()), client)
+
+    async def _nothing(self) -> Any:
+        raise AssertionError
+
+    async def _take(self, message: Any) -> None:
+        self.status = message.get("status", self.status)
+        self.sent += message.get("body", b"")
+
+
+def said(data: bytes) -> str:
+    return "".join(event["choices"][0]["text"] for event in payloads(data))
+
+
+def test_a_stream_is_gone_on_with_however_long_ago_its_request_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time that the SLO gives a first token is long over when an engine dies in the midst of an answer."""
+    clock = SimpleNamespace(offset=0.0)
+    clock.monotonic = lambda: time.monotonic() + clock.offset
+    for module in ("dispatch", "relay"):
+        monkeypatch.setattr(f"cairn.serve.gateway.{module}.time", clock)
+
+    async def main() -> None:
+        def a_minute_later() -> None:
+            clock.offset, passage.members.members["b"].drains = 60.0, False
+
+        async with engine([word(" one"), word(" two")], a_minute_later) as dying, engine() as other:
+            passage = Passage(SloAware(), a=dying, b=other)
+            passage.learn()
+            passage.members.members["b"].drains = True
+            await passage.carry()
+            assert said(passage.sent) == TEXT
+            assert passage.sent.endswith(DONE)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("limit", [2**63 - 1, 10**19, 10**30])
+def test_no_limit_of_a_client_is_too_large_for_the_scheduler(limit: int) -> None:
+    async def main() -> None:
+        async with engine() as one:
+            passage = Passage(SloAware(), a=one)
+            await passage.carry(max_tokens=limit)
+            assert said(passage.sent) == TEXT
+            ledger = passage.dispatch.scheduler._ledger  # type: ignore[attr-defined]
+            assert not ledger._flights
+            assert not ledger._books["requests"].any()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("asked", [{"n": 2}, {"prompt": ["P", "Q"]}, {"prompt": [[1], [2]]}])
+def test_the_end_of_one_choice_is_not_the_end_of_all(asked: dict[str, Any]) -> None:
+    """An engine dies when one of two choices has ended: the other is cut off, and the client is told."""
+
+    async def main() -> None:
+        async with engine([word(" one"), word(" uno", 1), word("", 0, "stop")]) as dying, engine() as other:
+            passage = Passage(RoundRobin(), a=dying, b=other)
+            passage.members.members["b"].drains = True
+            await passage.carry(**asked)
+            *_, last = payloads(passage.sent)
+            assert "the answer ends here" in last["error"]["message"]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("asked", [{}, {"prompt": [1, 2]}, {"prompt": ["P"]}, {"n": 1, "tools": [{}]}])
+def test_an_answer_that_has_ended_is_whole_without_its_last_line(asked: dict[str, Any]) -> None:
+    async def main() -> None:
+        async with engine([word(" one"), word("", 0, "stop")]) as dying:
+            passage = Passage(RoundRobin(), a=dying)
+            await passage.carry(**asked)
+            assert passage.sent == word(" one") + word("", 0, "stop") + DONE
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_stalls_in_its_list_of_models_keeps_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cairn.serve.gateway.models._ASK_S", 0.2)
+
+    async def main() -> None:
+        left = asyncio.Event()
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n{")
+            with contextlib.suppress(ConnectionError):
+                assert not await reader.read()
+            left.set()
+            writer.close()
+
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            passage = Passage(RoundRobin(), a=url)
+            assert await Models(passage.members).every() == {"object": "list", "data": []}
+            async with asyncio.timeout(30):
+                await left.wait()
+
+    asyncio.run(main())
