@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
@@ -165,6 +166,47 @@ def test_a_request_whose_load_failed_is_taken_off(
         drain(llm)
         assert request.output_token_ids[:] == tiny_plain[1]
     assert answers(llm, [LONG]) == [tiny_plain[1]]
+    settle(llm)
+    assert answers(llm, [LONG]) == [tiny_plain[1]]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_preemption_before_a_load_is_reported(
+    llm: Any, tiny_plain: list[list[int]], cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU reports a step's load as late as it is over: vLLM may ask about its request again before. cached: whether
+    vLLM's own prefix cache has then what was loaded.
+    """
+    from cairn.connect.vllm.movers import _CpuLayers
+
+    class Reported(Future[float]):
+        def done(self) -> bool:
+            return reported.is_set() and super().done()
+
+    def late(layers: Any) -> Any:
+        over, late = end(layers), Reported()
+        late.set_result(over.result())
+        return late
+
+    reported, end = Event(), _CpuLayers.end
+    monkeypatch.setattr(_CpuLayers, "end", late)
+    answers(llm, [LONG])
+    settle(llm)
+    scheduler, request = core(llm).scheduler, add(llm, LONG)
+    step(llm)
+    assert under_way(llm, "Load")
+    scheduler.running.remove(request)
+    scheduler._preempt_request(request, time.monotonic(), drop_stale_output=True)
+    scheduler.prev_step_scheduled_req_ids.clear()
+    if not cached:
+        assert scheduler.kv_cache_manager.reset_prefix_cache()
+        for cache in core(llm).model_executor.driver_worker.worker.model_runner.kv_caches:
+            cache.fill_(1e3)
+    step(llm)
+    step(llm)
+    reported.set()
+    drain(llm)
+    assert request.output_token_ids[:] == tiny_plain[1]
     settle(llm)
     assert answers(llm, [LONG]) == [tiny_plain[1]]
 

@@ -89,6 +89,8 @@ class SchedulerSide:
         tracked = self._track(request)
         if tracked is None or not tracked.loads:
             return 0, False
+        if tracked.loading:  # it was preempted before its load was reported, which still needs its stage
+            return None, False
         if tracked.stage and tracked.stage.span.start != computed:
             self._drop_stage(tracked)
         if tracked.stage is None:
