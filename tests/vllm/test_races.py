@@ -249,6 +249,19 @@ def test_reset_with_a_request_that_has_matched(llm: Any, tiny_plain: list[list[i
     assert hits(llm) > before
 
 
+def test_reset_with_a_request_that_is_over_and_kept(llm: Any) -> None:
+    """The last to go is kept for the chunks that requests lacked, though it had no blocks; vLLM is told to free it."""
+    waiting = add(llm, LONG)
+    assert side(llm).matched(waiting, 0) == (0, False)
+    side(llm)._lacking[b"a chunk"] = None
+    llm.llm_engine.abort_request([waiting.request_id], internal=True)
+    assert side(llm)._tracked[waiting.request_id].held
+    assert connector(llm).reset_cache()
+    for _ in range(3):
+        core(llm).step_fn()
+    assert waiting.request_id not in core(llm).scheduler.requests
+
+
 def test_reset_with_requests_that_run(llm: Any, tiny_plain: list[list[int]]) -> None:
     """vLLM starts them anew, and they must not find what they had stored before."""
     request = add(llm, LONG)

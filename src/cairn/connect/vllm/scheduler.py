@@ -244,7 +244,7 @@ class SchedulerSide:
         for request_id, tracked in list(self._tracked.items()):
             if not tracked.loading:
                 self._drop_stage(tracked)
-            if not tracked.pages:
+            if not (tracked.pages or tracked.held):
                 del self._tracked[request_id]
                 continue
             tracked.offered, tracked.loads = 1 << 30, False
