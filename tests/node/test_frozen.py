@@ -6,10 +6,14 @@ import time
 from pathlib import Path
 from typing import Final
 
+import pytest
+
 from cairn.config import load_config
-from cairn.engine import CacheEngine
+from cairn.engine import CacheEngine, TaskStatus
+from cairn.node import wire
+from cairn.node.client import Link
 from cairn.observe.reasons import Reason
-from tests.engine.pages import SLOT, namespace, prompt, retrieved, stored
+from tests.engine.pages import SLOT, Pages, namespace, prompt, retrieved, stored
 
 from .peer import Peer, within
 from .rig import ProcessNode, address_in, thread_node
@@ -33,6 +37,30 @@ def test_what_could_not_be_given_back_in_time_goes_with_the_session(tmp_path: Pa
             stage.release()
         assert within(10, peer, lambda: peer.busy() == (0, 0))
         peer.close()
+
+
+def test_what_was_not_committed_was_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The session is lost between the copy and its commit."""
+    call = Link.call
+
+    def loses(link: Link, request: wire.Request) -> wire.Reply | None:
+        if isinstance(request, wire.Commit):
+            link._lost("the test says so")
+        return call(link, request)
+
+    overrides = {"engine.planner": False, "node.timeout_s": TIMEOUT_S}
+    with (
+        thread_node(address_in(tmp_path), **{"storage.cpu.size": 64 * SLOT}),
+        CacheEngine(namespace(), load_config(environ={}, overrides=overrides), node=address_in(tmp_path)) as engine,
+    ):
+        pages, tokens = Pages(), prompt(1, 40)
+        engine.register_kv_caches(pages.tensors)
+        monkeypatch.setattr(Link, "call", loses)
+        put = engine.put_async(tokens, pages.slots(40))
+        result = engine.wait([put])[put]
+        assert result.status is TaskStatus.FAILED
+        assert not result.mask.any()
+        assert engine.metrics.skipped_tokens.value(reason=Reason.NODE_AWAY) == 40
 
 
 def test_a_frozen_node_is_waited_for_once(tmp_path: Path) -> None:
