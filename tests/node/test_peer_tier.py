@@ -16,6 +16,7 @@ import zmq
 from cairn.config import load_config
 from cairn.engine.local import open_local
 from cairn.engine.pool import open_pool
+from cairn.errors import CairnError
 from cairn.kv import CANONICAL, Keys
 from cairn.node.lending import Lending
 from cairn.node.peer_service import PeerService
@@ -345,3 +346,13 @@ def test_what_begins_too_late_is_not_begun(rig: Rig) -> None:
     assert rig.tier.write(keys, 0, rows, namespace=bytes(16), deadline=soon()).result(10) == [Reason.NOT_ADMITTED] * 2
     rig.tier.close(10)
     assert rig.tier.read(keys, 0, rows, deadline=soon()).result(10) == [Reason.CLOSED] * 2
+
+
+def test_a_pool_that_cannot_be_opened_ends_its_peer_tier() -> None:
+    """Its clients ask for the pool again every few seconds, and each time has threads of its own."""
+    overrides = {"compression.algorithm": "cachegen", "compression.calibration": "/there/is/none"}
+    config = load_config(environ={}, overrides=overrides)
+    tier = PeerTier(Peers(KEYPAIR), Here(), "pool", PAGE, Limits())
+    with pytest.raises(CairnError, match="/there/is/none"):
+        open_local(config, GEOMETRY, CANONICAL, Metrics(), CostModel(), None, tier)
+    assert tier._closed
