@@ -81,6 +81,16 @@ def test_a_copy_of_a_sound_segment_is_right(rig: Rig) -> None:
     assert copy.result() == 0.5
 
 
+def test_what_was_right_at_a_copys_end_stays_right(rig: Rig) -> None:
+    """Whatever becomes of the segment between two questions of the model's thread."""
+    rig.mapped.set_result(rig.source)
+    copy = rig.copy()
+    rig.copies[0].set_result(0.5)
+    assert copy.exception() is None
+    rig.source.retire()
+    assert copy.result() == 0.5
+
+
 @pytest.mark.parametrize("why", ["io_error", "node_away", "owner_gone"])
 def test_a_copy_that_may_not_begin_has_failed(rig: Rig, why: str) -> None:
     if why == "node_away":

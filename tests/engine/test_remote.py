@@ -11,6 +11,7 @@ import pytest
 
 from cairn.engine import CacheEngine
 from cairn.engine.task import TaskStatus
+from cairn.errors import StorageError
 from cairn.tier.remote import RemoteTier
 from cairn.tier.remote.packing import TAIL_BYTES
 
@@ -65,6 +66,21 @@ def test_dram_disk_and_remote_each_give_their_part(tmp_path: Path) -> None:
         assert retrieved(engine, tokens) == 120
         assert hits(engine) == {"disk": 60, "dram": 32, "remote": 60}
         at_rest(engine)
+
+
+def test_an_engine_that_does_not_come_up_gives_its_disk_back(tmp_path: Path) -> None:
+    """What is shared is not mounted yet; once it is, the same process (a node's client asks it again) has its cache."""
+    tokens, mount = prompt(4, 40), tmp_path / "shared"
+    settings: dict[str, Any] = {"storage.disk.path": str(tmp_path / "kv"), "storage.disk.size": 1 << 20}
+    mount.write_bytes(b"no directory")
+    for _ in range(2):
+        with pytest.raises(StorageError, match="must be a directory"):
+            shared(tmp_path, **settings)
+    mount.unlink()
+    with shared(tmp_path, **settings) as engine:
+        assert stored(engine, tokens) == 40
+        assert engine.flush(10)
+        assert retrieved(engine, tokens) == 40
 
 
 def test_what_waits_for_a_store_is_bounded(tmp_path: Path) -> None:

@@ -89,6 +89,25 @@ def test_layer_by_layer() -> None:
         at_rest(engine)
 
 
+def test_a_layer_whose_copy_fails_ends_the_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a copier raises: who waits for the task, for however long, is told."""
+    with make_engine(64) as engine:
+        tokens = prompt(0, 32)
+        stored(engine, tokens)
+        _, slots = registered(engine, tokens)
+
+        def broken(*_: object) -> None:
+            raise RuntimeError("injected")
+
+        monkeypatch.setattr(engine._copier, "scatter", broken)
+        task, _ = engine.get_match(tokens)
+        engine.launch([task], [slots], layerwise_transfer=True)
+        assert not engine.wait_layer(task, 0)
+        assert engine._tasks[task].future.result(30).status is TaskStatus.FAILED
+        assert not engine.wait([task])[task].mask.any()
+        at_rest(engine)
+
+
 def test_nothing_to_find() -> None:
     with make_engine(64) as engine:
         tokens = prompt(0, 32)

@@ -189,6 +189,37 @@ def test_nobody_knows_what_a_lost_node_holds(tmp_path: Path) -> None:
     one.engine.close()
 
 
+def test_a_session_that_is_over_takes_no_journal_from_the_next() -> None:
+    """Whoever clears a journal may have looked up the session just before it was lost, and another stood."""
+    with two_engines() as (node, (one, _)):
+        lost = one.engine._store._client.link  # type: ignore[attr-defined]
+        lose(one)
+        one.journals["dram"].begin(lost)  # type: ignore[attr-defined]
+        stored(one.engine, PROMPTS[2])
+        one.agrees(node)
+
+
+def test_what_is_silenced_was_told_in_its_session() -> None:
+    """Not by the next, which has told the same rows meanwhile: their end would be told to nobody."""
+    with two_engines() as (node, (one, _)):
+        journal, waiting = one.journals["dram"], threading.Event()
+        stored(one.engine, PROMPTS[2])
+        while not len((changes := journal.changes()).stored):
+            waiting.wait(0.01)
+        assert len(changes.stored) == 6
+        lose(one)
+        one.engine.lookup(PROMPTS[2])
+        while journal._arrived is None:  # type: ignore[attr-defined]
+            waiting.wait(0.01)
+        journal.silence(changes.slots)
+        while len(one.blocks["dram"]) < 6:
+            one.read("dram")
+            waiting.wait(0.01)
+        for tokens in PROMPTS:
+            stored(one.engine, tokens)
+        one.agrees(node)
+
+
 def test_rules_of_following(tmp_path: Path) -> None:
     """A client that breaks them has an error, and the others their node."""
     with thread_node(address_in(tmp_path), **{"storage.cpu.size": 12 * SLOT}):

@@ -16,6 +16,7 @@ import zmq
 from cairn.config import load_config
 from cairn.engine.local import open_local
 from cairn.engine.pool import open_pool
+from cairn.errors import CairnError
 from cairn.kv import CANONICAL, Keys
 from cairn.node.lending import Lending
 from cairn.node.peer_service import PeerService
@@ -355,3 +356,13 @@ def test_a_read_that_had_no_time_is_not_the_peers_fault(rig: Rig, left_s: float,
     for _ in range(3):
         assert rig.tier._move(peer, lent, Rows(memory(1), np.zeros(0, np.int32)), soon(left_s)) is Reason.TIMEOUT
     assert peer.reads.closed != rests
+
+
+def test_a_pool_that_cannot_be_opened_ends_its_peer_tier() -> None:
+    """Its clients ask for the pool again every few seconds, and each time has threads of its own."""
+    overrides = {"compression.algorithm": "cachegen", "compression.calibration": "/there/is/none"}
+    config = load_config(environ={}, overrides=overrides)
+    tier = PeerTier(Peers(KEYPAIR), Here(), "pool", PAGE, Limits())
+    with pytest.raises(CairnError, match="/there/is/none"):
+        open_local(config, GEOMETRY, CANONICAL, Metrics(), CostModel(), None, tier)
+    assert tier._closed

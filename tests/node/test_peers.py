@@ -221,3 +221,12 @@ def test_nodes_find_each_other(one_etcd: Cluster) -> None:  # noqa: F811 - the f
             discovery.close()
         for peers in both:
             peers.close()
+
+
+def test_a_node_that_cannot_look_for_others_stops_in_order() -> None:
+    """It has said so, and went on without them."""
+    overrides = {"cluster.etcd_addr": "https://127.0.0.1:1", "cluster.ca": "/there/is/no/such.pem"}
+    discovery = Discovery(load_config(environ={}, overrides=overrides), "tcp://10.0.0.1:8700", Peers(Keypair(SECRET)))
+    discovery._thread.join(30)
+    assert not discovery._thread.is_alive()
+    discovery.close()

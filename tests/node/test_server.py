@@ -14,9 +14,10 @@ from cairn.config import load_config
 from cairn.engine import CacheEngine
 from cairn.errors import InputError, LockedError, StorageError
 from cairn.kv import KVGeometry, Namespace
-from cairn.node import wire
+from cairn.node import session, wire
 from cairn.node.segments import Segments, sweep
 from cairn.node.server import Node
+from cairn.observe.reasons import Reason
 from tests.engine.pages import GEOMETRY, SLOT, namespace, prompt, retrieved, stored
 
 from .peer import Peer, keys_of, within
@@ -109,6 +110,25 @@ def test_rules_of_calls(peers: Callable[[], Peer], what: Callable[[Peer], wire.R
     one = peers()
     assert isinstance(what(one), wire.Refused)
     assert one.match(keys_of(0, 3)) == 0
+
+
+def test_who_has_all_he_may_is_given_no_more_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine with thousands of requests that wait for their blocks."""
+    monkeypatch.setattr(session, "MAX_NUMBERS", 2)
+    with thread_node(address_in(tmp_path), **{"storage.cpu.size": ROWS * SLOT}):
+        config = load_config(environ={}, overrides={"engine.planner": False, "node.timeout_s": 2})
+        with CacheEngine(namespace(), config, node=address_in(tmp_path)) as engine:
+            tokens = prompt(3, 8)
+            assert stored(engine, tokens) == 8
+            stages = [engine.stage(engine.chain(tokens)) for _ in range(3)]
+            assert stored(engine, prompt(4, 8)) == 0
+            assert [stage.wait() for stage in stages] == [8, 8, 0]
+            assert engine._store._client.losses == 0  # type: ignore[attr-defined]
+            for stage in stages:
+                stage.release()
+            assert engine.metrics.miss_tokens.value(reason=Reason.NO_SLOT) == 8
+            assert stored(engine, prompt(4, 8)) == 8
+            assert retrieved(engine, tokens) == 8
 
 
 def test_a_bug_costs_one_call_and_is_counted(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from cairn.connect.vllm.adapters import Adapters
 from tests.vllm.engine import BLOCK, PROMPTS, hits, no_leak, serving, settle
 
@@ -105,3 +107,21 @@ def test_an_adapter_of_unknown_weights_is_not_served(tmp_path: Path) -> None:
     assert adapters.identity(Request("a", 2, tmp_path)) not in (first, None)
     assert adapters.identity(Request("hub", 3, "nobody/never-fetched")) is None
     assert adapters.identity(Request("gone", 4, tmp_path / "gone")) is None
+
+
+def test_an_adapter_whose_files_are_being_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One goes between two looks at it: its request is served without Cairn, and vLLM's step goes on."""
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"one")
+    adapters, request, is_file = Adapters(), Request("a", 1, tmp_path), Path.is_file
+    first = adapters.identity(request)
+
+    def goes(path: Path) -> bool:
+        there = is_file(path)
+        path.rename(tmp_path.parent / "aside")
+        return there
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_file", goes)
+        assert adapters.identity(request) is None
+    (tmp_path.parent / "aside").rename(tmp_path / "adapter_model.safetensors")
+    assert adapters.identity(request) == first

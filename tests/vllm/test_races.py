@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
@@ -169,6 +170,47 @@ def test_a_request_whose_load_failed_is_taken_off(
     assert answers(llm, [LONG]) == [tiny_plain[1]]
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_preemption_before_a_load_is_reported(
+    llm: Any, tiny_plain: list[list[int]], cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU reports a step's load as late as it is over: vLLM may ask about its request again before. cached: whether
+    vLLM's own prefix cache has then what was loaded.
+    """
+    from cairn.connect.vllm.movers import _CpuLayers
+
+    class Reported(Future[float]):
+        def done(self) -> bool:
+            return reported.is_set() and super().done()
+
+    def late(layers: Any) -> Any:
+        over, late = end(layers), Reported()
+        late.set_result(over.result())
+        return late
+
+    reported, end = Event(), _CpuLayers.end
+    monkeypatch.setattr(_CpuLayers, "end", late)
+    answers(llm, [LONG])
+    settle(llm)
+    scheduler, request = core(llm).scheduler, add(llm, LONG)
+    step(llm)
+    assert under_way(llm, "Load")
+    scheduler.running.remove(request)
+    scheduler._preempt_request(request, time.monotonic(), drop_stale_output=True)
+    scheduler.prev_step_scheduled_req_ids.clear()
+    if not cached:
+        assert scheduler.kv_cache_manager.reset_prefix_cache()
+        for cache in core(llm).model_executor.driver_worker.worker.model_runner.kv_caches:
+            cache.fill_(1e3)
+    step(llm)
+    step(llm)
+    reported.set()
+    drain(llm)
+    assert request.output_token_ids[:] == tiny_plain[1]
+    settle(llm)
+    assert answers(llm, [LONG]) == [tiny_plain[1]]
+
+
 def test_abort_between_match_and_blocks(llm: Any, tiny_plain: list[list[int]]) -> None:
     answers(llm, [LONG])
     settle(llm)
@@ -205,6 +247,19 @@ def test_reset_with_a_request_that_has_matched(llm: Any, tiny_plain: list[list[i
     settle(llm)
     assert answers(llm, [LONG]) == [tiny_plain[1]]
     assert hits(llm) > before
+
+
+def test_reset_with_a_request_that_is_over_and_kept(llm: Any) -> None:
+    """The last to go is kept for the chunks that requests lacked, though it had no blocks; vLLM is told to free it."""
+    waiting = add(llm, LONG)
+    assert side(llm).matched(waiting, 0) == (0, False)
+    side(llm)._lacking[b"a chunk"] = None
+    llm.llm_engine.abort_request([waiting.request_id], internal=True)
+    assert side(llm)._tracked[waiting.request_id].held
+    assert connector(llm).reset_cache()
+    for _ in range(3):
+        core(llm).step_fn()
+    assert waiting.request_id not in core(llm).scheduler.requests
 
 
 def test_reset_with_requests_that_run(llm: Any, tiny_plain: list[list[int]]) -> None:

@@ -208,15 +208,16 @@ class CacheEngine(EngineCore):
 
     def _run(self, task: Task) -> TaskResult:
         try:
-            return task.run(task)
+            try:
+                return task.run(task)
+            finally:
+                task.layers_started.set()
+                if task.held:
+                    task.held.release()  # raises what a layer's copy did
         except Exception as error:  # noqa: BLE001 - a bug must not reach the engine's step: counted, logged, a miss
             log_once(logger, f"task {type(error).__name__}", f"a task failed: {error!r}")
             self.metrics.failures.add(1, tier="engine", reason=Reason.INTERNAL)
             return task.result(TaskStatus.FAILED)
-        finally:
-            task.layers_started.set()
-            if task.held:
-                task.held.release()
 
     def _run_get(self, task: Task) -> TaskResult:
         assert isinstance(task.held, Stage)

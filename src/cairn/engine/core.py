@@ -435,6 +435,9 @@ class EngineCore:
                 size = len(piece) * self.row_geometry.block_bytes
                 self.metrics.transferred(writing.tier, "store", size, time.monotonic() - started)
                 new += writing.commit(len(piece))
+                if writing.lost:
+                    reason = Reason.NODE_AWAY
+                    break
                 done += len(piece)
         except StorageError as error:
             log_once(logger, "gather", f"a copy failed: {error}")

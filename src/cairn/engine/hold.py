@@ -257,6 +257,7 @@ class LocalHold(Hold):
             self.progress()
 
     def _land_one(self, batch: _Batch) -> None:
+        batch.finished = batch.finished or time.monotonic()  # another batch's end may be the first to see this one's
         outcomes = batch.outcomes()
         good = next((i for i, outcome in enumerate(outcomes) if outcome is not None), len(outcomes))
         # A batch behind a failed one has no parent in the index: commit frees its rows by itself.

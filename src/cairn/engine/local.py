@@ -243,11 +243,11 @@ def open_local(
     or ConfigError when the tiers cannot be had, GeometryError or InputError where blocks cannot be compressed as asked.
     """
     storage, share, pins = config.storage, config.engine.write_behind, config.autopilot
-    ladder = ladder_for(geometry, config.compression, pins.codec, canonical=canonical)
     lower: list[tuple[Tier, Writes]] = []
     if peers:
         lower.append((peers, Writes(0.0)))
     try:
+        ladder = ladder_for(geometry, config.compression, pins.codec, canonical=canonical)
         if storage.disk.path is not None:
             disk = DiskTier(
                 storage.disk.path,

@@ -35,6 +35,7 @@ class NodeJournal:
         self._behind = False
         self._told: set[bytes] = set()
         self._latest = NOTHING
+        self._latest_number = 0
 
     @property
     def capacity(self) -> int:
@@ -45,6 +46,8 @@ class NodeJournal:
         """Has the node tell what comes from now on; what it holds already is silent."""
         number = self._client.number()
         with self._lock:
+            if not link.alive:
+                return  # another may have begun meanwhile
             before, old = self._link, self._number
             self._link, self._number, self._arrived, self._behind = link, number, None, False
         if before:
@@ -62,6 +65,7 @@ class NodeJournal:
             arrived, self._arrived = self._arrived, None
             behind, self._behind = self._behind, arrived is not None
             link, number = self._link, self._number
+            self._latest_number = number
         if arrived is None:
             if behind and link:
                 link.tell(wire.Follow(link.welcome.session, number, self._tier))
@@ -79,7 +83,7 @@ class NodeJournal:
         self._told.difference_update(_split(self._latest.stored[np.isin(self._latest.slots, slots)]))
         with self._lock:
             link, number = self._link, self._number
-        if link:
+        if link and number == self._latest_number:
             link.tell(wire.Silence(link.welcome.session, number, raw_of(slots)))
 
     def mention(self, keys: Keys) -> None:

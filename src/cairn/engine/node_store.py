@@ -146,6 +146,7 @@ class NodeWriting(Writing):
             return 0
         reply = link.call(wire.Commit(self._number, link.welcome.session, self._number, count))
         if not isinstance(reply, wire.Committed):
+            self.lost = True
             return 0
         self._done += count
         if self._done == len(self.rows):

@@ -22,7 +22,8 @@ class Writing(ABC):
 
     Nothing of it can be found before its commit. The block before the next one to commit is pinned all the while, so
     that making room for the tail never evicts the head it hangs from. Owned by one request; `end` is idempotent.
-    `reason`: why there are fewer rows than blocks. `home`: see `Home`. `tier`: where the rows are.
+    `reason`: why there are fewer rows than blocks. `home`: see `Home`. `tier`: where the rows are. `lost`: the latest
+    commit could not be made, and no other will be.
     """
 
     tier: str = "dram"
@@ -31,6 +32,7 @@ class Writing(ABC):
     rows: npt.NDArray[np.int32]
     reason: Reason = Reason.NO_SLOT
     home: Home | VramHome | None = None
+    lost: bool = False
 
     @abstractmethod
     def access(self) -> AbstractContextManager[RowMemory | None]:

@@ -112,7 +112,10 @@ class Link:
 
     def tell(self, message: wire.Request) -> None:
         """Says what is not answered. Never waits for the node."""
-        if not self.alive or not self._lock.acquire(timeout=self._client.timeout_s):
+        if not self.alive:
+            return
+        if not self._lock.acquire(timeout=self._client.timeout_s):
+            self._lost("calls before it are not answered")  # or the node would keep what was to be given back
             return
         try:
             if self.alive:

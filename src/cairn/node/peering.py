@@ -6,6 +6,7 @@ import secrets
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -101,7 +102,8 @@ class Discovery:
 
     def close(self) -> None:
         """Deregisters."""
-        self._loop.call_soon_threadsafe(self._task.cancel)
+        with suppress(RuntimeError):  # its loop is closed: it has ended by itself
+            self._loop.call_soon_threadsafe(self._task.cancel)
         self._thread.join(_CLOSE_S)
 
     def _wait(self) -> None:

@@ -19,12 +19,13 @@ from cairn.node.bell import Bell
 from cairn.node.gate import Entrance, Gate
 from cairn.node.pools import VRAM, Pool, Pools, directory_of
 from cairn.node.segments import HOME, Segments, sweep
-from cairn.node.session import Held, Session, Written
+from cairn.node.session import MAX_NUMBERS, Held, Session, Written
 from cairn.node.vram import VramFound
 from cairn.node.wire import keys_of, raw_of, rows_of
 from cairn.node.zmtp import Caller, Router
 from cairn.observe.log import log_once
 from cairn.observe.metrics import Counted
+from cairn.observe.reasons import Reason
 
 log = logging.getLogger(__name__)
 
@@ -232,6 +233,10 @@ class Node:
         session = self._session(sender, request)
         if session:
             session.check_new(request.number)
+            if session.full:
+                nothing = wire.Progress(request.call, request.number, 0, bytearray(), [], True, Reason.NO_SLOT)
+                self._send(sender, nothing)
+                return
             deadline = time.monotonic() + request.seconds
             keys, store = keys_of(request.keys), session.pool.store
             hold = store.hold(keys, deadline=deadline, use=False)
@@ -245,6 +250,9 @@ class Node:
         session = self._session(sender, request)
         if session:
             session.check_new(request.number)
+            if session.full:
+                self._send(sender, wire.Reserved(request.call, 0, bytearray()))
+                return
             keys = keys_of(request.keys)
             session.mention(keys)
             writing = session.pool.store.write(keys, namespace=request.namespace)
@@ -266,7 +274,8 @@ class Node:
         if session:
             session.check_new(request.number)
             deadline = time.monotonic() + request.seconds
-            answer = session.pool.store.ask(keys_of(request.keys), deadline=deadline, worth_s=request.worth_seconds)
+            keys, worth_s = keys_of(request.keys), request.worth_seconds
+            answer = None if session.full else session.pool.store.ask(keys, deadline=deadline, worth_s=worth_s)
             self._send(sender, wire.Answered(request.call, request.number, answer is None))
             if answer is not None:
                 session.asked.add(request.number)
@@ -283,6 +292,8 @@ class Node:
         session = self._session(sender, request)
         if session:
             session.check_new(request.number)
+            if len(session.flushing) >= MAX_NUMBERS:
+                raise wire.WireError(f"more than {MAX_NUMBERS} flushes at a time")
             session.flushing.add(request.number)
             flushed = self._flusher.submit(session.pool.store.flush, request.seconds)
             flushed.add_done_callback(
@@ -358,6 +369,8 @@ class Node:
     def _pinned(session: Session, number: int, found: VramFound) -> list[wire.VramPart]:
         """Where leading blocks are in VRAM, pinned for a session under a number."""
         session.check_new(number)
+        if session.full:
+            return []
         hold = session.vram_holds[number] = found.pin()
         return hold.parts
 
@@ -365,7 +378,8 @@ class Node:
         session = self._session(sender, request)
         if session:
             session.check_new(request.number)
-            reservation = session.pool.vram.reserve(session.number, keys_of(request.keys), request.own)
+            keys, vram = keys_of(request.keys), session.pool.vram
+            reservation = None if session.full else vram.reserve(session.number, keys, request.own)
             if reservation is None:
                 self._send(sender, wire.Reserved(request.call, 0, bytearray()))
                 return

@@ -90,9 +90,12 @@ class Session:
             or number in self.flushing
         ):
             raise WireError(f"number {number} is in use")
+
+    @property
+    def full(self) -> bool:
+        """Whether it has as many as it may: more are not given, and what it has stays."""
         used = len(self.holds) + len(self.vram_holds) + len(self.writings) + len(self.asked) + len(self.flushing)
-        if used >= MAX_NUMBERS:
-            raise WireError(f"more than {MAX_NUMBERS} holds and reservations at a time")
+        return used >= MAX_NUMBERS
 
     def follow(self, number: int, tier: str) -> None:
         """Its next changes are asked for, or its first."""

@@ -31,7 +31,7 @@ from cairn.tier.disk_table import RecordTable, recover
 from cairn.tier.disk_write import WriteBatch, Writers
 from cairn.tier.flights import Batch, Flights
 from cairn.tier.tally import Tally
-from cairn.tier.workers import Workers
+from cairn.tier.workers import GRACE_S, Workers
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ class DiskTier(Tier):
                 return
             self._closed = True
         self._flights.refuse()
-        until = time.monotonic() + timeout
+        until = time.monotonic() + max(timeout, GRACE_S)
         if not self._flights.drain(timeout / 2):
             for batch in self._flights.all():
                 if batch.expire(Reason.CLOSED):

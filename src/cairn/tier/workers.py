@@ -6,10 +6,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
+from typing import Final
 
 log = logging.getLogger(__name__)
 
 Task = Callable[[], None]
+
+#: What a tier's close may take in any case, seconds: threads that have nothing to do need a moment to end, and files
+#: that are not closed then never are.
+GRACE_S: Final = 1.0
 
 
 class Workers:

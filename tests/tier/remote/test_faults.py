@@ -265,6 +265,30 @@ def test_unfinished_files_of_the_dead_are_swept(tmp_path: Path) -> None:
         store.close()
 
 
+def test_a_sweep_that_hangs_keeps_nobody_from_closing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without its server interrupts no call."""
+    from cairn.tier.remote import sweep
+
+    begun, mended = threading.Event(), threading.Event()
+
+    def hangs(*_: object) -> None:
+        begun.set()
+        assert mended.wait(120)
+
+    monkeypatch.setattr(sweep, "INTERVAL_S", 0)
+    monkeypatch.setattr(sweep, "CLOSE_S", 0.01)
+    monkeypatch.setattr(sweep.Sweeper, "_sweep", hangs)
+    closing = threading.Thread(target=sweep.Sweeper(tmp_path, None, None).close)
+    try:
+        assert begun.wait(30)
+        closing.start()
+        closing.join(30)
+        assert not closing.is_alive()
+    finally:
+        mended.set()
+        closing.join()
+
+
 def test_the_longest_unused_files_go_first(tmp_path: Path) -> None:
     place = Place(f"file://{tmp_path}/shared", "files")
     prompts = [fresh(PACK) for _ in range(10)]

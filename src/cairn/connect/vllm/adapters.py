@@ -33,7 +33,10 @@ def _files(path: str) -> str | None:
     """Names, sizes and times of an adapter's files; None if they are not at hand."""
     home = _home(path)
     files = sorted(file for file in home.glob("*") if file.is_file()) if home else []
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    try:
+        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    except OSError:  # somebody puts others there right now
+        return None
     return msgspec.json.encode(stats).decode() if stats else None
 
 

@@ -180,7 +180,7 @@ class CpuMover(Mover):
         return _CpuTimer()
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=True)  # cancels nothing: the model's thread asks what became of each copy
         self._copier.close()
 
     def _timed(self, copy: Any, slots: TokenSlots, rows: Rows, memory: RowMemory | None) -> float:

@@ -89,6 +89,8 @@ class SchedulerSide:
         tracked = self._track(request)
         if tracked is None or not tracked.loads:
             return 0, False
+        if tracked.loading:  # it was preempted before its load was reported, which still needs its stage
+            return None, False
         if tracked.stage and tracked.stage.span.start != computed:
             self._drop_stage(tracked)
         if tracked.stage is None:
@@ -242,7 +244,7 @@ class SchedulerSide:
         for request_id, tracked in list(self._tracked.items()):
             if not tracked.loading:
                 self._drop_stage(tracked)
-            if not tracked.pages:
+            if not (tracked.pages or tracked.held):
                 del self._tracked[request_id]
                 continue
             tracked.offered, tracked.loads = 1 << 30, False

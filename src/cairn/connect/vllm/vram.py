@@ -67,6 +67,7 @@ class _VramCopy:
         self._inside = ExitStack()
         self._copying: Copying | None = None
         self._error: BaseException | None = None
+        self._judged = False
         self.done()
 
     def done(self) -> bool:
@@ -78,10 +79,12 @@ class _VramCopy:
         wait([self._source])
         self.done()
         assert self._copying
-        self._error = self._error or self._copying.exception()
-        if self._error is None and not self._source.result().sound():
-            self._error = _GONE
-        self._inside.close()
+        if not self._judged:  # once: the segment may go after the copy
+            self._judged = True
+            self._error = self._copying.exception()
+            if self._error is None and not self._source.result().sound():
+                self._error = _GONE
+            self._inside.close()
         return self._error
 
     def result(self) -> float:

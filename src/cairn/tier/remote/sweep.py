@@ -15,6 +15,8 @@ _LOCK: Final = ".cairn-sweep"
 INTERVAL_S: Final = 60.0
 #: A writer that takes longer than this for one object is dead.
 DEAD_S: Final = 3600.0
+#: How long a sweep is waited for at the end; a file system that hangs keeps its thread.
+CLOSE_S: Final = 2.0
 #: A sweep goes down to this share of the capacity, so that the next one is not due at once.
 _LOW_WATER: Final = 0.9
 
@@ -71,7 +73,7 @@ class Sweeper:
         with self._due:
             self._closed = True
             self._due.notify()
-        self._thread.join()
+        self._thread.join(CLOSE_S)
 
     def _sweep(self, now: float) -> None:
         files: list[tuple[float, int, str]] = []

@@ -34,7 +34,7 @@ from cairn.tier.remote.streams import Streams
 from cairn.tier.remote.urls import open_store
 from cairn.tier.remote.writes import WriteBatch
 from cairn.tier.tally import Tally
-from cairn.tier.workers import Workers
+from cairn.tier.workers import GRACE_S, Workers
 from cairn.transport.moving import rehearse
 
 log = logging.getLogger(__name__)
@@ -238,7 +238,7 @@ class RemoteTier(Tier):
                 return
             self._closed = True
         self._flights.refuse()
-        until = time.monotonic() + timeout
+        until = time.monotonic() + max(timeout, GRACE_S)
         if not self._flights.drain(timeout / 2):
             for batch in self._flights.all():
                 if batch.expire(Reason.CLOSED):
