@@ -207,19 +207,17 @@ def run_cairn(case: tuple[int, int, int, int, int], path: Path, _prompts: list[A
 
 def cairn_child(case: tuple[int, int, int, int, int]) -> None:
     """Follows as `cairn index` does."""
-    from cairn.cli.bench_fleet import prompt_of, warm
-    from cairn.cli.bench_fleet_wire import heard, payloads_of
+    from cairn.cli.bench_fleet import prompt_of
     from cairn.config.schema import Index
     from cairn.fleet import FleetIndex, Speculation
     from cairn.fleet.instances import Instance, Limits
     from cairn.fleet.metrics import FleetMetrics
     from cairn.serve.indexer.following import Following
+    from cairn.serve.indexer.parts import rehearse
     from cairn.serve.process import SWITCH_S
 
     sys.setswitchinterval(SWITCH_S)
-    warm()
-    for seed in (1, 2):  # so that all kernels are there, those that make room too
-        heard(9, payloads_of(SENTINEL + seed, 2048, 16))
+    rehearse()
     workers, count, blocks, _, _ = case
     index, last = FleetIndex(), prompt_of(SENTINEL, 1)
     prompts = [prompt_of(seed, blocks) for seed in range(count)]

@@ -217,6 +217,12 @@ def unmap(typingctx: Any, address: Any, size: Any) -> Any:
     return _calling("munmap", 2)
 
 
+@intrinsic
+def advise(typingctx: Any, address: Any, size: Any, advice: Any) -> Any:
+    """The system's madvise."""
+    return _calling("madvise", 3, 2)
+
+
 @contextmanager
 def _cache_of_these_sources() -> Iterator[None]:
     """Lets numba keep machine code under a name that stands for all of Cairn's sources.

@@ -15,11 +15,13 @@ def test_nobody_overtakes_who_waits() -> None:
 
     reader = threading.Thread(target=read)
     with lock:
+        assert not lock.waiting[0]
         reader.start()
         deadline = time.monotonic() + 30
-        while not lock._gate.locked():  # until the reader waits
+        while not (lock._gate.locked() and lock.waiting[0]):  # until the reader waits
             assert time.monotonic() < deadline
     with lock:
         order.append("writer")
     reader.join()
     assert order == ["reader", "writer"]
+    assert not lock.waiting[0]

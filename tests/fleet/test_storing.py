@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cairn.fleet import Cleared, FleetIndex, Removed, Source, Stored, Tier
 from cairn.fleet.base import StoredMany, singly
+from cairn.fleet.fair import FairLock
 from cairn.fleet.names import SLOT_BITS, hashes_of
 
 from .test_index import prompt
@@ -82,7 +84,7 @@ def answers(index: FleetIndex) -> Any:
 @given(st.lists(st.tuples(st.sampled_from([A, B]), some_events() | others), min_size=1, max_size=8), st.integers(1, 9))
 def test_the_index_is_the_same(story: list[tuple[Source, Any]], batch: int) -> None:
     singles, many = FleetIndex(64), FleetIndex(64)
-    many._ledger._batch = batch
+    many._ledger._batch = many._ledger._together = batch
     for source, told in story:
         events = told if isinstance(told, list) else [told]
         singles.apply(source, events)
@@ -100,6 +102,35 @@ def test_they_are_the_same_events() -> None:
     ]
     found = [(e.hashes, e.parent, list(e.tokens), e.tier) for e in singly([together(events)])]
     assert found == [(e.hashes, e.parent, e.tokens, e.tier) for e in events]
+
+
+class Watched(FairLock):
+    """Counts how often it is taken. wanted: somebody always waits for it."""
+
+    def __init__(self, *, wanted: bool) -> None:
+        super().__init__()
+        self.taken, self._wanted = 0, wanted
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        self.taken += 1
+        self.waiting[0] = self._wanted
+
+
+@pytest.mark.parametrize(("wanted", "times"), [(False, 2), (True, 3)])
+def test_a_long_one_makes_way_for_who_waits(wanted: bool, times: int) -> None:
+    """Of 3,000 blocks 2,560 are as many as go together in an index of this size, and 1,024 where somebody waits."""
+    index, tokens = FleetIndex(10_240), prompt(1, 3001)
+    index.apply(A, [Stored((5000,), None, tokens[-4:].tolist(), 4, Tier.VRAM, b"", ())])
+    index._ledger.lock = lock = Watched(wanted=wanted)
+    events = [
+        Stored(tuple(range(i + 1, i + 501)), i or None, tokens[4 * i : 4 * i + 2000].tolist(), 4, Tier.VRAM, b"", ())
+        for i in range(0, 3000, 500)
+    ]
+    index.apply(A, [together(events)])
+    assert lock.taken == times
+    assert sum(index.match(tokens[:12_000]).of(A).values()) == 12_000
+    check(index)
 
 
 def test_a_long_one_goes_in_batches() -> None:

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -116,3 +118,38 @@ def test_as_it_is_written(text: str, expected: Instance) -> None:
 def test_written_wrongly(text: str) -> None:
     with pytest.raises(InputError, match="must be NAME=ENDPOINT"):
         parse_instance(text)
+
+
+FOLLOWS = """
+import time
+from cairn.fleet import FleetIndex, Speculation
+from cairn.fleet.instances import Instance, Limits
+from cairn.fleet.metrics import FleetMetrics
+from cairn.fleet.publisher import Publisher
+from cairn.jit import compiled
+from cairn.serve.indexer.following import Following
+from cairn.serve.indexer.parts import rehearse
+from tests.fleet.peers import free_endpoint
+from tests.fleet.wire_events import encode, stored
+
+rehearse()
+before, index, endpoint, replay = compiled(), FleetIndex(), free_endpoint(), free_endpoint()
+following = Following(index, Speculation(), FleetMetrics(), Limits())
+with Publisher(endpoint, replay) as publisher:
+    for first in range(0, 5000, 500):
+        names, tokens = list(range(first + 1, first + 501)), list(range(4 * first, 4 * first + 2000))
+        publisher.publish(encode([stored(names, tokens, 4, parent_block_hash=first or None)]))
+    following.start([Instance("a", endpoint, replay)])
+    deadline = time.monotonic() + 60
+    while sum(index.held().values()) < 5000 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert sum(index.held().values()) == 5000
+    following.close()
+print([name for name, count in compiled().items() if count > before.get(name, 0)])
+"""
+
+
+def test_no_event_waits_for_a_compiler() -> None:
+    """What a rehearsal has not run is compiled, or read from the disk, by the first event that needs it."""
+    done = subprocess.run([sys.executable, "-c", FOLLOWS], capture_output=True, text=True, timeout=240, check=False)
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr

@@ -42,6 +42,11 @@ def test_tokens_by_tier_and_score_whatever_the_body(fleet: Fleet) -> None:
         sent = service.client.post("/score", content=body, headers={"content-type": "application/msgpack"})
         assert sent.json() == answer
     assert service.score(token_ids=tokens[:38], instances=["a"])["scores"]["a"]["tokens"]["vram"] == 36
+    assert service.client.post("/score?x=1", json={"token_ids": tokens, "instances": ["a"]}).json() == answer
+    everybody = service.client.post(
+        "/score/tokens", content=np.array(tokens, "<u4").tobytes(), headers={"content-type": "application/octet-stream"}
+    )
+    assert everybody.json() == service.score(token_ids=tokens)
     weighed = service.score(token_ids=tokens, instances=["a"], weights={"vram": 2, "disk": 0.5})
     assert weighed["scores"]["a"]["score"] == 84.0
     fleet.a.publish(encode([removed(names(1, [0]))]))

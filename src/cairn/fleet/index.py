@@ -55,8 +55,8 @@ class FleetIndex:
     64 sources for each different set of holders, of which there are at most as many as blocks.
 
     Thread-safe. Events of one source must come from one thread at a time, in order; those of several may come at once.
-    A lookup waits for one batch of changes at most (`ledger.BATCH`), however much is being taken in. Nothing raises for
-    what events say: what cannot be used is skipped and counted.
+    A lookup waits for one batch of changes at most (`storing.BATCH`), however much is being taken in. Nothing raises
+    for what events say: what cannot be used is skipped and counted.
     """
 
     takes_many = True

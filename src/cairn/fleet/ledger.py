@@ -32,13 +32,13 @@ from cairn.fleet.copying import Piece, SourceCopy
 from cairn.fleet.fair import FairLock
 from cairn.fleet.holders import TIERS, memory_of_sets, new_holders, sets_left, widened
 from cairn.fleet.names import FULL, Hashes, Names, copy_names, find_name, has_room, new_names, slot_at
-from cairn.fleet.storing import BLOCK, CURSOR_WORDS, restore, store, store_many
+from cairn.fleet.storing import BATCH, BLOCK, CURSOR_WORDS, restore, store, store_many
 from cairn.index.slots import NONE
 from cairn.kv import Keys
 from cairn.kv.keys import Tokens
 
-#: Blocks changed, or hashed, under one hold of the lock: a tenth of a millisecond.
-BATCH = 1024
+#: Blocks of events that come together, as long as nobody waits for the lock.
+_TOGETHER = 4 * BATCH
 
 #: Blocks whose keys are looked for under one hold of the lock, where hardly one has to be hashed.
 _AT_ONCE = 1 << 13
@@ -82,10 +82,12 @@ class Ledger:
         self._capacity = capacity
         self._worker_blocks = worker_blocks
         self._limit = sources
-        self._batch = max(1, min(BATCH, capacity // 4, worker_blocks // 4))
+        self._batch, self._together = (
+            max(1, min(most, capacity // 4, worker_blocks // 4)) for most in (BATCH, _TOGETHER)
+        )
         self._expected = min(capacity, _EXPECTED)
         self.blocks = new_blocks(capacity, self._expected)
-        self.holders = new_holders(_SETS + 2 * self._batch, 1)
+        self.holders = new_holders(_SETS + 2 * self._together, 1)
         self.members: dict[Source, Member] = {}
         self.copies: list[SourceCopy] = []
         self._spare: list[int] = []
@@ -180,7 +182,7 @@ class Ledger:
         member, cursor = self.members[source], np.zeros(CURSOR_WORDS, np.uint64)
         orphans, doubles = 0, 0
         while cursor[BLOCK] < len(many.hashes):
-            count = min(self._batch, len(many.hashes) - int(cursor[BLOCK]))
+            count = min(self._together, len(many.hashes) - int(cursor[BLOCK]))
             self._make_room(count)
             self._room_for_names(member, count)
             self._before(member, many.hashes[int(cursor[BLOCK]) :][:count])
@@ -198,6 +200,7 @@ class Ledger:
                     member.number,
                     int(many.tier),
                     many.copies and 1 << many.tier == COPIED,
+                    self.lock.waiting,
                 )
             self._count(member, added)
             orphans += strange
@@ -348,7 +351,7 @@ class Ledger:
                 self.blocks = larger
 
     def _room_for_sets(self) -> None:
-        if sets_left(self.holders) <= 2 * self._batch:
+        if sets_left(self.holders) <= 2 * self._together:
             self._rebuild_sets(2 * len(self.holders.sets), self.words)
 
     @staticmethod

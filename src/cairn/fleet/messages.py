@@ -103,7 +103,7 @@ class Inbox:
         self._bounds = np.empty((_ROUND, 1 + _FRAMES), np.int64)
         self._frames = np.empty(_ROUND, np.int64)
 
-    def drain(self, socket: zmq.asyncio.Socket) -> Messages:
+    def drain(self, socket: "zmq.asyncio.Socket | zmq.Socket[bytes]") -> Messages:
         """Messages that are there now, up to a round; does not wait."""
         count = _drain(*_LIBZMQ, socket.underlying, self._memory, self._bounds, self._frames)
         return Messages(self._memory, self._bounds[:count], self._frames[:count])

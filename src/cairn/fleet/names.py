@@ -7,13 +7,14 @@ bulk of the fleet's memory empty. Not thread-safe; the index's writers take turn
 Copies are counted in the entry itself, so that they end with the name, whatever ends it.
 """
 
+import mmap
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from cairn.index.slots import NONE
-from cairn.jit import kernel, prefetch
+from cairn.jit import advise, kernel, prefetch
 
 #: What an engine calls a block.
 EngineHash = bytes | int
@@ -39,6 +40,10 @@ _SLOT, _COPY = np.uint32((1 << SLOT_BITS) - 1), np.uint32(1 << SLOT_BITS)
 
 FULL, GROWN = 0.85, 0.5
 _LEAST = 16
+
+#: Tables of so many bytes lie in memory that nobody has touched yet.
+_UNTOUCHED = 1 << 16
+_PAGE, _POPULATE_WRITE = mmap.PAGESIZE, 23  # MADV_POPULATE_WRITE, Linux 5.14
 
 _MASK = (1 << 64) - 1
 _SHORTEST = 8
@@ -81,12 +86,25 @@ def _word(one: EngineHash) -> int:
 
 def new_names(count: int, load: float = GROWN) -> Names:
     """An empty table that holds `count` names at this load, which is at most FULL."""
-    return np.zeros(max(_LEAST, int(count / load) + 1), _NAME)
+    names = np.zeros(max(_LEAST, int(count / load) + 1), _NAME)
+    if names.nbytes >= _UNTOUCHED:
+        _populate(names)
+    return names
 
 
 def has_room(names: Names, count: int) -> bool:
     """Whether the table may hold `count` names in all."""
     return count <= FULL * len(names)
+
+
+@kernel
+def _populate(names: Names) -> None:
+    """Has the system map all pages now, if it can: names are looked for before they are written, all over the table,
+    and a page that is read first is faulted in twice, at several times the cost.
+    """
+    base = int(np.int64(names.ctypes.data))
+    first = -(-base // _PAGE) * _PAGE
+    advise(first, (base + _NAME_BYTES * len(names) - first) // _PAGE * _PAGE, _POPULATE_WRITE)
 
 
 @kernel

@@ -18,6 +18,7 @@ from cairn.plan.schedule.base import TIER_WEIGHTS, TIERS
 WEIGHTS: Mapping[Tier, float] = dict(zip(Tier, TIER_WEIGHTS, strict=True))
 
 _TIER_NAMES = dict(zip(Tier, TIERS, strict=True))
+_EVERY_TIER = tuple(Tier)  # to go through an enum takes a microsecond
 
 
 class Score(NamedTuple):
@@ -74,10 +75,11 @@ def score(
             reach[i] = found.reach[rows[source]]
     if speculation:
         reach = np.maximum(reach, speculation.tokens(sources, hashed)[:, None])
-    steps = np.diff(reach, prepend=0, axis=1)
+    steps = reach.copy()
+    steps[:, 1:] -= reach[:, :-1]
     values = _values(steps, len(ids), weights)
     return {
-        source: Score(dict(zip(Tier, row, strict=True)), value)
+        source: Score(dict(zip(_EVERY_TIER, row, strict=True)), value)
         for source, row, value in zip(sources, steps.tolist(), values, strict=True)
     }
 

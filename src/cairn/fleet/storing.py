@@ -17,6 +17,9 @@ from cairn.jit import kernel
 from cairn.kv import Keys
 from cairn.kv.keys import Tokens
 
+BATCH = 1024
+"""Blocks changed, or hashed, under a hold of the index's lock while somebody waits for it: a tenth of a millisecond."""
+
 #: How many blocks ahead entries are fetched: what comes too early is gone again, and a core fetches few lines at once.
 _AHEAD = 16
 
@@ -177,8 +180,10 @@ def store_many(
     source: int,
     tier: int,
     copies: bool,
+    waiting: npt.NDArray[np.int64],
 ) -> tuple[int, int, int, int]:
-    """Goes on from `cursor` for at most `most` blocks, as `store` does, which says what there must be room for.
+    """Goes on from `cursor` for at most `most` blocks, as `store` does, which says what there must be room for; ends
+    early if somebody waits (`FairLock.waiting`).
 
     rows [blocks, tokens]: of all blocks; told: see `StoredMany`; root [1, 2]: the key before a prompt's first block. An
     event whose parent `source` does not hold by then is left out. copies: blocks of events with a parent that are held
@@ -188,11 +193,11 @@ def store_many(
     added, refused, uncounted, orphans = 0, 0, 0, 0
     event, at = int(np.int64(cursor[EVENT])), int(np.int64(cursor[BLOCK]))
     begun = _first_of(told, event)
-    stop = min(len(hashes), at + most)
+    first, stop = at, min(len(hashes), at + most)
     keys, links = np.empty((most, 2), np.uint64), np.empty(most, np.uint64)
     seed = np.empty((1, 2), np.uint64)
     seed[0, :] = cursor[2:]
-    while at < stop:
+    while at < stop and (at == first or not waiting[0]):
         slot = NONE
         if at == begun:
             known, slot = _parent(blocks, names, told, event, root, seed)
@@ -202,7 +207,7 @@ def store_many(
                 orphans += begun - at
                 at = begun
                 continue
-        end = _end_of_chain(hashes, told, event, stop)
+        end = _end_of_chain(hashes, told, event, min(stop, at + BATCH))
         part, count = Chain(keys[: end - at], links[: end - at]), end - at
         hashed = follow(blocks, seed, slot, rows[at:end], part, count)[1]
         counted = count

@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -10,6 +11,7 @@ from fastapi import FastAPI
 from fastapi import Query as InQuery
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cairn import __version__
@@ -60,8 +62,23 @@ def make_app(parts: Parts, token: str | None) -> ASGIApp:
     app.get("/health", **documented(None, HealthResponse, refusals=()))(routes.health)
     app.get("/health/ready", **documented(None, HealthResponse, refusals=(503,)))(routes.ready)
     app.get("/metrics", **documented(None, None))(routes.metrics)
+    bare = partial(routes.score_tokens, asked=TokensQuery.model_validate({}))
+    app.router.routes[:0] = [_Straight("/score", routes.score), _Straight("/score/tokens", bare)]
     describe(app, (ScoreRequest, ChatRequest, RoutedRequest), token is not None, OPEN)
     return _Measured(BearerAuth(app, token, OPEN), parts.metrics)
+
+
+class _Straight(Route):
+    """Past FastAPI to a handler, for requests without a query: to look for parameters costs as much as a short prompt's
+    scores.
+    """
+
+    def __init__(self, path: str, handler: Callable[..., Any]) -> None:
+        super().__init__(path, handler, methods=["POST"], include_in_schema=False)
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        posted = scope["type"] == "http" and scope["method"] == "POST" and not scope["query_string"]
+        return super().matches(scope) if posted else (Match.NONE, {})
 
 
 class _Measured:

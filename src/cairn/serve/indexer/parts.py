@@ -3,12 +3,16 @@
 import time
 from typing import Any, Final
 
+import msgspec
 import numpy as np
+import zmq
 
 from cairn.config.schema import Index
 from cairn.fleet import FleetIndex, Removed, Source, Speculation, Stored, Tier, score
-from cairn.fleet.instances import Limits, parse_instance
+from cairn.fleet.instances import Instance, Limits, parse_instance
+from cairn.fleet.messages import Framed, Inbox, Messages
 from cairn.fleet.metrics import FleetMetrics
+from cairn.fleet.track import Track
 from cairn.serve.base import Bounds
 from cairn.serve.indexer.following import Following
 from cairn.serve.indexer.lookup import Lookup
@@ -79,3 +83,14 @@ def rehearse() -> None:
     score(index, tokens, [source], speculation=speculation)
     index.drop(source)
     cut_tokens(b'{"token_ids": [1, 2]}')
+    _rehearse_events()
+
+
+def _rehearse_events() -> None:
+    """From a socket to an index whose tables grow by it."""
+    track = Track(Instance("rehearsal", ""), FleetIndex(), FleetMetrics())
+    for sequence, blocks in enumerate((1, 1 << 13)):
+        event = ("BlockStored", list(range(blocks)), None, list(range(16 * blocks)), 16)
+        track.accept(Messages.of(Framed(b"", sequence, msgspec.msgpack.encode([0.0, [event], 0]))))
+    with zmq.Context() as context, context.socket(zmq.SUB) as nobody:
+        Inbox().drain(nobody).going_on(0, 0)
