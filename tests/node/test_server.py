@@ -131,6 +131,29 @@ def test_who_has_all_he_may_is_given_no_more_and_loses_nothing(tmp_path: Path, m
             assert retrieved(engine, tokens) == 8
 
 
+@pytest.mark.parametrize("sound", [True, False])
+def test_a_pool_whose_client_does_not_come_again_is_in_nobodys_way(tmp_path: Path, sound: bool) -> None:
+    """It was killed while its pool was being opened. sound: whether that could be opened."""
+    settings = {"storage.cpu.size": ROWS * SLOT, "node.pools": 1, "storage.disk.path": tmp_path / "d"}
+    if not sound:
+        (tmp_path / "d").write_bytes(b"no directory")
+    with thread_node(address_in(tmp_path), **settings) as running:
+        gone, other = Peer(address_in(tmp_path)), Peer(address_in(tmp_path))
+        assert isinstance(gone.ask(wire.Hello, GEOMETRY), wire.Wait)
+        gone.close()
+        (opening,) = running.node._pools._opening.values()
+        assert (opening.exception(60) is None) == sound
+        another = msgspec.structs.replace(GEOMETRY, layers=3)
+        while isinstance(found := other.ask(wire.Hello, another), wire.Wait):
+            pass
+        if sound:
+            assert isinstance(found, wire.Welcome)
+        else:
+            assert isinstance(found, wire.Refused)
+            assert "in use" not in found.why
+        other.close()
+
+
 def test_a_bug_costs_one_call_and_is_counted(tmp_path: Path) -> None:
     with thread_node(address_in(tmp_path), **{"storage.cpu.size": ROWS * SLOT}) as running:
         peer = Peer(address_in(tmp_path)).hello()

@@ -120,6 +120,11 @@ class Pools:
 
     def _open(self, geometry: KVGeometry, layout: Layout) -> None:
         config = self._config
+        for kind, opened in list(self._opening.items()):
+            if opened.done():  # who asked for it has not come again, and may never
+                del self._opening[kind]
+                if not opened.exception():
+                    self._pools[kind] = opened.result()
         leaving: Pool | None = None
         if len(self._pools) + len(self._opening) >= config.node.pools:
             idle = [pool for pool in self._pools.values() if not pool.sessions]
