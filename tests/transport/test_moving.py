@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from cairn.codec.xxh3 import SHORT
 from cairn.transport.file_parts import WINDOW, read_parts, write_parts
-from cairn.transport.moving import PIECE, gather, scatter, sums_of
+from cairn.transport.moving import PIECE, Checksums, gather, scatter, sums_of
 
 #: Sizes of parts: nothing, short, and around a unit and a piece.
 SIZES = st.lists(
@@ -67,10 +67,9 @@ def test_writes_equal_slices(fd: int, sizes: list[int], offset: int) -> None:
         part[:] = data[at : at + len(part)]
         at += len(part)
     os.ftruncate(fd, 0)
-    sums = sums_of(parts)
-    write_parts(fd, offset, parts, sums)
+    write_parts(fd, offset, parts)
     assert os.pread(fd, len(data) + 1, offset) == data
-    check(parts, sums, data)
+    check(parts, Checksums(parts).make(), data)
 
 
 @given(SIZES, st.integers(-3000, 3000))
@@ -90,6 +89,18 @@ def test_gathering_is_the_inverse(sizes: list[int], longer: int) -> None:
     assert bytes(out) == data[: len(out)].ljust(len(out), b"\0")
     if longer >= 0:
         check(parts, sums, data)
+
+
+def test_parts_that_were_given_up_are_not_read() -> None:
+    """The mapping goes as soon as it is given up: who still read it would take this process down."""
+    for _ in range(50):
+        memory = mmap.mmap(-1, 8 << 20)
+        checksums = Checksums([memoryview(memory)])
+        other = threading.Thread(target=checksums.make)
+        other.start()
+        checksums.drop()
+        memory.close()
+        other.join()
 
 
 def test_what_the_system_says_is_raised(fd: int) -> None:

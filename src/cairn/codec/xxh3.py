@@ -14,7 +14,7 @@ import numpy.typing as npt
 from llvmlite import ir
 from numba import types
 
-from cairn.jit import intrinsic, kernel, load_word
+from cairn.jit import intrinsic, kernel, load_word, prefetch_far
 
 Words = npt.NDArray[np.uint64]
 
@@ -26,6 +26,8 @@ CHECKSUM_BYTES: Final = 16
 ALIGNMENT: Final = 64
 
 _STRIPE = 64
+#: Memory that is in no cache is fetched so far ahead: the CPU by itself stops at every page of 4 KiB.
+_AHEAD = 4096
 _SECRET = np.frombuffer(
     bytes.fromhex(
         "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671fcb79e64eccc0e578825ad07dccff7221b8084674f743248e"
@@ -150,6 +152,8 @@ def units(size: int) -> int:
 def absorb(state: Words, source: int, count: int) -> None:
     """Takes the next `count` bytes, whole units, into the state."""
     for at in range(0, count, UNIT):
+        for line in range(0, UNIT, _STRIPE):
+            prefetch_far(source + at + _AHEAD + line)
         _absorb_unit(state.ctypes.data, source + at)
 
 

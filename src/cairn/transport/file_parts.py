@@ -10,13 +10,12 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from cairn.codec.xxh3 import ALIGNMENT, CHECKSUM_BYTES, SHORT, absorb, begin, finish, units
+from cairn.codec.xxh3 import ALIGNMENT, CHECKSUM_BYTES, SHORT, begin, finish, units
 from cairn.copy.memory import fence
-from cairn.jit import kernel, map_file, pread, preadv2, pwritev, unmap
-from cairn.transport.moving import NOTHING, PIECE, Extents, Octets, deliver, extents_of
+from cairn.jit import kernel, map_file, pread, preadv2, unmap
+from cairn.transport.moving import PIECE, Extents, Octets, deliver, extents_of
 
-#: Files are written by so many bytes at a time, if they have them: the system then keeps them in huge pages, which are
-#: read and mapped faster. Smaller reads are not worth a mapping.
+#: Smaller reads are not worth a mapping.
 WINDOW: Final = 2 << 20
 _VECTOR: Final = 1024
 _EINTR = errno.EINTR
@@ -56,14 +55,21 @@ def read_parts(fd: int, offset: int, parts: Sequence[memoryview], sums: Octets |
     return _checked(read_files([Read(fd, offset, parts, sums)])[0])
 
 
-def write_parts(fd: int, offset: int, parts: Sequence[memoryview], sums: Octets | None = None) -> None:
-    """Puts parts, one after the other, into a file from `offset` on; `sums` as in `Read`.
+def write_parts(fd: int, offset: int, parts: Sequence[memoryview]) -> None:
+    """Puts parts, one after the other, into a file from `offset` on. Raises OSError.
 
-    Raises OSError.
+    In one call: the system then keeps them in huge pages, which are read and mapped faster.
     """
-    done = _checked(_write(fd, offset, extents_of(parts), NOTHING if sums is None else sums))
-    if done != sum(len(part) for part in parts):
-        raise OSError(errno.ENOSPC, "cut short")
+    rest = [part for part in parts if len(part)]
+    while rest:
+        done = os.pwritev(fd, rest[:_VECTOR], offset)
+        if not done:
+            raise OSError(errno.ENOSPC, "cut short")
+        offset += done
+        while rest and done >= len(rest[0]):
+            done -= len(rest.pop(0))
+        if done:
+            rest[0] = rest[0][done:]
 
 
 @cache
@@ -72,7 +78,6 @@ def rehearse() -> None:
     fd = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     try:
         read_parts(fd, 0, [])
-        write_parts(fd, 0, [])
     finally:
         os.close(fd)
 
@@ -187,55 +192,4 @@ def _pread(fd: int, address: int, size: int, offset: int) -> int:
             moved += done
         elif done != -_EINTR:
             return done
-    return moved
-
-
-@kernel
-def _write(fd: int, offset: int, extents: Extents, sums: Octets) -> int:
-    """Sums parts, a window at a time, and writes them; how many bytes, or a negative errno."""
-    state, vector = np.empty(8, np.uint64), np.empty((_VECTOR, 2), np.int64)
-    total: int = 0
-    pending: int = 0
-    count: int = 0
-    for i in range(len(extents)):
-        address, size = extents[i, 0], extents[i, 1]
-        summed = i < len(sums) and size > SHORT
-        begin(state)
-        for at in range(0, size, WINDOW):
-            want = min(WINDOW, size - at)
-            if summed:
-                absorb(state, address + at, min(at + want, units(size)) - at)
-            vector[count, 0], vector[count, 1] = address + at, want
-            count += 1
-            pending += want
-            if pending >= WINDOW or count == _VECTOR:
-                done = _pwritev(fd, vector, count, pending, offset + total)
-                if done < pending:
-                    return done if done < 0 else total + done
-                total += done
-                count = pending = 0
-        if summed:
-            finish(state, address, size, sums[i])
-    done = _pwritev(fd, vector, count, pending, offset + total)
-    return done if done < 0 else total + done
-
-
-@kernel
-def _pwritev(fd: int, vector: Extents, count: int, size: int, offset: int) -> int:
-    """Writes at an offset of a file; how many bytes, or a negative errno. Uses the vector up."""
-    moved: int = 0
-    first: int = 0
-    while moved < size:
-        done = pwritev(fd, vector[first:].ctypes.data, count - first, offset + moved)
-        if done == -_EINTR:
-            continue
-        if done <= 0:
-            return done if done < 0 else moved
-        moved += done
-        while first < count and done >= vector[first, 1]:
-            done -= vector[first, 1]
-            first += 1
-        if first < count:
-            vector[first, 0] += done
-            vector[first, 1] -= done
     return moved

@@ -43,7 +43,7 @@ class Machine:
         for all."""
         if self.streams:
             return 1
-        return max(1, self.store.object_bytes // self.packing.object_bytes(self.packing.blocks))
+        return max(1, self.store.object_bytes // (self.packing.blocks * self.packing.block_bytes))
 
     def deadline(self, limit: float) -> float:
         """The moment by which an operation that begins now must end, `limit` at the latest."""
