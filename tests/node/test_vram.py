@@ -417,7 +417,7 @@ def test_a_hit_that_is_all_in_vram_is_one_call(engines: Callable[..., CacheEngin
 
 @pytest.mark.parametrize("partly", [False, True])
 def test_what_peers_read_is_what_the_policy_keeps(tmp_path: Path, partly: bool) -> None:
-    """It learns of a use behind the node's answer, but before the next call. partly: the chain's end is elsewhere."""
+    """partly: the chain's end is nowhere, so that another call pins it."""
     address, settings = address_in(tmp_path), {"storage.vram.policy": "lru", "storage.cpu.size": DRAM * SLOT}
     with thread_node(address, **settings), vram_engine(address, 20) as owner, vram_engine(address, 4) as reader:
         for seed in (1, 2):

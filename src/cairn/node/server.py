@@ -224,7 +224,6 @@ class Node:
             if request.number and found.blocks == len(keys) > 0:
                 parts = self._pinned(session, request.number, found)
                 self._send(sender, wire.Matched(request.call, 0, [], found.blocks, found.held, parts))
-                found.used()
                 return
             held = session.pool.store.match(keys)
             self._send(sender, wire.Matched(request.call, held.dram, list(held.below), found.blocks, found.held))
@@ -354,7 +353,6 @@ class Node:
             found = session.pool.vram.find(session.number, keys_of(request.keys), request.own)
             parts = self._pinned(session, request.number, found)
             self._send(sender, wire.TakenVram(request.call, parts))
-            found.used()
 
     @staticmethod
     def _pinned(session: Session, number: int, found: VramFound) -> list[wire.VramPart]:

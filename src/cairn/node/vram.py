@@ -5,7 +5,7 @@ had is gone in one step when it dies, and takes nobody else's blocks along. A ch
 asker's own segment and the peer's that reaches furthest.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,20 +62,14 @@ class VramFound(NamedTuple):
         return max(self.held, self.furthest)
 
     def pin(self) -> VramHold:
-        """Pins them: those in the own segment there, those beyond it in the peer's. `used` counts their use."""
-        return VramHold([(donation, donation.index.pin(keys, use=False)) for donation, keys in self._shares()])
-
-    def used(self) -> None:
-        """Tells the eviction policies, for which nobody need wait."""
-        for donation, keys in self._shares():
-            donation.index.touch(keys)
-
-    def _shares(self) -> Iterator[tuple[Donation, Keys]]:
-        upto = 0
+        """Pins them: those in the own segment there, those beyond it in the peer's."""
+        pinned, upto = [], 0
         for donation, stop in ((self.own, self.held), (self.peer, self.furthest)):
             if donation and stop > upto:
-                yield donation, self.keys[upto:stop]
-                upto = stop
+                rows = donation.index.pin(self.keys[upto:stop])
+                pinned.append((donation, rows))
+                upto += len(rows)
+        return VramHold(pinned)
 
 
 class VramDirectory:
