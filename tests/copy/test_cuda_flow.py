@@ -103,6 +103,45 @@ def test_rows_in_vram(
     copier.close()
 
 
+@pytest.mark.parametrize("device", [1, 2], indirect=True)
+@pytest.mark.parametrize("peer", [None, True, False])
+@pytest.mark.parametrize("slot", [0, 1, -1, PAGES * 4])
+@pytest.mark.parametrize("into_rows", [True, False])
+def test_long_blocks_come_in_one_copy_each(
+    device: FakeCuda, monkeypatch: pytest.MonkeyPatch, peer: bool | None, slot: int, into_rows: bool
+) -> None:
+    """Pages that are one run, from host memory (None), a peer's or the own VRAM; one block of them may be no page."""
+    monkeypatch.setattr(cuda, "BREAK_EVEN", G.block_bytes)
+    monkeypatch.setattr(cuda, "_PEER_FIRST_BYTES", 2 * G.block_bytes)
+    rng = np.random.default_rng(7)
+    tensor = rng.integers(0, 1 << 16, (PAGES, 3, 2, 4, 2, 8), dtype=np.uint16)
+    _, _, memory, rows = case(7)
+    slots = (rng.permutation(PAGES - 1)[:BLOCKS, None] * 4 + 4 + np.arange(4)).reshape(-1)
+    slots[-4] = slot or slots[-4]
+    kv = PagedKV.from_tensors([tensor], "cross_layer", G)
+    copier = cuda.CudaCopier(G)
+    copier.prepare(dataclasses.replace(kv, device=0), direct=True)
+    copier.register(memory)
+    there = memory if peer is None else DeviceRows(memory.ctypes.data, len(memory), memory.strides[0], peer)
+    name = "gather" if into_rows else "scatter"
+    before = tensor.copy(), memory.copy()
+    if slot >= PAGES * 4:
+        with pytest.raises(InputError, match="slot 48"):
+            getattr(copier, name)(dataclasses.replace(kv, device=0), slots, there, rows)
+        assert (tensor == before[0]).all()
+        assert (memory == before[1]).all()
+        return
+    getattr(CpuCopier(G), name)(kv, slots, memory, rows)
+    expected = tensor.copy(), memory.copy()
+    tensor[...], memory[...] = before
+    getattr(copier, name)(dataclasses.replace(kv, device=0), slots, there, rows)
+    assert (tensor == expected[0]).all()
+    assert (memory == expected[1]).all()
+    if slot == 0:
+        assert device.batches == {None: [2, 4, 2], True: [2, 4, 3], False: []}[peer]
+    copier.close()
+
+
 def test_memory_that_is_released_is_not_pinned_any_more(device: FakeCuda) -> None:
     copier = cuda.CudaCopier(G)
     first, second = (np.zeros((4, 64), np.uint8) for _ in range(2))

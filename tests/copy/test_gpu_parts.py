@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cairn.copy import CpuCopier, PagedKV
-from cairn.copy.pieces import merge, piece_bytes, plan, vector_shape, word_bytes
+from cairn.copy.pieces import merge, piece_bytes, plan, vector_shape, whole_blocks, word_bytes
+from cairn.errors import InputError
 from cairn.kv import KVGeometry
 
 PAGES = 6
@@ -115,6 +116,42 @@ def test_the_kernel_copies_what_the_cpu_copier_copies(
     )
     assert all((a == b).all() for a, b in zip(tensors, expected[0], strict=True))
     assert (memory == expected[1]).all()
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    layout=st.sampled_from(["nhd", "hnd", "mla", "cross_layer", "vllm"]),
+    block=st.sampled_from([1, 2, 4, 8]),
+    layers=st.sampled_from([range(3), range(1, 2), range(1, 3)]),
+    firsts=st.lists(st.integers(-1, 26), max_size=5),
+    spoilt=st.none() | st.tuples(st.integers(0, 39), st.integers(-2, 30)),
+)
+def test_whole_blocks_are_what_is_planned_and_checked(
+    layout: str, block: int, layers: range, firsts: list[int], spoilt: tuple[int, int] | None
+) -> None:
+    """Joined they are the plan, and they are found wherever pages that are one run are moved as they are."""
+    g = geometry(layout, block, 8)
+    shape = (PAGES, g.kv_heads, block, 2 * 8)
+    vllm = layout == "vllm"
+    tensors = [np.zeros(shape, np.uint16) for _ in range(3)] if vllm else cache(layout, g, 4, np.random.default_rng(0))
+    kv = PagedKV.from_tensors(tensors, layout, g)
+    slots = (np.array(firsts, np.int64)[:, None] + np.arange(block)).reshape(-1)
+    if spoilt and spoilt[0] < len(slots):
+        slots[spoilt[0]] = spoilt[1]
+    rows = np.arange(len(firsts), dtype=np.int32)[::-1].copy()
+    found = whole_blocks(kv, slots, (1000, g.block_bytes + 64), rows, layers, g)
+    try:
+        kv.check_slots(slots, block)
+    except InputError:
+        assert found is None
+        return
+    starts = 1000 + rows.astype(np.int64) * (g.block_bytes + 64)
+    if found:
+        assert found.sizes.tolist() == [len(layers) * g.layer_bytes] * len(rows)
+        joined, planned = merge(*found), plan(kv, slots, starts, layers, g)
+        assert all((a == b).all() for a, b in zip(joined, planned, strict=True))
+    in_pages = [first >= 0 and first % 4 <= 4 - block for first in firsts]
+    assert found or spoilt or layout != "cross_layer" or block != 4 or not all(in_pages)
 
 
 def test_a_page_across_all_layers_is_one_piece() -> None:

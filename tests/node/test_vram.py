@@ -24,7 +24,7 @@ from cairn.node.segments import path_of
 from tests.engine.pages import SLOT, namespace, prompt, retrieved, stored
 
 from .peer import Peer, keys_of, within
-from .rig import TIMEOUT_S, ProcessNode, ThreadNode, address_in, segments
+from .rig import TIMEOUT_S, ProcessNode, ThreadNode, address_in, segments, thread_node
 from .vram_owner import vram_engine
 
 BLOCKS, DRAM = 24, 80
@@ -413,6 +413,21 @@ def test_a_hit_that_is_all_in_vram_is_one_call(engines: Callable[..., CacheEngin
     assert hits(engine, "vram") == 40
     del link.call
     assert figures(engine)["pinned_blocks"] == 0
+
+
+@pytest.mark.parametrize("partly", [False, True])
+def test_what_peers_read_is_what_the_policy_keeps(tmp_path: Path, partly: bool) -> None:
+    """partly: the chain's end is nowhere, so that another call pins it."""
+    address, settings = address_in(tmp_path), {"storage.vram.policy": "lru", "storage.cpu.size": DRAM * SLOT}
+    with thread_node(address, **settings), vram_engine(address, 20) as owner, vram_engine(address, 4) as reader:
+        for seed in (1, 2):
+            assert stored(owner, prompt(seed, 40)) == 40
+            assert owner.flush(10)
+        assert retrieved(reader, prompt(1, 44 if partly else 40)) == 40
+        assert hits(reader, "vram") == 40
+        assert stored(owner, prompt(3, 40)) == 40
+        keys = [owner.chain(prompt(seed, 40)).key(9) for seed in (1, 2, 3)]
+        assert [owner.contains(key) for key in keys] == [0, 1, 0]
 
 
 def test_the_next_node_gets_the_segment_anew(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from cairn.copy import driver
 from cairn.copy.base import Copier, DeviceRows, RowMemory
 from cairn.copy.paged import PagedKV, TokenSlots
-from cairn.copy.pieces import merge, piece_bytes, plan, vector_shape, word_bytes
+from cairn.copy.pieces import Pieces, merge, piece_bytes, plan, vector_shape, whole_blocks, word_bytes
 from cairn.copy.uploads import Uploads
 from cairn.errors import InputError
 from cairn.kv import KVGeometry
@@ -147,6 +147,7 @@ class CudaCopier(Copier):
         VRAM.
         """
         none, span = np.empty(0, np.int64), range(self.geometry.layers)
+        whole_blocks(kv, none, (0, 0), np.empty(0, np.int32), span, self.geometry)
         with self._torch.cuda.device(self._device):
             for lane, into_rows in ((self._store, True), (self._load, False)):
                 lane.staging(self.row_geometry.block_bytes)
@@ -230,11 +231,11 @@ class CudaCopier(Copier):
             raise InputError(f"KV cache on device {kv.device}: this copier serves CUDA device {self._device.index}")
         if len(slots) != len(rows) * tokens:
             raise InputError(f"{len(slots)} slots for {len(rows)} blocks: each block needs {tokens}")
-        kv.check_slots(slots, tokens)
         slots = np.ascontiguousarray(slots, np.int64)
         span = layers if layers is not None else range(self.geometry.layers)
-        address, stride = (memory.address, memory.stride) if isinstance(memory, DeviceRows) else _placed(memory)
-        starts = address + rows.astype(np.int64) * stride
+        whole = self._whole(memory, kv, slots, rows, span)
+        if whole is None:
+            kv.check_slots(slots, tokens)
         pinned = isinstance(memory, DeviceRows) or self._is_pinned(memory)
         with self._torch.cuda.device(self._device), lane.lock:
             driver.use(self._context)
@@ -243,8 +244,15 @@ class CudaCopier(Copier):
                 lane.kernels.wait_event(after)
             begin, device = lane.mark(lane.copies), isinstance(memory, DeviceRows)
             try:
-                path = self._way(memory, kv, slots, span)
                 sizes = (_PEER_FIRST_BYTES, _PEER_STAGING_BYTES) if device else (_FIRST_BYTES, 0)
+                if whole:
+                    for first, stop in _parts(len(rows), int(whole.sizes[0]), begin=sizes[0]):
+                        part = Pieces(*(array[first:stop] for array in whole))
+                        driver.copy_batch(part, lane.copies.cuda_stream, into_rows=into_rows, pinned=pinned)
+                    return Enqueued(begin, lane.mark(lane.copies, soon=device))
+                address, stride = _placed(memory)
+                starts = address + rows.astype(np.int64) * stride
+                path = self._way(memory, kv, slots, span)
                 if path == "pieces":
                     self._pieces(lane, kv, slots, starts, span, pinned, into_rows, sizes[0])
                     return Enqueued(begin, lane.mark(lane.copies, soon=device))
@@ -262,6 +270,17 @@ class CudaCopier(Copier):
     def _is_pinned(self, memory: npt.NDArray[np.uint8]) -> bool:
         first = memory.ctypes.data
         return any(at <= first and first + memory.nbytes <= at + own.nbytes for at, (own, _) in self._pinned.items())
+
+    def _whole(
+        self, memory: RowMemory, kv: PagedKV, slots: TokenSlots, rows: npt.NDArray[np.int32], span: range
+    ) -> Pieces | None:
+        """The copies, if each block is one that is long enough; None: it is to be looked what they are."""
+        own = isinstance(memory, DeviceRows) and not memory.peer
+        short = len(span) * self.geometry.layer_bytes < BREAK_EVEN
+        if not len(rows) or self._path not in ("auto", "pieces") or own or short:
+            return None
+        rows = np.ascontiguousarray(rows, np.int32)
+        return whole_blocks(kv, slots, _placed(memory), rows, span, self.geometry)
 
     def _way(self, memory: RowMemory, kv: PagedKV, slots: TokenSlots, span: range) -> str:
         """How bytes move: one of PATHS, but "auto"."""
@@ -396,8 +415,10 @@ class CudaCopier(Copier):
         return run
 
 
-def _placed(memory: npt.NDArray[np.uint8]) -> tuple[int, int]:
-    """Address and stride of rows in host memory."""
+def _placed(memory: RowMemory) -> tuple[int, int]:
+    """Address and stride of rows."""
+    if isinstance(memory, DeviceRows):
+        return memory.address, memory.stride
     return memory.ctypes.data, memory.strides[0]
 
 

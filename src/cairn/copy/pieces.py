@@ -1,4 +1,4 @@
-"""Which runs of bytes a copy consists of: pure numpy, so that the planning can be tested without a GPU."""
+"""Which runs of bytes a copy consists of: without a GPU, so that the planning can be tested where there is none."""
 
 from typing import NamedTuple
 
@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cairn.copy.paged import PagedKV, TokenSlots
+from cairn.jit import kernel
 from cairn.kv import KVGeometry
 
 Addresses = npt.NDArray[np.int64]
@@ -89,6 +90,67 @@ def plan(kv: PagedKV, slots: TokenSlots, row_starts: Addresses, layers: range, g
     outside = (runs.outside[:, None] + bases.reshape(-1)).reshape(-1)
     inside = (runs.inside[:, None] + planes * plane_bytes).reshape(-1)
     return merge(outside, inside, np.broadcast_to(runs.sizes[:, None], shape).reshape(-1))
+
+
+@kernel
+def _whole_blocks(
+    bases: Addresses,
+    plane_bytes: int,
+    page_tokens: int,
+    page_stride: int,
+    token_stride: int,
+    limit: int,
+    aligned: int,
+    slots: TokenSlots,
+    block_tokens: int,
+    memory: int,
+    row_stride: int,
+    rows: npt.NDArray[np.int32],
+    pieces: npt.NDArray[np.int64],
+) -> bool:
+    for i in range(1, len(bases)):
+        if bases[i] != bases[i - 1] + plane_bytes:
+            return False
+    for i in range(len(rows)):
+        first, apart = slots[i * block_tokens], 0
+        for t in range(block_tokens):
+            apart |= slots[i * block_tokens + t] - first - t
+        page = first // page_tokens
+        place = first - page * page_tokens
+        if apart or first < 0 or first + block_tokens > limit or place + block_tokens > page_tokens:
+            return False
+        if aligned > 1 and first % aligned:
+            return False
+        pieces[0, i] = bases[0] + page * page_stride + place * token_stride
+        pieces[1, i] = memory + np.int64(rows[i]) * row_stride
+        pieces[2, i] = len(bases) * plane_bytes
+    return True
+
+
+def whole_blocks(
+    kv: PagedKV,
+    slots: TokenSlots,
+    memory: tuple[int, int],
+    rows: npt.NDArray[np.int32],
+    layers: range,
+    geometry: KVGeometry,
+) -> Pieces | None:
+    """One piece a block, where each block is one run of bytes on both sides and inside the cache; else None.
+
+    What `plan` says before it joins neighbours, and `check_slots`, in one pass: code that runs now and then has left
+    the caches, and each of numpy's functions costs 10 us then. memory: address and stride of the rows, int32 [n].
+    slots: int64 [n * block_tokens]. Both contiguous.
+    """
+    heads, head_bytes = vector_shape(kv, geometry)
+    vector, bases = heads * head_bytes, kv.bases[layers.start : layers.stop].reshape(-1)
+    if kv.token_stride != vector or (heads > 1 and kv.head_stride != head_bytes) or not len(bases):
+        return None
+    tokens = geometry.block_tokens
+    first = memory[0] + layers.start * kv.bases.shape[1] * tokens * vector
+    place = (tokens * vector, kv.page_tokens, kv.page_stride, kv.token_stride, kv.slots, tokens if kv.opaque else 1)
+    pieces = np.empty((3, len(rows)), np.int64)
+    found = _whole_blocks(bases, *place, slots, tokens, first, memory[1], rows, pieces)
+    return Pieces(pieces[0], pieces[1], pieces[2]) if found else None
 
 
 def piece_bytes(kv: PagedKV, slots: TokenSlots, layers: range, geometry: KVGeometry) -> int:

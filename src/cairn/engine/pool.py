@@ -16,7 +16,7 @@ from cairn.tier.base import Tier
 
 def prepare(config: Config) -> None:
     """Has compiled what a pool needs, so that the first client does not wait for it: up to a minute once installed."""
-    for policy in {config.storage.cpu.policy, config.storage.disk.policy}:
+    for policy in {config.storage.vram.policy, config.storage.cpu.policy, config.storage.disk.policy}:
         rehearse(POLICIES[policy])
 
 
