@@ -130,6 +130,7 @@ def test_what_cannot_be_run_or_written_ends_in_one_line(tmp_path: Path) -> None:
     spec.write_text("engines: [{kind: command, name: e, command: [/nothing/at/all]}]\n")
     with pytest.raises(StorageError, match="e: /nothing/at/all cannot be run: No such file"):
         Supervisor(children_of(load_spec(spec), tmp_path / "state"), tmp_path / "state", print).run()
+    assert (tmp_path / "state" / "cairn.yaml").stat().st_mode & 0o777 == 0o600, "others may read its keys"
     with pytest.raises(StorageError, match="name another place with --dir"):
         children_of(load_spec(spec), spec / "below")
     spec.write_text("engines: [{kind: mock, name: 2026-02-30}]\n")

@@ -63,6 +63,8 @@ def children_of(spec: ClusterSpec, home: Path) -> list[Child]:
     file = home / "cairn.yaml"
     try:
         home.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)
+        file.touch(mode=0o600)  # there may be keys among the settings
         file.write_text(yaml.safe_dump(settings), encoding="utf-8")
     except OSError as error:
         raise StorageError(f"{home}: {error.strerror or error}; name another place with --dir") from None

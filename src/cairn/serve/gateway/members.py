@@ -39,7 +39,7 @@ class Member:
         token = config.backend_token.get_secret_value() if config.backend_token else None
         self.pool = Pool(instance.http, config.connect_s, token)
         self.running = self.queued = 0
-        self.drains, self.gone = reported.drain is not None, False
+        self.drains = reported.drain is not None
         self._rest_s, self._rests_until = _FIRST_REST_S, 0.0
         self.since = time.time()
         self.update(reported)
@@ -183,7 +183,6 @@ class Members:
         if isinstance(event, Left):
             if known:
                 del self._members[name]
-                known.gone = True
                 known.pool.close()
                 self._last_left = time.monotonic()
             self._on_left(name)
