@@ -40,7 +40,6 @@ def code_of(kernel: triton.JITFunction) -> str:
     del grid, options["num_warps"]
     known = options | {
         "BLOCK_TOKENS": 16,
-        "GROUPS": 4,
         "SINE_BITS": SINE_BITS,
         "BFLOAT16": True,
         "SYMBOLS": SYMBOLS,
