@@ -19,8 +19,8 @@ from cairn.codec.planes import FAR, LARGEST, LEAST_STEP, MOST_ANCHOR, STEP_EDGES
 from cairn.codec.rans import LANES
 from cairn.codec.rotary import SINE_BITS
 
-#: Channels, and rows of a sum, of a program; values of one, and words of a copy.
-_CHANNELS, _ROWS, _TILE, _WORDS = 128, 32, 2048, 512
+#: Of a program: channels, rows of a sum, values, words of a copy at a time; and how many copy a plane.
+_CHANNELS, _ROWS, _TILE, _WORDS, _COPIERS = 128, 32, 2048, 512, 32
 #: Tokens that a loop takes at a time, so that many loads are under way.
 _UNROLL: Final = 8
 
@@ -58,7 +58,7 @@ class Encoder(Lane):
         layers, planes, block_tokens, heads, dim = shape
         count, channels, tokens = layers * planes, heads * dim, len(plain.rows) * block_tokens
         blocks = self.put(plain.rows).view(DTYPES[dtype])[:, : count * block_tokens * channels]
-        values = blocks.view(len(blocks), count, -1).transpose(0, 1).reshape(count, tokens, channels)
+        values = blocks.view(len(blocks), count, -1).transpose(0, 1).reshape(count, tokens, -1).contiguous()
         exact = ~(values.view(count, tokens, heads, dim).abs().amax(3).float() < float(LARGEST))
         exact[:, : plain.sinks] = True
         exact = exact.view(torch.uint8)
@@ -134,30 +134,31 @@ class Encoder(Lane):
         found, given = exact.view(count, -1).sum(1), 2 * lengths.sum(1)
         heads = torch.cat([_padded(part) for part in (found.to(torch.int32)[:, None], *parts)], 1)
         fixed = heads.shape[1]
-        sizes = fixed + 4 * found + _up(found * size) + _up(given)
-        ends = plain.begin + sizes.cumsum(0)
-        begins = ends - sizes
+        ends = plain.begin + (fixed + 4 * found + _up(found * size) + _up(given)).cumsum(0)
+        begins = torch.cat([torch.full_like(ends[:1], plain.begin), ends[:-1]])
         out = torch.zeros(plain.limit + -plain.limit % 4, dtype=torch.uint8, device=self.device)
-        header = out[4 * sections.HEADER_WORDS : plain.begin]
-        header[: 4 * (count // planes)] = begins[::planes].to(torch.int32).view(torch.uint8)
+        out.view(torch.int32)[sections.HEADER_WORDS :][: count // planes] = begins[::planes]
         fits = ends[-1] <= plain.limit
 
-        def copy(source: Any, *runs: Any) -> None:
-            """Runs of bytes: begins in the source, places, lengths."""
-            froms, places, sizes = (run.long().contiguous() for run in torch.broadcast_tensors(*runs))
-            target = out.view(torch.uint16)
-            triton_planes.copy[(froms.numel(),)](source.view(torch.uint16), froms, target, places, sizes, WORDS=_WORDS)
+        def copy(source: Any, counts: Any, *runs: Any) -> None:
+            """Runs of bytes, [planes, n] or what becomes it: begins in the source, places, lengths."""
+            froms, places, lengths = (run.contiguous() for run in torch.broadcast_tensors(*runs))
+            n = froms.shape[1]
+            triton_planes.copy[(count, min(n, _COPIERS))](
+                source.view(torch.uint16), froms, out.view(torch.uint16), places, lengths, fits * counts, n, WORDS=_WORDS
+            )
 
-        plane, rank = (torch.arange(n, device=self.device) for n in (count, vectors))
+        plane, rank = torch.arange(count, device=self.device)[:, None], torch.arange(vectors, device=self.device)
         places = exact.view(count, -1).argsort(dim=1, descending=True, stable=True)
-        vectors_at, words_at = begins + fixed + 4 * found, ends - _up(given)
-        copy(heads, plane * fixed, begins, fits * fixed)
-        copy(places.to(torch.int32), plane * (4 * vectors), begins + fixed, fits * 4 * found)
-        each = fits & (rank < found[:, None])
-        copy(values, (plane[:, None] * vectors + places) * size, vectors_at[:, None] + rank * size, each * size)
-        stream = torch.arange(1, count * streams + 1, device=self.device).view(count, streams)
-        behind = words_at[:, None] + 2 * lengths.cumsum(1)
-        copy(words, stream * (2 * room) - 2 * lengths, behind - 2 * lengths, fits * 2 * lengths)
+        places_at, words_at = begins[:, None] + fixed, (ends - _up(given))[:, None]
+        vectors_at = places_at + 4 * found[:, None]
+        one = torch.ones_like(found)
+        copy(heads, one, plane * fixed, begins[:, None], one[:, None] * fixed)
+        copy(places.to(torch.int32), one, plane * (4 * vectors), places_at, 4 * found[:, None])
+        copy(values, found, (plane * vectors + places) * size, vectors_at + rank * size, one[:, None] * size)
+        sizes = 2 * lengths.long()
+        rooms = 2 * room * torch.arange(1, count * streams + 1, device=self.device).view(count, streams)
+        copy(words, one * streams, rooms - sizes, words_at + sizes.cumsum(1) - sizes, sizes)
         end = int(ends[-1])
         if end > plain.limit:
             return None

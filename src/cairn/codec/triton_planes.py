@@ -68,13 +68,13 @@ def moments(
 
 
 @triton.jit
-def total(terms, totals, rows, LENGTH: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr):
-    """The sum of each row, float64 [rows, LENGTH], from its first term to its last."""
+def total(terms, totals, count, LENGTH: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr):
+    """The sum of each row, float64 [count, LENGTH], from its first term to its last."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     found = tl.full((ROWS,), 0, tl.float64)
     for i in tl.range(0, LENGTH, loop_unroll_factor=UNROLL):
-        found += tl.load(terms + row * LENGTH + i, mask=row < rows, other=0.0)
-    tl.store(totals + row, found, mask=row < rows)
+        found += tl.load(terms + row * LENGTH + i, mask=row < count, other=0.0)
+    tl.store(totals + row, found, mask=row < count)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -131,14 +131,19 @@ def subtract(
     tl.atomic_add(powers + row * dim + of_head, power, mask=of_head < dim)
 
 
-@triton.jit
-def copy(source, begins, target, places, lengths, WORDS: tl.constexpr):
-    """Copies runs of bytes, all of even places and lengths, as uint16: a program one from its begin to its place."""
-    run, at = tl.program_id(0), tl.arange(0, WORDS).to(tl.int64)
-    begin, place = tl.load(begins + run) // 2, tl.load(places + run) // 2
-    length = tl.load(lengths + run) // 2
-    done = length * 0
-    while done < length:
-        words = tl.load(source + begin + done + at, mask=done + at < length, other=0)
-        tl.store(target + place + done + at, words, mask=done + at < length)
-        done += WORDS
+@triton.jit(do_not_specialize=["runs"])
+def copy(source, begins, target, places, lengths, counts, runs, WORDS: tl.constexpr):
+    """Copies the first `counts` of each plane's runs of bytes from their begins to their places, [planes, runs]. All of
+    even places and lengths, so copied as uint16."""
+    run, at = tl.program_id(1), tl.arange(0, WORDS).to(tl.int64)
+    count = tl.load(counts + tl.program_id(0))
+    while run < count:
+        number = tl.program_id(0) * runs + run
+        begin, place = tl.load(begins + number) // 2, tl.load(places + number) // 2
+        length = tl.load(lengths + number) // 2
+        done = length * 0
+        while done < length:
+            words = tl.load(source + begin + done + at, mask=done + at < length, other=0)
+            tl.store(target + place + done + at, words, mask=done + at < length)
+            done += WORDS
+        run += tl.num_programs(1)

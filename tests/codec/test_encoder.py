@@ -1,0 +1,129 @@
+"""The device's encoder on CPU tensors, its kernels interpreted: what it writes is byte for byte what the CPU does."""
+
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cairn.codec.cachegen import CacheGen
+from cairn.codec.choice import codec_for
+from cairn.codec.ladder import ladder_for
+from cairn.codec.levels import LEVELS
+from cairn.codec.planes import LARGEST, LEAST_STEP, STEP_EDGES, STEP_ZERO, STEPS_AN_OCTAVE
+from cairn.config.schema import Compression
+from cairn.kv import KVGeometry
+from tests.codec import samples
+
+SPECIALS = {
+    "plain": lambda x, rng: None,
+    "infinite": lambda x, rng: np.put(x, rng.integers(0, x.size, 3), [np.inf, -np.inf, np.nan]),
+    "none finite": lambda x, rng: x[:, 0].fill(np.nan),
+    "zero": lambda x, rng: x.fill(-0.0),
+    "constant": lambda x, rng: x[:, :, :, :, 0].fill(3.25),
+    "spiky": lambda x, rng: np.put(x, rng.integers(0, x.size, 5), [3e3, -9e3, 6e4, -5e-8, 2e4]),
+    "large": lambda x, rng: np.multiply(x, 3e37, out=x),
+    "far from zero": lambda x, rng: np.add(x, 3e4, out=x),
+    "small": lambda x, rng: np.multiply(x, 1e-40, out=x),
+}
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[KVGeometry, Any, int]:
+    """A geometry, values, and how many tokens are sinks."""
+    planes = draw(st.sampled_from([1, 2]))
+    g = KVGeometry(
+        layers=draw(st.integers(1, 2)),
+        kv_heads=draw(st.integers(1, 3)) if planes == 2 else 1,
+        head_dim=draw(st.sampled_from([2, 7, 16, 20])),
+        dtype=draw(st.sampled_from(["bfloat16", "float16", "float32"])),
+        block_tokens=draw(st.sampled_from([1, 3, 4])),
+        planes=planes,
+    )
+    blocks, seed = draw(st.integers(1, 4)), draw(st.integers(0, 1 << 30))
+    x = samples.values(g, blocks, seed)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        SPECIALS[draw(st.sampled_from(sorted(SPECIALS)))](x, np.random.default_rng(seed))
+        return g, samples.to_rows(x, g.dtype), draw(st.integers(0, 6))
+
+
+@pytest.fixture(scope="module")
+def strict(kernels: Any) -> Iterator[None]:
+    """Nothing is left to the CPU."""
+
+    def fail(what: str, error: RuntimeError) -> None:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.import_module("cairn.codec.cachegen_cuda"), "_log_failure", fail)
+        yield
+
+
+@pytest.mark.usefixtures("strict")
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(cases(), st.sampled_from(sorted(LEVELS)), st.booleans(), st.sampled_from([0, 64]), st.booleans())
+def test_bytes_are_those_of_a_cpu(
+    case: tuple[KVGeometry, Any, int], level: str, calibrated: bool, padding: int, roomy: bool
+) -> None:
+    """roomy: with room for streams that are longer than the blocks, which these few tokens' often are."""
+    g, rows, sinks = case
+    known = samples.calibration(g) if calibrated else None
+    cpu, device = CacheGen(g, LEVELS[level], known), on_cpu_tensors(g, LEVELS[level], known)
+    if roomy:
+        for codec in (cpu, device):
+            codec.stored_bytes_limit = lambda blocks=1: 20_000 + 2 * blocks * g.block_bytes  # type: ignore[method-assign]
+    memory = np.pad(rows, ((0, 0), (0, padding)), constant_values=0xFF)
+    expected, found = (codec.encode(memory, sinks=sinks) for codec in (cpu, device))
+    assert roomy is (int(expected[8:12].view(np.uint32)[0]) & 255 > 0) or not roomy
+    assert found.shape == expected.shape
+    assert (found == expected).all()
+
+
+def on_cpu_tensors(*settings: Any) -> CacheGen:
+    made: CacheGen = importlib.import_module("cairn.codec.cachegen_cuda").CudaCacheGen(*settings, device="cpu")
+    return made
+
+
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("heads", [2, 40])
+def test_streams_of_many_groups(heads: int) -> None:
+    """More channels than a program has, several streams a plane, a calibration's steps."""
+    g = KVGeometry(layers=1, kv_heads=heads, head_dim=64, block_tokens=16)
+    rows = samples.to_rows(samples.values(g, 4 if heads == 2 else 1), g.dtype)
+    known = samples.calibration(g)
+    expected = CacheGen(g, calibration=known).encode(rows, sinks=8)
+    assert len(expected) < 0.8 * rows.nbytes
+    found = on_cpu_tensors(g, LEVELS["high"], known).encode(rows, sinks=8)
+    assert found.tobytes() == expected.tobytes()
+
+
+def test_a_device_that_fails_leaves_it_to_the_cpu(
+    kernels: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch = importlib.import_module("torch")
+    g = KVGeometry(layers=1, kv_heads=1, head_dim=8, dtype="float32", block_tokens=4)
+    device, rows = on_cpu_tensors(g), samples.to_rows(samples.values(g, 2), g.dtype)
+    monkeypatch.setattr(kernels, "encode", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
+    assert (device.encode(rows) == CacheGen(g).encode(rows)).all()
+    assert [record.message for record in caplog.records if "encoded on the CPU: no memory" in record.message]
+
+
+def test_whoever_stores_encodes_on_the_device(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every level that the remote tier's ladder, an engine's or a node's, may choose."""
+    cuda = importlib.import_module("cairn.codec.cachegen_cuda")
+    monkeypatch.setattr(cuda, "lanes_on", lambda device, real=cuda.lanes_on: real("cpu"))
+    g = KVGeometry(layers=1, kv_heads=1, head_dim=16, block_tokens=4)
+    ladder = ladder_for(g, Compression(algorithm="cachegen", quality="balanced", device="cuda:1"))
+    assert ladder is not None
+    coded = [rung.codec for rung in ladder.rungs if rung.codec.id == CacheGen.id]
+    assert len(coded) == 3
+    assert all(isinstance(codec, cuda.CudaCacheGen) for codec in coded)
+
+
+@given(st.floats(LEAST_STEP, float(LARGEST)))
+def test_a_step_gets_the_nearest_code(step: float) -> None:
+    nearest = min(max(round(np.log2(step) * STEPS_AN_OCTAVE) + STEP_ZERO, 0), 255)
+    assert np.searchsorted(STEP_EDGES, step) == nearest
