@@ -1,7 +1,6 @@
 """The device's encoder on CPU tensors, its kernels interpreted: what it writes is byte for byte what the CPU does."""
 
 import importlib
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cairn.codec.cachegen import CacheGen
-from cairn.codec.choice import codec_for
 from cairn.codec.ladder import ladder_for
 from cairn.codec.levels import LEVELS
 from cairn.codec.planes import LARGEST, LEAST_STEP, STEP_EDGES, STEP_ZERO, STEPS_AN_OCTAVE
@@ -18,17 +16,25 @@ from cairn.config.schema import Compression
 from cairn.kv import KVGeometry
 from tests.codec import samples
 
-SPECIALS = {
-    "plain": lambda x, rng: None,
-    "infinite": lambda x, rng: np.put(x, rng.integers(0, x.size, 3), [np.inf, -np.inf, np.nan]),
-    "none finite": lambda x, rng: x[:, 0].fill(np.nan),
-    "zero": lambda x, rng: x.fill(-0.0),
-    "constant": lambda x, rng: x[:, :, :, :, 0].fill(3.25),
-    "spiky": lambda x, rng: np.put(x, rng.integers(0, x.size, 5), [3e3, -9e3, 6e4, -5e-8, 2e4]),
-    "large": lambda x, rng: np.multiply(x, 3e37, out=x),
-    "far from zero": lambda x, rng: np.add(x, 3e4, out=x),
-    "small": lambda x, rng: np.multiply(x, 1e-40, out=x),
-}
+SPECIALS = ["plain", "infinite", "none-finite", "zero", "constant", "spiky", "large", "far", "small"]
+
+
+def spoil(x: samples.Floats, how: str, rng: np.random.Generator) -> None:
+    """Puts into values what is rare."""
+    if how == "infinite":
+        np.put(x, rng.integers(0, x.size, 3), [np.inf, -np.inf, np.nan])
+    elif how == "none-finite":
+        x[:, 0] = np.nan
+    elif how == "zero":
+        x[:] = -0.0
+    elif how == "constant":
+        x[:, :, :, :, 0] = 3.25
+    elif how == "spiky":
+        np.put(x, rng.integers(0, x.size, 5), [3e3, -9e3, 6e4, -5e-8, 2e4])
+    elif how in ("large", "small"):
+        x *= 3e37 if how == "large" else 1e-40
+    elif how == "far":
+        x += 3e4
 
 
 @st.composite
@@ -46,24 +52,24 @@ def cases(draw: st.DrawFn) -> tuple[KVGeometry, Any, int]:
     blocks, seed = draw(st.integers(1, 4)), draw(st.integers(0, 1 << 30))
     x = samples.values(g, blocks, seed)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        SPECIALS[draw(st.sampled_from(sorted(SPECIALS)))](x, np.random.default_rng(seed))
+        spoil(x, draw(st.sampled_from(SPECIALS)), np.random.default_rng(seed))
         return g, samples.to_rows(x, g.dtype), draw(st.integers(0, 6))
 
 
-@pytest.fixture(scope="module")
-def strict(kernels: Any) -> Iterator[None]:
+@pytest.fixture
+def strict(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is left to the CPU."""
 
     def fail(what: str, error: RuntimeError) -> None:
         raise error
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("cairn.codec.cachegen_cuda"), "_log_failure", fail)
-        yield
+    monkeypatch.setattr(importlib.import_module("cairn.codec.cachegen_cuda"), "_log_failure", fail)
 
 
 @pytest.mark.usefixtures("strict")
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
 @given(cases(), st.sampled_from(sorted(LEVELS)), st.booleans(), st.sampled_from([0, 64]), st.booleans())
 def test_bytes_are_those_of_a_cpu(
     case: tuple[KVGeometry, Any, int], level: str, calibrated: bool, padding: int, roomy: bool
@@ -77,7 +83,7 @@ def test_bytes_are_those_of_a_cpu(
             codec.stored_bytes_limit = lambda blocks=1: 20_000 + 2 * blocks * g.block_bytes  # type: ignore[method-assign]
     memory = np.pad(rows, ((0, 0), (0, padding)), constant_values=0xFF)
     expected, found = (codec.encode(memory, sinks=sinks) for codec in (cpu, device))
-    assert roomy is (int(expected[8:12].view(np.uint32)[0]) & 255 > 0) or not roomy
+    assert expected[8] or not roomy  # groups a stream, 0 where blocks are as they were
     assert found.shape == expected.shape
     assert (found == expected).all()
 
@@ -88,16 +94,14 @@ def on_cpu_tensors(*settings: Any) -> CacheGen:
 
 
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("heads", [2, 40])
-def test_streams_of_many_groups(heads: int) -> None:
-    """More channels than a program has, several streams a plane, a calibration's steps."""
-    g = KVGeometry(layers=1, kv_heads=heads, head_dim=64, block_tokens=16)
-    rows = samples.to_rows(samples.values(g, 4 if heads == 2 else 1), g.dtype)
+def test_streams_of_many_groups() -> None:
+    """More channels than a program has, not a power of two of them, and several streams a plane."""
+    g = KVGeometry(layers=1, kv_heads=1, head_dim=576, block_tokens=16, planes=1)
+    rows = samples.to_rows(samples.values(g, 4), g.dtype)
     known = samples.calibration(g)
-    expected = CacheGen(g, calibration=known).encode(rows, sinks=8)
+    expected = CacheGen(g, LEVELS["high"], known).encode(rows, sinks=8)
     assert len(expected) < 0.8 * rows.nbytes
-    found = on_cpu_tensors(g, LEVELS["high"], known).encode(rows, sinks=8)
-    assert found.tobytes() == expected.tobytes()
+    assert on_cpu_tensors(g, LEVELS["high"], known).encode(rows, sinks=8).tobytes() == expected.tobytes()
 
 
 def test_a_device_that_fails_leaves_it_to_the_cpu(
@@ -114,7 +118,8 @@ def test_a_device_that_fails_leaves_it_to_the_cpu(
 def test_whoever_stores_encodes_on_the_device(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every level that the remote tier's ladder, an engine's or a node's, may choose."""
     cuda = importlib.import_module("cairn.codec.cachegen_cuda")
-    monkeypatch.setattr(cuda, "lanes_on", lambda device, real=cuda.lanes_on: real("cpu"))
+    lanes = cuda.lanes_on("cpu")
+    monkeypatch.setattr(cuda, "lanes_on", lambda _: lanes)
     g = KVGeometry(layers=1, kv_heads=1, head_dim=16, block_tokens=4)
     ladder = ladder_for(g, Compression(algorithm="cachegen", quality="balanced", device="cuda:1"))
     assert ladder is not None

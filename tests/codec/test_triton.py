@@ -182,7 +182,7 @@ def test_kernels_compile_to_what_they_count_on() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.codec.compiled"], env=environ, stdout=subprocess.PIPE, check=True, timeout=300
     )
-    found = {name: codes for name, codes in map(json.loads, done.stdout.splitlines())}
+    found = dict(map(json.loads, done.stdout.splitlines()))
     assert len(found) == 6
     for name in ("_decode", "_encode"):
         code, _ = found.pop(name)

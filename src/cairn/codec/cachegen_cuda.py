@@ -1,8 +1,8 @@
-"""`cachegen` on a GPU: the same bits as the CPU's, tens of times as fast as a core. Encoding: `encoder_cuda`.
+"""`cachegen` on a GPU: the same bits as the CPU's, tens of times as fast as a core.
 
-To be decoded, a stream crosses the bus as it is stored, its planes are decoded by one kernel into blocks in GPU memory, and these come
-back into the caller's rows, which are pinned where they are an arena's. What a GPU cannot do at the moment (it has no
-memory left, a stream is asked for by layers, or not cut as usual) the CPU does.
+To be decoded, a stream crosses the bus as it is stored, its planes are decoded by one kernel into blocks in GPU memory,
+and these come back into the caller's rows, which are pinned where they are an arena's. Encoding: `encoder_cuda`. What a
+GPU cannot do at the moment (it has no memory left, a stream is asked for by layers, or not cut as usual) the CPU does.
 """
 
 import logging
@@ -136,5 +136,5 @@ class CudaCacheGen(CacheGen):
 
 
 def _log_failure(what: str, error: RuntimeError) -> None:
-    """error: torch's, of a device without memory for one."""
+    """error: torch's, such as that of a device without memory."""
     log_once(log, what, f"a stream was {what}d on the CPU: {str(error).partition(chr(10))[0]}")

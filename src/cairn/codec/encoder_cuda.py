@@ -138,15 +138,14 @@ class Encoder(Lane):
         begins = torch.cat([torch.full_like(ends[:1], plain.begin), ends[:-1]])
         out = torch.zeros(plain.limit + -plain.limit % 4, dtype=torch.uint8, device=self.device)
         out.view(torch.int32)[sections.HEADER_WORDS :][: count // planes] = begins[::planes]
-        fits = ends[-1] <= plain.limit
+        fits, target = ends[-1] <= plain.limit, out.view(torch.uint16)
 
         def copy(source: Any, counts: Any, *runs: Any) -> None:
             """Runs of bytes, [planes, n] or what becomes it: begins in the source, places, lengths."""
             froms, places, lengths = (run.contiguous() for run in torch.broadcast_tensors(*runs))
-            n = froms.shape[1]
-            triton_planes.copy[(count, min(n, _COPIERS))](
-                source.view(torch.uint16), froms, out.view(torch.uint16), places, lengths, fits * counts, n, WORDS=_WORDS
-            )
+            source, n, counts = source.view(torch.uint16), froms.shape[1], fits * counts
+            grid = count, min(n, _COPIERS)
+            triton_planes.copy[grid](source, froms, target, places, lengths, counts, n, WORDS=_WORDS)
 
         plane, rank = torch.arange(count, device=self.device)[:, None], torch.arange(vectors, device=self.device)
         places = exact.view(count, -1).argsort(dim=1, descending=True, stable=True)
@@ -162,8 +161,9 @@ class Encoder(Lane):
         end = int(ends[-1])
         if end > plain.limit:
             return None
-        stored = torch.empty(end, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        return stored.copy_(out[:end]).numpy()
+        stored: Octets = torch.empty(end, dtype=torch.uint8, pin_memory=self.device.type == "cuda").numpy()
+        torch.from_numpy(stored).copy_(out[:end])
+        return stored
 
 
 def _kept(exact: Any) -> Any:

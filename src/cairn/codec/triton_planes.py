@@ -1,6 +1,6 @@
-"""What an encoder of `cachegen` does beside the coding, in Triton: the passes over a plane's values of which torch would
-need a dozen, and sums in the CPU's order. `encoder_cuda` calls them. All are launched without fused multiply-adds,
-which would round once where a CPU rounds twice.
+"""What an encoder of `cachegen` does beside the coding, in Triton: passes over a plane's values of which torch would
+need a dozen, and sums in the CPU's order. `encoder_cuda` launches them, all without fused multiply-adds, which would
+round once where a CPU rounds twice.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
