@@ -69,9 +69,7 @@ def strict(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("strict")
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
 @given(cases(), st.sampled_from(sorted(LEVELS)), st.booleans(), st.sampled_from([0, 64]), st.booleans())
 def test_bytes_are_those_of_a_cpu(
     case: tuple[KVGeometry, Any, int], level: str, calibrated: bool, padding: int, roomy: bool
