@@ -5,15 +5,21 @@
 
 Llama-8B's geometry, values drawn channel by channel. One engine stores a prompt into a directory in memory (the store
 costs nearly nothing, so what is seen is decoding); for every round one with an empty DRAM and another one load it into
-a paged cache of host memory: caller's seconds, and whether both get the same bits. `object_ms`: an object of 32 blocks
-alone, 64 MiB, into pinned rows.
+a paged cache of host memory: caller's seconds, and whether both get the same bits. `object_ms`: an object of 32 blocks,
+64 MiB, decoded into pinned rows and encoded from them, alone; and encoded by as many threads as there are cores, wall
+time by objects. `same_streams`: whether both make the same bytes of it, and of small ones of every dtype, of keys that
+turn or do not, one plane or two, with values that are not finite.
 """
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +27,10 @@ import numpy as np
 import torch
 from engines import machine
 
+from cairn.codec.calibration import Calibration
 from cairn.codec.choice import cachegen_on
+from cairn.codec.levels import LEVELS
+from cairn.codec.rotary import Rotary
 from cairn.config import load_config
 from cairn.engine import CacheEngine
 from cairn.kv import KVGeometry, Namespace
@@ -57,18 +66,39 @@ def engine(home: str, device: str, tokens: int) -> CacheEngine:
     return CacheEngine(Namespace(model="bench", geometry=G), load_config(environ={}, overrides=overrides))
 
 
-def object_ms(device: str, blocks: torch.Tensor) -> float:
-    """Median milliseconds that an object takes to decode."""
-    codec = cachegen_on(device, G)
-    rows = blocks[:OBJECT_BLOCKS].reshape(min(OBJECT_BLOCKS, len(blocks)), -1).view(torch.uint8).numpy()
-    stored = codec.encode(rows)
-    out = torch.empty(rows.shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available()).numpy()
+def median_ms(run: Callable[[], object]) -> float:
     times = []
     for _ in range(2 + ROUNDS):
         began = time.perf_counter()
-        assert codec.decode(stored, out)
+        run()
         times.append(time.perf_counter() - began)
     return statistics.median(times[2:]) * 1e3
+
+
+def object_ms(device: str, rows: Any) -> tuple[dict[str, float], bytes]:
+    """Milliseconds that an object takes, and its stream. rows: uint8 [blocks, block_bytes], pinned."""
+    codec, cores = cachegen_on(device, G), os.cpu_count() or 1
+    stored = codec.encode(rows)
+    out = torch.empty(rows.shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available()).numpy()
+    assert codec.decode(stored, out)
+    took = {"decode": median_ms(lambda: codec.decode(stored, out)), "encode": median_ms(lambda: codec.encode(rows))}
+    with ThreadPoolExecutor(cores) as pool:
+        together = median_ms(lambda: list(pool.map(lambda _: len(codec.encode(rows)), range(2 * cores))))
+    return took | {"encode_all_cores": together / (2 * cores)}, stored.tobytes()
+
+
+def same_streams(device: str) -> bool:
+    """Whether a device writes what the CPU does, for small blocks of all kinds."""
+    rng, same = np.random.default_rng(0), True
+    for dtype, planes, turns, level in product(("bfloat16", "float16", "float32"), (1, 2), (0, 24), LEVELS.values()):
+        g = KVGeometry(layers=2, kv_heads=5 if planes == 2 else 1, head_dim=72, dtype=dtype, planes=planes)
+        known = Calibration(model="x", sensitivity=((0.02,) * planes,) * 2, rotary=Rotary.from_theta(1e4, 2 * turns))
+        x = rng.normal(1, 1, (8, *g.block_shape)) * np.exp(rng.normal(0, 1, g.block_shape[3:]))
+        x.reshape(-1)[rng.integers(0, x.size, 6)] = [np.nan, np.inf, 9e4, -1e30, 0, 1]
+        rows = torch.from_numpy(x).to(getattr(torch, dtype)).reshape(8, -1).view(torch.uint8).numpy()
+        codecs = (cachegen_on(name, g, level, known if turns else None) for name in ("cpu", device))
+        same = same and len({codec.encode(rows, sinks=8).tobytes() for codec in codecs}) == 1
+    return same
 
 
 def main() -> None:
@@ -96,6 +126,10 @@ def main() -> None:
                     mask: Any = reader.retrieve(prompt, None, kv, slots)
                     found[device].append(time.perf_counter() - began)
                     assert mask.all(), (device, int(mask.sum()))
+    rows = torch.empty((min(OBJECT_BLOCKS, len(blocks)), G.block_bytes), dtype=torch.uint8)
+    rows = rows.pin_memory() if torch.cuda.is_available() else rows
+    rows.copy_(blocks[: len(rows)].reshape(len(rows), -1).view(torch.uint8))
+    objects = {device: object_ms(device, rows.numpy()) for device in found}
     seconds = {device: statistics.median(times) for device, times in found.items()}
     result = {
         "tokens": options.tokens,
@@ -104,7 +138,8 @@ def main() -> None:
         "seconds": seconds,
         "rounds": found,
         "gb_per_s": {device: blocks.numel() * 2 / taken / 1e9 for device, taken in seconds.items()},
-        "object_ms": {device: object_ms(device, blocks) for device in found},
+        "object_ms": {device: took for device, (took, _) in objects.items()},
+        "same_streams": len({stream for _, stream in objects.values()}) == 1 and same_streams(options.device),
         "same_bits": torch.equal(caches["cpu"].view(torch.int16), caches[options.device].view(torch.int16)),
         "device": torch.cuda.get_device_name() if options.device != "cpu" else "cpu",
         "machine": machine(),

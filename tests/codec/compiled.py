@@ -1,16 +1,18 @@
-"""Compiles the Triton kernels for a GPU that need not be there, and writes their intermediate code, as lines of JSON.
+"""Compiles the Triton kernels for a GPU that need not be there, and writes what becomes of them, as lines of JSON.
 
 A process of its own: once interpreted, kernels cannot be compiled.
 """
 
 import json
 import sys
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cairn.codec import triton_kernels
+from cairn.codec import triton_kernels, triton_planes
+from cairn.codec.planes import FAR, MOST_ANCHOR
 from cairn.codec.rotary import SINE_BITS
 from cairn.codec.tables import SYMBOLS
 
@@ -31,28 +33,39 @@ POINTERS = {
     "residuals": "*i16",
     "counts": "*i32",
     "wrong": "*i32",
+    "values": "*u16",
+    "exact": "*u8",
+    "sums": "*fp64",
+    "squares": "*fp64",
+    "terms": "*fp64",
+    "totals": "*fp64",
+    "inverses": "*fp32",
+    "powers": "*i64",
+    "source": "*u16",
+    "target": "*u16",
+    "begins": "*i64",
+    "places": "*i64",
+    "lengths": "*i64",
 }
 
 
-def code_of(kernel: triton.JITFunction) -> str:
-    """The kernel's TTGIR on a Hopper GPU."""
-    grid, options = triton_kernels._grid(1, WARPS)
-    del grid, options["num_warps"]
-    known = options | {
-        "BLOCK_TOKENS": 16,
-        "GROUPS": 4,
-        "SINE_BITS": SINE_BITS,
-        "BFLOAT16": True,
-        "SYMBOLS": SYMBOLS,
-        "UNROLL": 4,
-    }
+def code_of(kernel: triton.JITFunction, **options: Any) -> tuple[str, str]:
+    """The kernel's TTGIR and PTX on a Hopper GPU."""
+    _, known = triton_kernels._grid(1, WARPS)
+    known |= {"BLOCK_TOKENS": 16, "SINE_BITS": SINE_BITS, "BFLOAT16": True, "SYMBOLS": SYMBOLS, "UNROLL": 4}
+    known |= {"CHANNELS": 128, "LENGTH": 192, "ROWS": 32, "FAR": int(FAR), "MOST": MOST_ANCHOR}
+    known |= {"TOKENS": 16, "DIM": 128, "WORDS": 512}
     constants = {name: known[name] for name in kernel.arg_names if name in known}
-    signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in kernel.arg_names}
+    pointers = POINTERS | ({"counts": "*i64"} if kernel is triton_planes.copy else {})
+    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
     source = ASTSource(kernel, signature=signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": WARPS})
-    return str(compiled.asm["ttgir"])
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": WARPS} | options)
+    return str(compiled.asm["ttgir"]), str(compiled.asm["ptx"])
 
 
 if __name__ == "__main__":
     for name in ("_decode", "_encode"):
         sys.stdout.write(json.dumps([name, code_of(getattr(triton_kernels, name))]) + "\n")
+    for name in ("moments", "total", "subtract", "copy"):
+        code = code_of(getattr(triton_planes, name), enable_fp_fusion=False)
+        sys.stdout.write(json.dumps([name, code]) + "\n")

@@ -39,6 +39,21 @@ class Coded(NamedTuple):
     tokens: int
 
 
+class Plain(NamedTuple):
+    """Rows to encode, and how: `steps` float32 [layers, planes], in deviations of a head; `sinks` leading tokens exact;
+    `turns` and `first` as in `Coded`. Planes begin at byte `begin` of a stream, which has `limit` bytes at most.
+    """
+
+    rows: Bits
+    steps: npt.NDArray[np.float32]
+    sinks: int
+    groups: int
+    turns: npt.NDArray[np.uint32]
+    first: int
+    begin: int
+    limit: int
+
+
 class CacheGen(Codec):
     """Lossy, of variable rate. level: what `encode` promises unless told otherwise. calibration: of the model, which
     makes everything smaller. A stream carries what it takes to read it; readers need to know neither. Thread-safe.
@@ -76,31 +91,39 @@ class CacheGen(Codec):
         if tokens > _MOST_TOKENS:
             raise InputError(f"{tokens} tokens in one stream: at most {_MOST_TOKENS}; encode fewer blocks at a time")
         groups = groups_a_stream(tokens, g.kv_heads * g.head_dim)
-        turns = np.array(self._rotary.turns, np.uint32)
-        out = np.empty((self.stored_bytes_limit(len(rows)) + 3) // 4 * 4, np.uint8)
-        head = out.view(np.uint32)
-        begin = _HEAD + 4 * (g.layers + len(turns))
-        end = -1
-        if begin < len(out):
-            end = sections.encode_planes(
-                bits_of(rows, self._kind),
-                g.block_shape,
-                self._kind,
-                groups,
-                steps,
-                sinks,
-                sines(turns, tokens),
-                self._rotary.first,
-                self._encoding,
-                begin,
-                out,
-                head[sections.HEADER_WORDS : sections.HEADER_WORDS + g.layers],
+        turns, first = np.array(self._rotary.turns, np.uint32), self._rotary.first
+        begin, limit = _HEAD + 4 * (g.layers + len(turns)), self.stored_bytes_limit(len(rows))
+        out = None
+        if begin < limit:
+            out = self._encode_planes(
+                Plain(bits_of(rows, self._kind), steps, sinks, groups, turns, first, begin, limit)
             )
-        if end < 0 or end > self.stored_bytes_limit(len(rows)):
+        if out is None:
             return self._raw(rows, tokens)
-        head[: sections.HEADER_WORDS] = sections.MAGIC, tokens, groups | self._rotary.first << 8, len(turns), end
-        head[sections.HEADER_WORDS + g.layers :][: len(turns)] = turns
-        return out[:end].copy()
+        head = out[:begin].view(np.uint32)
+        head[: sections.HEADER_WORDS] = sections.MAGIC, tokens, groups | first << 8, len(turns), len(out)
+        head[sections.HEADER_WORDS + g.layers :] = turns
+        return out
+
+    def _encode_planes(self, plain: Plain) -> Octets | None:
+        """A stream whose header has the layers' places and nothing else yet; None if it is longer than the limit."""
+        g, (blocks, _) = self.geometry, plain.rows.shape
+        out = np.empty((plain.limit + 3) // 4 * 4, np.uint8)
+        end = sections.encode_planes(
+            plain.rows,
+            g.block_shape,
+            self._kind,
+            plain.groups,
+            plain.steps,
+            plain.sinks,
+            sines(plain.turns, blocks * g.block_tokens),
+            plain.first,
+            self._encoding,
+            plain.begin,
+            out,
+            out[_HEAD : _HEAD + 4 * g.layers].view(np.uint32),
+        )
+        return out[:end].copy() if 0 <= end <= plain.limit else None
 
     def decode(self, stored: Octets, out: Octets, layers: range | None = None) -> bool:
         """layers: of these only; all unless given."""

@@ -6,7 +6,8 @@ The prediction is the channel's anchor, its mean in steps, which for rotated key
 it is whole numbers up to the one product, so that every machine decodes the same bits.
 
 A vector (one token in one head) is kept exact when it is asked for, when it is not finite, or when a residual is out of
-its class's range; its residuals are coded as zeros.
+its class's range; its residuals are coded as zeros. Sums are float64, added in the order that is written here, and all
+is defined for any values, so that an encoder elsewhere makes the same bytes (`encoder_cuda`).
 """
 
 import math
@@ -25,11 +26,16 @@ from cairn.jit import kernel
 STEPS_AN_OCTAVE: Final = 8
 STEP_ZERO: Final = 160
 STEPS: Final = np.array([2.0 ** ((i - STEP_ZERO) / STEPS_AN_OCTAVE) for i in range(256)], np.float32)
+#: Steps above which the next code is the nearest, float64.
+STEP_EDGES: Final = np.array([2.0 ** ((i + 0.5 - STEP_ZERO) / STEPS_AN_OCTAVE) for i in range(255)])
+LEAST_STEP: Final = 1e-6
 
-_ROUND: Final = 1 << SINE_BITS - 1
 #: Quotients beyond it are out of range whatever the prediction.
-_FAR: Final = np.float32(1 << 20)
-_MOST_ANCHOR: Final = 32767
+FAR: Final = np.float32(1 << 20)
+MOST_ANCHOR: Final = 32767
+#: Values from it on are out of range whatever the step. Without them all sums are finite.
+LARGEST: Final = np.float32(1 << 32)
+_ROUND: Final = 1 << SINE_BITS - 1
 
 Floats = npt.NDArray[np.float32]
 Octets = npt.NDArray[np.uint8]
@@ -77,7 +83,7 @@ def fit_plane(
     for t in range(tokens):
         for h in range(heads):
             vector = values[t, h * dim : (h + 1) * dim]
-            if not exact[t, h] and not _is_finite(vector):
+            if not exact[t, h] and not _is_codable(vector):
                 exact[t, h] = 1
             if exact[t, h]:
                 continue
@@ -103,17 +109,17 @@ def fit_plane(
             apart = max(squares[a] / count - sums[a] ** 2, 0.0) + max(squares[b] / count - sums[b] ** 2, 0.0)
             together = max((squares[a] + squares[b]) / count - sums[a] ** 2 - sums[b] ** 2, 0.0)
             variance += together - apart
-        step = max(relative_step * math.sqrt(max(variance, 0.0) / dim), largest / _MOST_ANCHOR, 1e-6)
-        codes[h] = min(max(round(math.log2(step) * STEPS_AN_OCTAVE) + STEP_ZERO, 0), 255)
+        step = max(relative_step * math.sqrt(max(variance, 0.0) / dim), largest / MOST_ANCHOR, LEAST_STEP)
+        codes[h] = np.searchsorted(STEP_EDGES, step)
         for c in range(h * dim, (h + 1) * dim):
-            anchors[c] = min(max(round(sums[c] / STEPS[codes[h]]), -_MOST_ANCHOR), _MOST_ANCHOR)
+            anchors[c] = min(max(round(sums[c] / STEPS[codes[h]]), -MOST_ANCHOR), MOST_ANCHOR)
     return _residuals(values, sines, first, edges, all_classes, exact, codes, anchors, classes, residuals)
 
 
 @kernel
-def _is_finite(vector: Floats) -> bool:
+def _is_codable(vector: Floats) -> bool:
     for value in vector:  # noqa: SIM110
-        if not np.isfinite(value):
+        if not abs(value) < LARGEST:
             return False
     return True
 
@@ -145,10 +151,10 @@ def _residuals(
             fits = True
             for c in range(h * dim, (h + 1) * dim):
                 quotient = np.rint(values[t, c] * inverse)
-                fits = fits and abs(quotient) < _FAR
-                residual = np.int32(min(max(quotient, -_FAR), _FAR)) - predicted[c]
-                fits = fits and abs(residual) <= _MOST_ANCHOR
-                residuals[t, c] = np.int16(min(max(residual, -_MOST_ANCHOR), _MOST_ANCHOR))
+                fits = fits and abs(quotient) < FAR
+                residual = np.int32(min(max(quotient, -FAR), FAR)) - predicted[c]
+                fits = fits and abs(residual) <= MOST_ANCHOR
+                residuals[t, c] = np.int16(min(max(residual, -MOST_ANCHOR), MOST_ANCHOR))
             if not fits:
                 exact[t, h] = 1
                 continue

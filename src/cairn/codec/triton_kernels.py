@@ -29,8 +29,17 @@ _UNROLL = 4
 
 # Not tl.sum and tl.cumsum: these are kernels too, which only run interpreted if triton was first imported so.
 @triton.jit
-def _add(a, b):
+def add(a, b):
     return a + b
+
+
+@triton.jit
+def pairing(place, pairs):
+    """Of places in a head, counted from the first that turns: whether they turn, whether they are the first ones of
+    their pairs, which pair it is, and how far the other one is away."""
+    turning = (place >= 0) & (place < 2 * pairs)
+    is_first = place < pairs
+    return turning, is_first, tl.where(is_first, place, place - pairs), tl.where(is_first, pairs, -pairs)
 
 
 @triton.jit
@@ -61,8 +70,8 @@ def _turns(need, WARPS: tl.constexpr, LANES: tl.constexpr, BALLOT: tl.constexpr)
             pack=1,
         )
     warps = tl.reshape(need, (WARPS, LANES))
-    before = tl.associative_scan(warps, 1, _add) - warps
-    whole = before * 0 + tl.reduce(warps, 1, _add)[:, None]
+    before = tl.associative_scan(warps, 1, add) - warps
+    whole = before * 0 + tl.reduce(warps, 1, add)[:, None]
     return tl.reshape(before, (WARPS * LANES,)), tl.reshape(whole, (WARPS * LANES,))
 
 
@@ -78,7 +87,7 @@ def _element(value, BFLOAT16: tl.constexpr, dtype: tl.constexpr, BALLOT: tl.cons
 
 
 @triton.jit
-def _predict(anchor, partner, turn, turning, is_first, SINE_BITS: tl.constexpr):
+def predict(anchor, partner, turn, turning, is_first, SINE_BITS: tl.constexpr):
     """What is expected of channels where `turn` holds cosine and sine, in steps: see `planes.predict`."""
     sine = (turn << 16) >> 16
     across = tl.where(is_first, -partner * sine, partner * sine)
@@ -140,12 +149,9 @@ def _decode_streams(
         anchor = tl.load(anchors + of_plane, mask=real, other=0).to(tl.int32)
         step = tl.load(steps + plane * (channels // dim) + channel // dim, mask=real, other=0.0)
         if KEYS:
-            place = channel % dim - first
-            turning = real & (place >= 0) & (place < 2 * pairs)
-            is_first = place < pairs
-            pair = tl.where(is_first, place, place - pairs)
-            beside = tl.where(is_first, of_plane + pairs, of_plane - pairs)
-            partner = tl.load(anchors + beside, mask=turning, other=0).to(tl.int32)
+            turning, is_first, pair, beside = pairing(channel % dim - first, pairs)
+            turning = turning & real
+            partner = tl.load(anchors + of_plane + beside, mask=turning, other=0).to(tl.int32)
             turn = turns + pair
         t = 0
         block = base + channel
@@ -165,7 +171,7 @@ def _decode_streams(
                 expected = anchor
                 if KEYS:
                     at_turn = tl.load(turn, mask=turning, other=0)
-                    expected = _predict(anchor, partner, at_turn, turning, is_first, SINE_BITS)
+                    expected = predict(anchor, partner, at_turn, turning, is_first, SINE_BITS)
                     turn += pairs
                 value = (residual + expected).to(tl.float32) * step
                 tl.store(target, _element(value, BFLOAT16, rows.dtype.element_ty, BALLOT), mask=real)
@@ -282,7 +288,7 @@ def _decode(
         )
 
 
-@triton.jit(do_not_specialize=["tokens", "channels", "streams", "room"])
+@triton.jit(do_not_specialize=["tokens", "channels", "streams", "room", "groups"])
 def _encode(
     residuals,
     classes,
@@ -294,7 +300,7 @@ def _encode(
     channels,
     streams,
     room,
-    GROUPS: tl.constexpr,
+    groups,
     LANES: tl.constexpr,
     START: tl.constexpr,
     HALF: tl.constexpr,
@@ -313,9 +319,9 @@ def _encode(
     # Written from the end of the room to its front, so that a decoder reads forwards.
     end = words + (job + 1).to(tl.int64) * room
     at = tl.full((WARPS * LANES,), 0, tl.int32)
-    group = GROUPS - 1
+    group = groups - 1
     while group >= 0:
-        channel = (stream * GROUPS + group) * LANES + lane
+        channel = (stream * groups + group) * LANES + lane
         real = mine & (channel < channels)
         klass = tl.load(classes + plane * channels + channel, mask=real, other=0).to(tl.uint32)
         low = klass >> 4
@@ -450,7 +456,7 @@ def encode(residuals: Any, classes: Any, encoder: Any, words: Any, counts: Any, 
         channels,
         streams,
         room,
-        GROUPS=groups,
+        groups,
         SYMBOLS=SYMBOLS,
         **options,
     )

@@ -126,7 +126,8 @@ class Compression(Section):
     device: str = Field(
         default="cpu",
         pattern=r"^(cpu|cuda(:\d+)?)$",
-        description="Where `cachegen` is decoded: cpu, cuda (torch's current device) or cuda:N, tens of times as fast.",
+        description="Where `cachegen` is encoded and decoded: cpu, cuda (torch's current device) or cuda:N, which "
+        "decodes tens of times as fast.",
     )
     deadline_s: Seconds | None = Field(
         default=None,
