@@ -162,7 +162,9 @@ class Caller:
         epoll.register(connection, select.EPOLLIN)
 
     def send(self, message: bytes) -> None:
-        """Never waits. To who is gone, or has not taken in what came before, nothing is said: his deadline passes."""
+        """Never waits. To who is gone nothing is said. Who has not taken in what came before, up to a limit, is hung up
+        on: he comes again, and would not know of a gap.
+        """
         head, sent = _head(len(message)), 0
         if not self._unsent:
             try:
@@ -176,6 +178,9 @@ class Caller:
             self._epoll.modify(self._socket, select.EPOLLIN | select.EPOLLOUT)
         if len(self._unsent) <= _UNSENT:
             self._unsent += (head + message)[sent:]
+            return
+        with suppress(OSError):  # he is gone already
+            self._socket.shutdown(socket.SHUT_RDWR)  # the router finds out, too
 
     def go_on(self) -> None:
         """Sends what waits, as far as it can be taken. Raises OSError."""
