@@ -418,6 +418,36 @@ def test_closing_leaves_no_task_and_no_thread(shared_etcd: tuple[Cluster, str]) 
     assert set(threading.enumerate()) <= before
 
 
+def test_a_renewal_that_grpc_leaves_waiting_ends_with_the_registry(
+    shared_etcd: tuple[Cluster, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a stream does whose channel is closed before it has begun."""
+    cluster, prefix = shared_etcd
+
+    async def main() -> None:
+        registry = registry_of(cluster, timeout_s=300.0, attempt_s=300.0)
+        await registry.range(prefix)
+        begun = asyncio.Event()
+
+        class Waits:
+            async def write(self, _: object) -> None:
+                begun.set()
+                await asyncio.Event().wait()
+
+            def cancel(self) -> None:
+                pass
+
+        for endpoint in registry._caller.endpoints._all:
+            monkeypatch.setattr(endpoint, "_keep_alive", lambda **_: Waits())
+        renewal = asyncio.ensure_future(registry.keep_alive(1))
+        await begun.wait()
+        await registry.close()
+        with pytest.raises(ClosedError):
+            await asyncio.wait_for(renewal, 60)
+
+    asyncio.run(main())
+
+
 def test_the_stubs_are_made_of_the_proto(tmp_path: Path) -> None:
     folder = Path(__file__).parents[2] / "src"
     name = "cairn/cluster/etcd/wire"

@@ -48,9 +48,22 @@ class Endpoint:
         self.status = self._unary("Maintenance/Status", wire.StatusResponse)
         self.watch = self._stream("Watch/Watch", wire.WatchResponse)
         self._keep_alive = self._stream("Lease/LeaseKeepAlive", wire.LeaseKeepAliveResponse)
+        self._renewals: set[asyncio.Task[Any]] = set()
 
     async def keep_alive(self, request: wire.LeaseKeepAliveRequest, *, timeout: float, metadata: Headers) -> Any:
         """One renewal, as if it were no stream."""
+        renewal = asyncio.ensure_future(self._renew(request, timeout, metadata))
+        self._renewals.add(renewal)
+        renewal.add_done_callback(self._renewals.discard)
+        return await renewal
+
+    async def close(self) -> None:
+        """Ends all calls."""
+        for renewal in self._renewals:
+            renewal.cancel()  # gRPC leaves a stream that has not begun waiting for ever
+        await self._channel.close(grace=None)
+
+    async def _renew(self, request: wire.LeaseKeepAliveRequest, timeout: float, metadata: Headers) -> Any:
         call = self._keep_alive(timeout=timeout, metadata=metadata)
         try:
             await call.write(request)
@@ -65,10 +78,6 @@ class Endpoint:
             raise await _error(call) from None
         finally:
             call.cancel()
-
-    async def close(self) -> None:
-        """Ends all calls."""
-        await self._channel.close(grace=None)
 
     def _unary(self, method: str, answer: Any) -> Any:
         path = f"/etcdserverpb.{method}"
