@@ -60,7 +60,7 @@ def test_the_commands_are_there() -> None:
         )
     }
     events = {("events", name) for name in ("record", "replay", "show")}
-    clusters = {("register",)} | {("cluster", name) for name in ("list", "watch", "drain", "undrain", "slo")}
+    clusters = {("register",)} | {("cluster", name) for name in ("list", "watch", "drain", "slo")}
     configs = {("config", name) for name in ("show", "check", "schema", "docs", "import-lmcache")}
     figures = {("metrics", name) for name in ("docs", "dashboard")}
     alone = {

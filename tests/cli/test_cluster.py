@@ -56,10 +56,10 @@ def test_an_engine_is_registered_shown_and_forgotten(run: Run, cluster: Cluster)
             assert (shown["role"], shown["model"], shown["block_tokens"]) == ("MIX", "tiny", 32)
             assert [one["endpoint"] for one in shown["events"]] == ["tcp://10.0.0.1:5557", "tcp://10.0.0.1:5558"]
             assert first.stdout.readline() == f"a: registered as {shown['incarnation']}\n"
-            for what in ("drain", "undrain"):
-                told = run("cluster", what, "a", "--etcd-addr", address)
+            for undo in ((), ("--undo",)):
+                told = run("cluster", "drain", "a", *undo, "--etcd-addr", address)
                 assert (told.returncode, told.stdout, told.stderr) == (0, "", "")
-                assert next(one for one in events if one["draining"] is (what == "drain"))["event"] == "changed"
+                assert next(one for one in events if one["draining"] is not bool(undo))["event"] == "changed"
             first.kill()
             assert next(one for one in events if one["event"] != "changed")["event"] == "left"
             assert listing(run, cluster) == NOBODY
@@ -83,6 +83,8 @@ def test_the_slo_is_set_for_all_and_unset(run: Run, cluster: Cluster) -> None:
     for options, shown in ((("--ttft-s", "1.5"), {"ttft_s": 1.5}), ((), {})):
         assert run("cluster", "slo", *options, *at).returncode == 0
         assert json.loads(run("cluster", "list", "--json", *at).stdout)["slo"] == shown
+    cluster.members[0].put(Keys("slos").setting("slo"), "no JSON")
+    assert json.loads(run("cluster", "list", "--json", *at).stdout)["slo"] == {}
 
 
 @needs_etcd
@@ -109,6 +111,7 @@ AT_NOWHERE = ("--etcd-addr", "127.0.0.1:1")
         (("cluster", "list", "--etcd-addr", "nonsense"), 2, "'nonsense': must be host:port"),
         (("cluster", "list", *AT_NOWHERE, "--set", "cluster.timeout_s=0.5"), 1, "has not answered in 0.5 s"),
         (("cluster", "drain", "a", *AT_NOWHERE, "--set", "cluster.timeout_s=0.5"), 1, "has not answered in 0.5 s"),
+        (("cluster", "slo", "--ttft-s", "nan", *AT_NOWHERE), 2, "serve.slo.ttft_s"),
         (("register", "--name", "a/b", "--http", "http://a:1", *AT_NOWHERE), 2, "Instance a/b"),
         (("register", "--name", "a", "--http", "a:1", *AT_NOWHERE), 2, "must be an address such as"),
         (("register", "--name", "a", "--http", "http://a:1", *AT_NOWHERE, "--role", "BOSS"), 2, "BOSS: no role"),

@@ -31,8 +31,7 @@ Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help=
 Etcd = Annotated[str | None, typer.Option(help="Members of etcd, as host:port, with commas between.", metavar="ADDR")]
 Namespace = Annotated[str | None, typer.Option(help="First part of every key.", metavar="NAME")]
 _Json = Annotated[bool, typer.Option("--json", help="For machines.")]
-_Name = Annotated[str, typer.Argument(help="Of an instance.")]
-_Slo = Annotated[float | None, typer.Option(min=0.001, help="Seconds; left out: each replica's own.")]
+_Slo = Annotated[float | None, typer.Option(help="Seconds; left out: each replica's own.")]
 
 
 @app.command("list")
@@ -81,39 +80,22 @@ def watch(
 
 @app.command()
 def drain(
-    name: _Name,
+    name: Annotated[str, typer.Argument(help="Of an instance.")],
     etcd_addr: Etcd = None,
     namespace: Namespace = None,
     config: ConfigFile = None,
     settings: Settings = [],  # noqa: B006 (typer copies it)
+    undo: Annotated[bool, typer.Option("--undo", help="Have requests sent there again.")] = False,
 ) -> None:
-    """Have no replica of the service send anything new to an instance, until it leaves or `cairn cluster undrain`.
+    """Have no replica of the service send anything new to an instance, until it leaves or `--undo`.
 
     \b
     Example:
       cairn cluster drain a --etcd-addr 127.0.0.1:2379
     """
-    from cairn.cluster import drain as tell
+    from cairn.cluster import drain, undrain
 
-    _told(cluster_config(etcd_addr, namespace, config, settings), lambda registry, keys: tell(registry, keys, name))
-
-
-@app.command()
-def undrain(
-    name: _Name,
-    etcd_addr: Etcd = None,
-    namespace: Namespace = None,
-    config: ConfigFile = None,
-    settings: Settings = [],  # noqa: B006 (typer copies it)
-) -> None:
-    """Have all replicas of the service send requests to an instance again.
-
-    \b
-    Example:
-      cairn cluster undrain a --etcd-addr 127.0.0.1:2379
-    """
-    from cairn.cluster import undrain as tell
-
+    tell = undrain if undo else drain
     _told(cluster_config(etcd_addr, namespace, config, settings), lambda registry, keys: tell(registry, keys, name))
 
 
@@ -135,8 +117,9 @@ def slo(
     from cairn.cluster import put_setting
     from cairn.serve.gateway.agreed import SLO, SharedSlo
 
-    shared = SharedSlo(ttft_s=ttft_s, tbt_s=tbt_s)
-    cluster = cluster_config(etcd_addr, namespace, config, settings)
+    given = {"ttft_s": ttft_s, "tbt_s": tbt_s}
+    ruled = [f"serve.slo.{key}={value}" for key, value in given.items() if value is not None]  # as a replica's own
+    cluster, shared = cluster_config(etcd_addr, namespace, config, [*settings, *ruled]), SharedSlo(**given)
     _told(cluster, lambda registry, keys: put_setting(registry, keys, SLO, shared))
 
 
@@ -166,8 +149,10 @@ def _told(cluster: "Cluster", tell: "Callable[[Registry, Keys], Awaitable[None]]
 
 
 async def _listing(cluster: "Cluster") -> dict[str, Any]:
-    from cairn.cluster import Directory, Election, HostNodes, Keys, Replicas, open_registry
-    from cairn.serve.gateway.agreed import ELECTION, SLO
+    import msgspec
+
+    from cairn.cluster import Directory, Election, HostNodes, Keys, Replicas, Shared, open_registry
+    from cairn.serve.gateway.agreed import ELECTION, SLO, SharedSlo
 
     keys = Keys(cluster.namespace)
     async with open_registry(cluster) as registry:
@@ -176,15 +161,16 @@ async def _listing(cluster: "Cluster") -> dict[str, Any]:
             Directory(registry, keys) as directory,
             Replicas(registry, keys) as replicas,
             HostNodes(registry, keys) as nodes,
+            Shared(registry, keys, SLO, SharedSlo, SharedSlo()) as slo,
         ):
-            if not all([await one.wait(cluster.timeout_s) for one in (directory, replicas, nodes)]):
+            if not all([await one.wait(cluster.timeout_s) for one in (directory, replicas, nodes, slo)]):
                 _not_in_time(cluster)
             return {
                 "instances": {name: _figures(member) for name, member in sorted(directory.members.items())},
                 "replicas": {name: _plain(one) for name, one in sorted(replicas.values.items())},
                 "nodes": {name: _plain(one) for name, one in sorted(nodes.values.items())},
                 "leader": await Election(registry, keys.election(ELECTION), "", cluster.lease_s).leader(),
-                "slo": json.loads(shared.value) if (shared := await registry.get(keys.setting(SLO))) else {},
+                "slo": msgspec.to_builtins(slo.value),
             }
 
 

@@ -1,6 +1,6 @@
 """Draining: an instance gets nothing new from any replica of the service, for as long as this incarnation is there."""
 
-from cairn.cluster.base import Check, Delete, Put, Registry
+from cairn.cluster.base import Check, Put, Registry
 from cairn.cluster.keys import Keys
 from cairn.cluster.values import Drain, Instance, decode, encode
 from cairn.errors import InputError
@@ -26,4 +26,4 @@ async def undrain(registry: Registry, keys: Keys, name: str) -> None:
     """Takes it back; one that was not drained is no error. Raises as `drain`."""
     if await registry.get(keys.instance(name)) is None:
         raise InputError(f"instance {name[:100]!r}: is not there; `cairn cluster list` shows who is")
-    await registry.transact([], [Delete(keys.instance(name, "drain"))])
+    await registry.delete(keys.instance(name, "drain"))

@@ -12,6 +12,7 @@ import msgspec
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 import cairn
@@ -73,7 +74,10 @@ class Asker:
             self._generate(ids, 2, connector, None)
         context, times = DynamicCache(), max(1, self.job.tokens // len(ids) - 1)
         with torch.inference_mode():
-            for i, layer in enumerate(self.model(torch.tensor([ids])).past_key_values.layers):
+            layers = getattr(self.model(torch.tensor([ids])).past_key_values, "layers", [])
+            if not all(isinstance(layer, DynamicLayer) for layer in layers):
+                return  # no model for Cairn, which says so when it is opened
+            for i, layer in enumerate(layers):
                 context.update(layer.keys.repeat(1, 1, times, 1), layer.values.repeat(1, 1, times, 1), i)
             self.model(torch.tensor([ids[:16]]), past_key_values=context)
 
