@@ -40,6 +40,15 @@ def thread_node(address: str, **settings: Any) -> Iterator[ThreadNode]:
         node.close()
 
 
+def heard_until_it_listens(process: subprocess.Popen[str]) -> str:
+    """What a node has logged until then: that it has swept what dead ones have left, for one; or until it ended."""
+    assert process.stderr
+    said = line = process.stderr.readline()
+    while line and "listening at" not in line:
+        said += (line := process.stderr.readline())
+    return said
+
+
 class ProcessNode:
     """`cairn node --foreground` in a process of its own; here once it listens."""
 
@@ -51,8 +60,7 @@ class ProcessNode:
             command += ["--set", f"{key}={value}"]
         self.process = subprocess.Popen([*command, "--foreground"], stderr=subprocess.PIPE, text=True)
         self.started.append(self)
-        assert self.process.stderr
-        self.said = self.process.stderr.readline()
+        self.said = heard_until_it_listens(self.process)
         # Nobody reads on: what is logged once fits the pipe.
 
     def kill(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.node.rig import heard_until_it_listens
 from tests.vllm.engine import BLOCK, LONGER, PROMPTS, answers, connector, hits, no_leak, serving, settle, stats
 from tests.vllm.mirror import Mirror
 from tests.vllm.neighbour import Neighbour, published
@@ -30,8 +31,7 @@ class Node:
         paths = os.pathsep.join(filter(None, [str(packages or ""), os.environ.get("PYTHONPATH")]))
         environ = os.environ | {"PYTHONPATH": paths}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ)
-        assert self.process.stderr
-        self.process.stderr.readline()
+        heard_until_it_listens(self.process)
 
     def kill(self) -> None:
         if self.process.poll() is None:

@@ -25,12 +25,7 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str,
     settings = {"storage.cpu.size": 32 * SLOT, "storage.disk.path": tmp_path / "disk", "storage.disk.size": "1MiB"}
     node = ProcessNode(address, **settings, **{"observe.http_port": 0})
     try:
-        said, log = node.said, node.process.stderr
-        while "dashboard at" not in said:  # it may have swept up after others first
-            assert log is not None
-            said = log.readline()
-            assert said
-        yield address, said.partition("dashboard at ")[2].strip()
+        yield address, node.said.partition("dashboard at ")[2].splitlines()[0]
     finally:
         node.kill()
 
