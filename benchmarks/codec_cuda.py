@@ -66,12 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--chunks", type=int, default=16, help="Chunks of 256 tokens, 33.5 MB of bf16 each.")
-    parser.add_argument("--streams", type=int, default=triton_kernels._WARPS, help="Streams of a program.")
-    parser.add_argument(
-        "--unroll", type=int, default=triton_kernels._UNROLL, help="Tokens a turn of the decoder's loop."
-    )
     options = parser.parse_args()
-    triton_kernels._WARPS, triton_kernels._UNROLL = options.streams, options.unroll
     groups = parts.groups_a_stream(TOKENS, CHANNELS)
     streams = -(-CHANNELS // rans.LANES // groups)
     count = options.chunks * PLANES
@@ -118,8 +113,8 @@ def main() -> None:
         "python": platform.python_version(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "chunks": options.chunks,
-        "streams_a_program": options.streams,
-        "unroll": options.unroll,
+        "streams_a_program": triton_kernels.WARPS.value,
+        "unroll": triton_kernels.UNROLL.value,
     }
     print(json.dumps(result, indent=2))
     if options.out:

@@ -13,10 +13,7 @@ from triton.compiler import ASTSource
 
 from cairn.codec import triton_kernels, triton_planes
 from cairn.codec.planes import FAR, MOST_ANCHOR
-from cairn.codec.rotary import SINE_BITS
-from cairn.codec.tables import SYMBOLS
 
-WARPS = 4
 #: What is not a 32-bit number: pointers, and what is known when a kernel is compiled.
 POINTERS = {
     "words": "*u16",
@@ -51,15 +48,15 @@ POINTERS = {
 
 def code_of(kernel: triton.JITFunction, **options: Any) -> tuple[str, str]:
     """The kernel's TTGIR and PTX on a Hopper GPU."""
-    _, known = triton_kernels._grid(1, WARPS)
-    known |= {"BLOCK_TOKENS": 16, "SINE_BITS": SINE_BITS, "BFLOAT16": True, "SYMBOLS": SYMBOLS, "UNROLL": 4}
-    known |= {"CHANNELS": 128, "LENGTH": 192, "ROWS": 32, "FAR": int(FAR), "MOST": MOST_ANCHOR}
-    known |= {"TOKENS": 16, "DIM": 128, "WORDS": 512}
+    known = {"BLOCK_TOKENS": 16, "BFLOAT16": True, "CHANNELS": 128, "LENGTH": 192, "ROWS": 32, "UNROLL": 4}
+    known |= {"FAR": int(FAR), "MOST": MOST_ANCHOR, "TOKENS": 16, "DIM": 128, "WORDS": 512}
     constants = {name: known[name] for name in kernel.arg_names if name in known}
     pointers = POINTERS | ({"counts": "*i64"} if kernel is triton_planes.copy else {})
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
     source = ASTSource(kernel, signature=signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": WARPS} | options)
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": triton_kernels.WARPS.value} | options
+    )
     return str(compiled.asm["ttgir"]), str(compiled.asm["ptx"])
 
 

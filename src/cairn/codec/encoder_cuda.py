@@ -17,7 +17,6 @@ from cairn.codec.lane_cuda import DTYPES, Lane
 from cairn.codec.parts import Octets, Shape, streams_of
 from cairn.codec.planes import FAR, LARGEST, LEAST_STEP, MOST_ANCHOR, STEP_EDGES, STEPS
 from cairn.codec.rans import LANES
-from cairn.codec.rotary import SINE_BITS
 
 #: Of a program: channels, rows of a sum, values, words of a copy at a time; and how many copy a plane.
 _CHANNELS, _ROWS, _TILE, _WORDS, _COPIERS = 128, 32, 2048, 512, 32
@@ -65,7 +64,7 @@ class Encoder(Lane):
         turns = self.turns(plain.turns.tobytes(), tokens)
         numbers = {"tokens": tokens, "channels": channels, "dim": dim, "pairs": turns.shape[1], "first": plain.first}
         bits = values.view(torch.uint16) if dtype == "bfloat16" else values
-        of = _Values(bits, exact, turns, numbers | {"planes": planes, "SINE_BITS": SINE_BITS})
+        of = _Values(bits, exact, turns, numbers | {"planes": planes})
         codes, anchors = self._parameters(of, self.put(plain.steps).view(count, 1), block_tokens)
         classes, residuals = self._residuals(of, codes, anchors)
         streams, room = int(streams_of(channels, plain.groups)), tokens * LANES * plain.groups

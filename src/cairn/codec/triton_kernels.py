@@ -17,20 +17,26 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
-from cairn.codec.rans import LANES, START
-from cairn.codec.rotary import SINE_BITS
-from cairn.codec.tables import HALF, SLOT_BITS, SYMBOLS, WIDTHS
+from cairn.codec import rans, rotary, tables
 
 #: Streams, and so warps, of a program.
-_WARPS = 4
+WARPS = tl.constexpr(4)
 #: Tokens that a decoder's loop takes at a time.
-_UNROLL = 4
+UNROLL = tl.constexpr(4)
+
+_LANES, _START = tl.constexpr(rans.LANES), tl.constexpr(rans.START)
+_SYMBOLS, _HALF, _WIDTHS = tl.constexpr(tables.SYMBOLS), tl.constexpr(tables.HALF), tl.constexpr(tables.WIDTHS)
+_SLOT_BITS, _SLOTS = tl.constexpr(tables.SLOT_BITS), tl.constexpr(1 << tables.SLOT_BITS)
+_SINE_BITS, SINE_UNIT = tl.constexpr(rotary.SINE_BITS), tl.constexpr(1 << rotary.SINE_BITS)
 
 
 # Not tl.sum and tl.cumsum: these are kernels too, which only run interpreted if triton was first imported so.
 @triton.jit
 def add(a, b):
     return a + b
+
+
+_INTERPRETED = tl.constexpr(isinstance(add, InterpretedFunction))
 
 
 @triton.jit
@@ -43,13 +49,13 @@ def pairing(place, pairs):
 
 
 @triton.jit
-def _turns(need, WARPS: tl.constexpr, LANES: tl.constexpr, BALLOT: tl.constexpr):
+def _turns(need):
     """Of int32 flags [WARPS * 32]: how many lanes before each one, and how many in its whole warp, have theirs set.
 
-    BALLOT: by the warp's vote, which counts on neighbours being one warp's threads, as they are in a tensor with one
-    dimension and as many elements as there are threads. The interpreter has none.
+    By the warp's vote, which counts on neighbours being one warp's threads, as they are in a tensor with one dimension
+    and as many elements as there are threads. The interpreter has none.
     """
-    if BALLOT:
+    if not _INTERPRETED:
         return tl.inline_asm_elementwise(
             """
             {
@@ -69,16 +75,16 @@ def _turns(need, WARPS: tl.constexpr, LANES: tl.constexpr, BALLOT: tl.constexpr)
             is_pure=False,
             pack=1,
         )
-    warps = tl.reshape(need, (WARPS, LANES))
+    warps = tl.reshape(need, (WARPS, _LANES))
     before = tl.associative_scan(warps, 1, add) - warps
     whole = before * 0 + tl.reduce(warps, 1, add)[:, None]
-    return tl.reshape(before, (WARPS * LANES,)), tl.reshape(whole, (WARPS * LANES,))
+    return tl.reshape(before, (WARPS * _LANES,)), tl.reshape(whole, (WARPS * _LANES,))
 
 
 @triton.jit
-def _element(value, BFLOAT16: tl.constexpr, dtype: tl.constexpr, BALLOT: tl.constexpr):
+def _element(value, BFLOAT16: tl.constexpr, dtype: tl.constexpr):
     """float32 as the cache's element, bfloat16 as uint16, rounded: here, where the interpreter's cast cuts off."""
-    if BFLOAT16 and BALLOT:
+    if BFLOAT16 and not _INTERPRETED:
         return value.to(tl.bfloat16).to(tl.uint16, bitcast=True)
     if BFLOAT16:
         bits = value.to(tl.uint32, bitcast=True)
@@ -87,65 +93,49 @@ def _element(value, BFLOAT16: tl.constexpr, dtype: tl.constexpr, BALLOT: tl.cons
 
 
 @triton.jit
-def predict(anchor, partner, turn, turning, is_first, SINE_BITS: tl.constexpr):
+def predict(anchor, partner, turn, turning, is_first):
     """What is expected of channels where `turn` holds cosine and sine, in steps: see `planes.predict`."""
     sine = (turn << 16) >> 16
     across = tl.where(is_first, -partner * sine, partner * sine)
-    turned = (anchor * (turn >> 16) + across + (1 << (SINE_BITS - 1))) >> SINE_BITS
+    turned = (anchor * (turn >> 16) + across + SINE_UNIT // 2) >> _SINE_BITS
     return tl.where(turning, turned, anchor)
 
 
 @triton.jit
-def _decode_streams(
-    words,
-    spans,
-    states,
-    classes,
-    anchors,
-    steps,
-    decoder,
-    turns,
-    rows,
-    offsets,
-    wrong,
-    tokens,
-    channels,
-    dim,
-    pairs,
-    first,
-    row_stride,
-    streams,
-    groups,
-    KEYS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    LANES: tl.constexpr,
-    START: tl.constexpr,
-    HALF: tl.constexpr,
-    SLOT_BITS: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    SINE_BITS: tl.constexpr,
-    BFLOAT16: tl.constexpr,
-    UNROLL: tl.constexpr,
-    WARPS: tl.constexpr,
-    BALLOT: tl.constexpr,
-):
+def _next(x, words, table, low, real):
+    """The next residual of each lane, its state behind it, and how many of the words its warp has taken."""
+    rest = x & ((1 << low) - 1)
+    y = x >> low
+    entry = tl.load(table + (y & (_SLOTS - 1)).to(tl.int32), mask=real, other=0)
+    y = ((entry >> 11) & 2047) * (y >> _SLOT_BITS) + (entry & 2047)
+    residual = (((entry >> 22).to(tl.int32) - _HALF) << low.to(tl.int32)) | rest.to(tl.int32)
+    short = real & (y < _START)
+    before, taken = _turns(short.to(tl.int32))
+    word = tl.load(words + before, mask=short, other=0).to(tl.uint32)
+    return residual, tl.where(real, tl.where(short, (y << 16) | word, y), x), taken
+
+
+@triton.jit
+def _decode_streams(tensors, numbers, KEYS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BFLOAT16: tl.constexpr):
+    words, spans, states, classes, anchors, steps, decoder, turns, rows, offsets, wrong = tensors
+    tokens, channels, dim, pairs, first, row_stride, streams, groups = numbers
     plane = tl.program_id(0)  # layer * planes + plane
-    thread = tl.arange(0, WARPS * LANES)
-    stream, lane = tl.program_id(1) * WARPS + thread // LANES, thread % LANES
+    thread = tl.arange(0, WARPS * _LANES)
+    stream, lane = tl.program_id(1) * WARPS + thread // _LANES, thread % _LANES
     mine = stream < streams
     job = plane * streams + stream
-    x = tl.load(states + job * LANES + lane, mask=mine, other=0)
+    x = tl.load(states + job * _LANES + lane, mask=mine, other=0)
     span = spans + 2 * job
     next_words = words + tl.load(span, mask=mine, other=0)
     base = rows + tl.load(offsets + plane)
     group = 0
     while group < groups:
-        channel = (stream * groups + group) * LANES + lane
+        channel = (stream * groups + group) * _LANES + lane
         real = mine & (channel < channels)
         of_plane = plane * channels + channel
         klass = tl.load(classes + of_plane, mask=real, other=0).to(tl.uint32)
         low = klass >> 4
-        table = decoder + ((klass & (WIDTHS - 1)) << SLOT_BITS).to(tl.int32)
+        table = decoder + ((klass & (_WIDTHS - 1)) << _SLOT_BITS).to(tl.int32)
         anchor = tl.load(anchors + of_plane, mask=real, other=0).to(tl.int32)
         step = tl.load(steps + plane * (channels // dim) + channel // dim, mask=real, other=0.0)
         if KEYS:
@@ -158,29 +148,21 @@ def _decode_streams(
         while t < tokens:
             target = block
             for _ in tl.range(0, BLOCK_TOKENS, loop_unroll_factor=UNROLL):
-                rest = x & ((1 << low) - 1)
-                y = x >> low
-                entry = tl.load(table + (y & ((1 << SLOT_BITS) - 1)).to(tl.int32), mask=real, other=0)
-                y = ((entry >> 11) & 2047) * (y >> SLOT_BITS) + (entry & 2047)
-                residual = (((entry >> 22).to(tl.int32) - HALF) << low.to(tl.int32)) | rest.to(tl.int32)
-                short = real & (y < START)
-                before, taken = _turns(short.to(tl.int32), WARPS, LANES, BALLOT)
-                word = tl.load(next_words + before, mask=short, other=0).to(tl.uint32)
-                x = tl.where(real, tl.where(short, (y << 16) | word, y), x)
+                residual, x, taken = _next(x, next_words, table, low, real)
                 next_words += taken
                 expected = anchor
                 if KEYS:
                     at_turn = tl.load(turn, mask=turning, other=0)
-                    expected = predict(anchor, partner, at_turn, turning, is_first, SINE_BITS)
+                    expected = predict(anchor, partner, at_turn, turning, is_first)
                     turn += pairs
                 value = (residual + expected).to(tl.float32) * step
-                tl.store(target, _element(value, BFLOAT16, rows.dtype.element_ty, BALLOT), mask=real)
+                tl.store(target, _element(value, BFLOAT16, rows.dtype.element_ty), mask=real)
                 target += channels
             t += BLOCK_TOKENS
             block += row_stride
         group += 1
     end = words + tl.load(span + 1, mask=mine, other=0)
-    missed = mine & ((x != START) | (next_words.to(tl.int64) != end.to(tl.int64)))
+    missed = mine & ((x != _START) | (next_words.to(tl.int64) != end.to(tl.int64)))
     tl.atomic_max(wrong + lane * 0, missed.to(tl.int32), mask=missed)
 
 
@@ -207,85 +189,14 @@ def _decode(
     groups,
     planes,
     BLOCK_TOKENS: tl.constexpr,
-    LANES: tl.constexpr,
-    START: tl.constexpr,
-    HALF: tl.constexpr,
-    SLOT_BITS: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    SINE_BITS: tl.constexpr,
     BFLOAT16: tl.constexpr,
-    UNROLL: tl.constexpr,
-    WARPS: tl.constexpr,
-    BALLOT: tl.constexpr,
 ):
+    tensors = (words, spans, states, classes, anchors, steps, decoder, turns, rows, offsets, wrong)
+    numbers = (tokens, channels, dim, pairs, first, row_stride, streams, groups)
     if tl.program_id(0) % planes == 0:
-        _decode_streams(
-            words,
-            spans,
-            states,
-            classes,
-            anchors,
-            steps,
-            decoder,
-            turns,
-            rows,
-            offsets,
-            wrong,
-            tokens,
-            channels,
-            dim,
-            pairs,
-            first,
-            row_stride,
-            streams,
-            groups,
-            KEYS=True,
-            BLOCK_TOKENS=BLOCK_TOKENS,
-            LANES=LANES,
-            START=START,
-            HALF=HALF,
-            SLOT_BITS=SLOT_BITS,
-            WIDTHS=WIDTHS,
-            SINE_BITS=SINE_BITS,
-            BFLOAT16=BFLOAT16,
-            UNROLL=UNROLL,
-            WARPS=WARPS,
-            BALLOT=BALLOT,
-        )
+        _decode_streams(tensors, numbers, True, BLOCK_TOKENS, BFLOAT16)
     else:
-        _decode_streams(
-            words,
-            spans,
-            states,
-            classes,
-            anchors,
-            steps,
-            decoder,
-            turns,
-            rows,
-            offsets,
-            wrong,
-            tokens,
-            channels,
-            dim,
-            pairs,
-            first,
-            row_stride,
-            streams,
-            groups,
-            KEYS=False,
-            BLOCK_TOKENS=BLOCK_TOKENS,
-            LANES=LANES,
-            START=START,
-            HALF=HALF,
-            SLOT_BITS=SLOT_BITS,
-            WIDTHS=WIDTHS,
-            SINE_BITS=SINE_BITS,
-            BFLOAT16=BFLOAT16,
-            UNROLL=UNROLL,
-            WARPS=WARPS,
-            BALLOT=BALLOT,
-        )
+        _decode_streams(tensors, numbers, False, BLOCK_TOKENS, BFLOAT16)
 
 
 @triton.jit(do_not_specialize=["tokens", "channels", "streams", "room", "groups"])
@@ -301,52 +212,44 @@ def _encode(
     streams,
     room,
     groups,
-    LANES: tl.constexpr,
-    START: tl.constexpr,
-    HALF: tl.constexpr,
-    SLOT_BITS: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    SYMBOLS: tl.constexpr,
-    WARPS: tl.constexpr,
-    BALLOT: tl.constexpr,
 ):
     plane = tl.program_id(0)
-    thread = tl.arange(0, WARPS * LANES)
-    stream, lane = tl.program_id(1) * WARPS + thread // LANES, thread % LANES
+    thread = tl.arange(0, WARPS * _LANES)
+    stream, lane = tl.program_id(1) * WARPS + thread // _LANES, thread % _LANES
     mine = stream < streams
     job = plane * streams + stream
-    x = tl.full((WARPS * LANES,), START, tl.uint32)
+    x = tl.full((WARPS * _LANES,), _START, tl.uint32)
     # Written from the end of the room to its front, so that a decoder reads forwards.
     end = words + (job + 1).to(tl.int64) * room
-    at = tl.full((WARPS * LANES,), 0, tl.int32)
+    at = tl.full((WARPS * _LANES,), 0, tl.int32)
     group = groups - 1
     while group >= 0:
-        channel = (stream * groups + group) * LANES + lane
+        channel = (stream * groups + group) * _LANES + lane
         real = mine & (channel < channels)
         klass = tl.load(classes + plane * channels + channel, mask=real, other=0).to(tl.uint32)
         low = klass >> 4
-        table = encoder + ((klass & (WIDTHS - 1)) * SYMBOLS).to(tl.int32)
+        table = encoder + ((klass & (_WIDTHS - 1)) * _SYMBOLS).to(tl.int32)
         source = residuals + (plane.to(tl.int64) * tokens + tokens - 1) * channels + channel
         t = tokens - 1
         while t >= 0:
             residual = tl.load(source, mask=real, other=0).to(tl.int32)
-            entry = tl.load(table + (residual >> low.to(tl.int32)) + HALF, mask=real, other=1)
+            entry = tl.load(table + (residual >> low.to(tl.int32)) + _HALF, mask=real, other=1)
             freq, start = entry & 0xFFFF, entry >> 16
-            # freq << (32 - SLOT_BITS - low) does not fit 32 bits where freq is all of the slots; none is.
-            emit = real & (x >= (freq << (32 - SLOT_BITS - low)))
+            # This does not fit 32 bits where freq is all of the slots; none is.
+            emit = real & (x >= (freq << (32 - _SLOT_BITS)) >> low)
             need = emit.to(tl.int32)
-            before, given = _turns(need, WARPS, LANES, BALLOT)
+            before, given = _turns(need)
             # A lane's word stands in front of those of higher lanes, which a decoder reads later.
             at -= given
             tl.store(end + at + before, (x & 0xFFFF).to(tl.uint16), mask=emit)
             y = tl.where(emit, x >> 16, x)
-            y = ((y // freq) << SLOT_BITS) + y % freq + start
+            y = ((y // freq) << _SLOT_BITS) + y % freq + start
             y = (y << low) | (residual.to(tl.uint32) & ((1 << low) - 1))
             x = tl.where(real, y, x)
             source -= channels
             t -= 1
         group -= 1
-    tl.store(states + job * LANES + lane, x, mask=mine)
+    tl.store(states + job * _LANES + lane, x, mask=mine)
     tl.store(counts + job, -at, mask=mine & (lane == 0))
 
 
@@ -356,18 +259,9 @@ def turns_of(sines: npt.NDArray[np.int16]) -> npt.NDArray[np.int32]:
     return np.ascontiguousarray(cosine << 16 | sine & 0xFFFF)
 
 
-def _grid(planes: int, streams: int) -> tuple[tuple[int, int], dict[str, Any]]:
-    """The programs for so many streams, and what all kernels are launched with."""
-    return (planes, triton.cdiv(streams, _WARPS)), {
-        "LANES": LANES,
-        "START": START,
-        "HALF": HALF,
-        "SLOT_BITS": SLOT_BITS,
-        "WIDTHS": WIDTHS,
-        "WARPS": _WARPS,
-        "BALLOT": not isinstance(_turns, InterpretedFunction),
-        "num_warps": _WARPS,
-    }
+def _grid(planes: int, streams: int) -> tuple[int, int]:
+    """The programs for so many streams."""
+    return planes, triton.cdiv(streams, WARPS.value)
 
 
 def decode(
@@ -405,8 +299,7 @@ def decode(
     bfloat16 = rows.dtype == torch.bfloat16
     if bfloat16:
         rows = rows.view(torch.uint16)
-    grid, options = _grid(count, streams)
-    _decode[grid](
+    _decode[_grid(count, streams)](
         words,
         spans,
         states,
@@ -428,10 +321,8 @@ def decode(
         groups,
         planes,
         BLOCK_TOKENS=block_tokens,
-        SINE_BITS=SINE_BITS,
         BFLOAT16=bfloat16,
-        UNROLL=_UNROLL,
-        **options,
+        num_warps=WARPS.value,
     )
 
 
@@ -444,8 +335,7 @@ def encode(residuals: Any, classes: Any, encoder: Any, words: Any, counts: Any, 
     """
     _, tokens, channels = residuals.shape
     count, streams, room = words.shape
-    grid, options = _grid(count, streams)
-    _encode[grid](
+    _encode[_grid(count, streams)](
         residuals,
         classes,
         encoder,
@@ -457,6 +347,5 @@ def encode(residuals: Any, classes: Any, encoder: Any, words: Any, counts: Any, 
         streams,
         room,
         groups,
-        SYMBOLS=SYMBOLS,
-        **options,
+        num_warps=WARPS.value,
     )

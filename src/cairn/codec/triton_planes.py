@@ -8,7 +8,7 @@ round once where a CPU rounds twice.
 import triton
 import triton.language as tl
 
-from cairn.codec.triton_kernels import add, pairing, predict
+from cairn.codec.triton_kernels import SINE_UNIT, add, pairing, predict
 
 
 @triton.jit
@@ -33,7 +33,6 @@ def moments(
     first,
     planes,
     BLOCK_TOKENS: tl.constexpr,
-    SINE_BITS: tl.constexpr,
     CHANNELS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
@@ -53,9 +52,9 @@ def moments(
             # Loaded whether kept or not, so that no load waits for another.
             x = tl.where(kept, _value(tl.load(source, mask=real, other=0)), 0.0)
             y = tl.where(kept, _value(tl.load(source + beside, mask=real & turning, other=0)), 0.0)
-            at_turn = tl.load(turn, mask=real & turning, other=1 << (SINE_BITS + 16))
-            cosine = (at_turn >> 16).to(tl.float32) * (1.0 / (1 << SINE_BITS))
-            across = y * (((at_turn << 16) >> 16).to(tl.float32) * (1.0 / (1 << SINE_BITS)))
+            at_turn = tl.load(turn, mask=real & turning, other=SINE_UNIT << 16)
+            cosine = (at_turn >> 16).to(tl.float32) * (1.0 / SINE_UNIT)
+            across = y * (((at_turn << 16) >> 16).to(tl.float32) * (1.0 / SINE_UNIT))
             total += x.to(tl.float64)
             total += (x * cosine + tl.where(is_first, across, -across) - x).to(tl.float64)
             square += (x * x).to(tl.float64)
@@ -94,7 +93,6 @@ def subtract(
     planes,
     FAR: tl.constexpr,
     MOST: tl.constexpr,
-    SINE_BITS: tl.constexpr,
     TOKENS: tl.constexpr,
     DIM: tl.constexpr,
 ):
@@ -120,7 +118,7 @@ def subtract(
     quotient = tl.minimum(tl.maximum(value * tl.load(inverses + row), -2.0 * FAR), 2.0 * FAR)
     # To the nearest whole number, ties to even, as 2**23 and more have no fractions.
     quotient = (quotient + 3.0 * (1 << 22)) - 3.0 * (1 << 22)
-    residual = quotient.to(tl.int32) - predict(anchor, partner, turn, turning, is_first, SINE_BITS)
+    residual = quotient.to(tl.int32) - predict(anchor, partner, turn, turning, is_first)
     wrong = (tl.abs(quotient) >= FAR) | (tl.abs(residual) > MOST)
     kept = kept & (tl.reduce((wrong & within).to(tl.int32), 1, add)[:, None] == 0)
     residual = tl.where(kept & within, residual, 0)
