@@ -268,7 +268,7 @@ def test_the_gpu_makes_the_same_bits(
 ) -> None:
     import torch
 
-    monkeypatch.setattr(kernel, "_TILE", 16)  # a cache of 24 pairs: one whole tile, and a part of one
+    monkeypatch.setattr(kernel, "_TILE", kernel.tl.constexpr(16))  # of 24 pairs: one whole, and a part of one
     block_tokens, layers = [(16, range(LAYERS)), (32, range(1, 2))][seed // 2 % 2]
     case = Case(layout, codec, dtype, 2, block_tokens, seed)
     quantizer, rows = case.quantizer, np.arange(2, dtype=np.int32)
@@ -316,7 +316,7 @@ def test_the_cuda_copier_moves_quantized_rows(kernel: Any, monkeypatch: pytest.M
     block = case.quantizer.stored.block_bytes
     monkeypatch.setattr(cuda, "_STAGING_BYTES", 2 * block)  # several parts: the ring goes round
     monkeypatch.setattr(cuda, "_FIRST_BYTES", block)
-    monkeypatch.setattr(kernel, "_TILE", 32)
+    monkeypatch.setattr(kernel, "_TILE", kernel.tl.constexpr(32))
     device = install(monkeypatch, seed)
     kv = dataclasses.replace(case.kv, device=0)
     copier = module.QuantizedCudaCopier(case.quantizer)

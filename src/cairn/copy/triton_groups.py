@@ -8,14 +8,15 @@ UNIT 0: codes are e4m3, and there are no zero points.
 import triton
 import triton.language as tl
 
-from cairn.codec.floats import E4M3_MAX
-from cairn.codec.quantized import FLOAT16_MAX, MOST_ZERO, NAN_SCALE, SCALE_OFFSET
+from cairn.codec import floats
+from cairn.codec.quantized import FLOAT16_MAX, MOST_ZERO, NAN_SCALE, NANS, SCALE_OFFSET
 
-_BFLOAT16, _FLOAT16 = tl.constexpr(0), tl.constexpr(1)
+_BFLOAT16, _FLOAT16, FLOAT32 = tl.constexpr(floats.BFLOAT16), tl.constexpr(floats.FLOAT16), tl.constexpr(floats.FLOAT32)
+_NANS = tl.constexpr(NANS)
 _INFINITY = tl.constexpr(0x7F800000)
 _SCALE_OFFSET, _NAN_SCALE = tl.constexpr(SCALE_OFFSET), tl.constexpr(NAN_SCALE)
 _MOST_ZERO, _FLOAT16_MAX = tl.constexpr(float(MOST_ZERO)), tl.constexpr(FLOAT16_MAX)
-_E4M3_MAX = tl.constexpr(E4M3_MAX)
+_E4M3_MAX = tl.constexpr(floats.E4M3_MAX)
 #: Added to and taken from a float32 it rounds to nearest even, as long as nobody fuses it with what comes before.
 _ROUND = tl.constexpr(12582912.0)
 
@@ -148,7 +149,7 @@ def split(word, KIND: tl.constexpr):
 
 
 @triton.jit
-def element(value, KIND: tl.constexpr, NAN: tl.constexpr, UNIT: tl.constexpr):
+def _element(value, KIND: tl.constexpr, UNIT: tl.constexpr):
     """float32 as the bits of an element, uint32: rounded, and NaN made, as the CPU does, which machines differ in."""
     real = value == value
     if KIND == _BFLOAT16:
@@ -161,4 +162,15 @@ def element(value, KIND: tl.constexpr, NAN: tl.constexpr, UNIT: tl.constexpr):
         bits = value.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
     else:
         bits = value.to(tl.uint32, bitcast=True)
-    return tl.where(real, bits, NAN)
+    return tl.where(real, bits, _NANS[KIND])
+
+
+@triton.jit
+def join(first, second, KIND: tl.constexpr, UNIT: tl.constexpr):
+    """Two float32 as a word of elements: `split`, the other way."""
+    low, high = _element(first, KIND, UNIT), _element(second, KIND, UNIT)
+    if KIND == FLOAT32:
+        word = low.to(tl.uint64) | (high.to(tl.uint64) << 32)
+    else:
+        word = low | (high << 16)
+    return word

@@ -12,14 +12,14 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from cairn.codec.quantized import GROUP, NANS, Quantizer
+from cairn.codec.quantized import GROUP, Quantizer
 from cairn.copy import triton_groups as groups
 
 #: What lets a thread move four words at once.
 ALIGNMENT = 16
 #: Pairs of channels of a program, which is one warp: each thread has all 16 tokens of four pairs, so that groups along
 #: tokens need nothing of other threads.
-_TILE = 128
+_TILE = tl.constexpr(128)
 _GROUP = tl.constexpr(GROUP)
 
 
@@ -58,15 +58,15 @@ def _scales_along_tokens(heads, more, real, finely, UNIT: tl.constexpr, FINE: tl
 
 
 @triton.jit
-def _coded_along_channels(a, b, heads, whole, BITS: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr):
+def _coded_along_channels(a, b, heads, whole, BITS: tl.constexpr, UNIT: tl.constexpr):
     """Codes of pairs of channels [16, pairs], of which 8 of a token are a group, whose heads it stores."""
     a_key, b_key = groups.key(a, UNIT), groups.key(b, UNIT)
-    low = tl.reshape(tl.minimum(a_key, b_key), (_GROUP, TILE // 8, 8))
-    high = tl.reshape(tl.maximum(a_key, b_key), (_GROUP, TILE // 8, 8))
+    low = tl.reshape(tl.minimum(a_key, b_key), (_GROUP, _TILE // 8, 8))
+    high = tl.reshape(tl.maximum(a_key, b_key), (_GROUP, _TILE // 8, 8))
     low, high = groups.ends(low, high, 2, UNIT)
     head, inverse, zero = groups.head(low, high, BITS, UNIT)
     tl.store(heads, head.to(heads.dtype.element_ty), mask=whole)
-    inverse, zero = _spread(inverse, TILE), _spread(zero, TILE)
+    inverse, zero = _spread(inverse), _spread(zero)
     return groups.code(a, inverse, zero, BITS, UNIT), groups.code(b, inverse, zero, BITS, UNIT)
 
 
@@ -86,23 +86,20 @@ def _move(
     PLANES: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_WORDS: tl.constexpr,
-    WORD: tl.constexpr,
-    WORD_BYTES: tl.constexpr,
-    HEAD: tl.constexpr,
-    HEAD_PAIR: tl.constexpr,
-    PAIR: tl.constexpr,
     KIND: tl.constexpr,
-    NAN: tl.constexpr,
     BITS: tl.constexpr,
     UNIT: tl.constexpr,
-    FINE: tl.constexpr,
     LAYER_BYTES: tl.constexpr,
     ALIGN: tl.constexpr,
     INTO_ROWS: tl.constexpr,
-    TILE: tl.constexpr,
 ):
+    word_type: tl.constexpr = tl.uint64 if KIND == groups.FLOAT32 else tl.uint32
+    head_type: tl.constexpr = tl.uint16 if UNIT else tl.uint8
+    heads_type: tl.constexpr = tl.uint32 if UNIT else tl.uint16
+    pair_type: tl.constexpr = tl.uint8 if BITS == 4 else tl.uint16
+    fine: tl.constexpr = BITS == 4 and PLANES == 2
     words: tl.constexpr = HEADS * HEAD_WORDS
-    tiles: tl.constexpr = (words + TILE - 1) // TILE
+    tiles: tl.constexpr = (words + _TILE - 1) // _TILE
     cuts: tl.constexpr = BLOCK_TOKENS // _GROUP * tiles
     heads_bytes: tl.constexpr = BLOCK_TOKENS * words * (4 if UNIT else 2) // _GROUP
     plane_bytes: tl.constexpr = heads_bytes + BLOCK_TOKENS * words * 2 * BITS // 8
@@ -112,8 +109,8 @@ def _move(
         layer = job // cuts % layers
         block = (job // cuts // layers).to(tl.int64)
         first, tile = cut // tiles * _GROUP, cut % tiles
-        word = tile * TILE + tl.arange(0, TILE)
-        group = tile * (TILE // 8) + tl.arange(0, TILE // 8)
+        word = tile * _TILE + tl.arange(0, _TILE)
+        group = tile * (_TILE // 8) + tl.arange(0, _TILE // 8)
         token = first + tl.arange(0, _GROUP)
         finely = (token == first)[:, None]
         slot = tl.load(slots + block * BLOCK_TOKENS + token)
@@ -125,51 +122,49 @@ def _move(
         mask = kept[:, None] & real[None, :]
         for plane in tl.static_range(PLANES):
             # Offsets of elements to aligned pointers: from addresses alone nobody could tell that words are neighbours.
-            base = tl.load(bases + layer * PLANES + plane).to(tl.pointer_type(WORD))
+            base = tl.load(bases + layer * PLANES + plane).to(tl.pointer_type(word_type))
             if ALIGN:
                 base = tl.multiple_of(base, 16)
             outside = base + place
             row = rows + (block * layers + layer) * LAYER_BYTES + plane * plane_bytes
             codes = tl.multiple_of(
-                (row + heads_bytes).to(tl.pointer_type(PAIR)), BITS
+                (row + heads_bytes).to(tl.pointer_type(pair_type)), BITS
             )  # four words a thread, as of the cache
             codes += token[:, None] * words + word[None, :]
             if PLANES == 2 and plane == 0:
                 more = (row + PLANES * plane_bytes).to(tl.pointer_type(tl.uint8)) + first // _GROUP * words + word
-                heads = tl.multiple_of(row.to(tl.pointer_type(HEAD_PAIR)), 16) + first // _GROUP * words + word
+                heads = tl.multiple_of(row.to(tl.pointer_type(heads_type)), 16) + first // _GROUP * words + word
                 if INTO_ROWS:
                     x, y = groups.split(tl.load(outside, mask=mask, other=0), KIND)
-                    a, b = _coded_along_tokens(x, y, heads, more, real, finely, BITS, UNIT, FINE)
+                    a, b = _coded_along_tokens(x, y, heads, more, real, finely, BITS, UNIT, fine)
                 else:
-                    a_scale, a_zero, b_scale, b_zero = _scales_along_tokens(heads, more, real, finely, UNIT, FINE)
+                    a_scale, a_zero, b_scale, b_zero = _scales_along_tokens(heads, more, real, finely, UNIT, fine)
             else:
-                heads = tl.multiple_of(row.to(tl.pointer_type(HEAD)), 16)
+                heads = tl.multiple_of(row.to(tl.pointer_type(head_type)), 16)
                 heads += token[:, None] * (words // 8) + group[None, :]
                 whole = group[None, :] * 8 < words
                 if INTO_ROWS:
                     x, y = groups.split(tl.load(outside, mask=mask, other=0), KIND)
-                    a, b = _coded_along_channels(x, y, heads, whole, BITS, UNIT, TILE)
+                    a, b = _coded_along_channels(x, y, heads, whole, BITS, UNIT)
                 else:
                     scale, zero = groups.scale(tl.load(heads, mask=whole, other=0).to(tl.int32), UNIT)
-                    a_scale, a_zero = _spread(scale, TILE), _spread(zero, TILE)
+                    a_scale, a_zero = _spread(scale), _spread(zero)
                     b_scale, b_zero = a_scale, a_zero
             if INTO_ROWS:
-                tl.store(codes, (a | (b << BITS)).to(PAIR), mask=mask)
+                tl.store(codes, (a | (b << BITS)).to(pair_type), mask=mask)
             else:
                 pair = tl.load(codes, mask=mask, other=0).to(tl.int32)
                 low = groups.value(pair & ((1 << BITS) - 1), a_scale, a_zero, UNIT)
                 high = groups.value(pair >> BITS, b_scale, b_zero, UNIT)
-                low_bits = groups.element(low, KIND, NAN, UNIT).to(WORD)
-                high_bits = groups.element(high, KIND, NAN, UNIT).to(WORD)
-                tl.store(outside, low_bits | (high_bits << (WORD_BYTES * 4)), mask=mask)
+                tl.store(outside, groups.join(low, high, KIND, UNIT), mask=mask)
         job += tl.num_programs(0)
 
 
 @triton.jit
-def _spread(by_group, TILE: tl.constexpr):
+def _spread(by_group):
     """[16, groups] as [16, pairs]."""
-    wide = tl.broadcast_to(by_group[:, :, None], (_GROUP, TILE // 8, 8))
-    return tl.reshape(wide, (_GROUP, TILE))
+    wide = tl.broadcast_to(by_group[:, :, None], (_GROUP, _TILE // 8, 8))
+    return tl.reshape(wide, (_GROUP, _TILE))
 
 
 def move(
@@ -195,7 +190,7 @@ def move(
     """
     g = quantizer.geometry
     head_words = g.head_dim // 2
-    tiles = triton.cdiv(g.kv_heads * head_words, _TILE)
+    tiles = triton.cdiv(g.kv_heads * head_words, _TILE.value)
     jobs = blocks * layers * tiles * (g.block_tokens // GROUP)
     _move[(min(programs, max(1, jobs)),)](
         bases,
@@ -209,20 +204,12 @@ def move(
         PLANES=g.planes,
         HEADS=g.kv_heads,
         HEAD_WORDS=head_words,
-        WORD=tl.uint64 if g.element_bytes == 4 else tl.uint32,
-        WORD_BYTES=2 * g.element_bytes,
-        HEAD=tl.uint16 if quantizer.unit else tl.uint8,
-        HEAD_PAIR=tl.uint32 if quantizer.unit else tl.uint16,
-        PAIR=tl.uint8 if quantizer.bits == 4 else tl.uint16,
         KIND=quantizer.kind,
-        NAN=NANS[quantizer.kind],
         BITS=quantizer.bits,
         UNIT=quantizer.unit,
-        FINE=quantizer.fine,
         LAYER_BYTES=quantizer.stored.layer_bytes,
         ALIGN=aligned,
         INTO_ROWS=into_rows,
-        TILE=_TILE,
         num_warps=1,
         enable_fp_fusion=False,  # the CPU's products and sums are rounded one by one
     )
