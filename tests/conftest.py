@@ -2,6 +2,7 @@
 
 import os
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 
@@ -18,15 +19,25 @@ if find_spec("hypothesis"):
 
 #: Folders that take long, the longest first: they begin first, so that no core is left with one of them when all others
 #: are done.
-LONG = "codec cli connect remote node fleet docs gateway cluster tier engine dashboard".split()
+LONG = ("codec", "cli", "connect", "remote", "node", "fleet", "docs", "gateway", "cluster", "tier", "engine", "sim")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist's own, which looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A folder's tests run in one process, so that its kernels are compiled and its servers started once."""
     items.sort(key=lambda item: LONG.index(name) if (name := item.path.parent.name) in LONG else len(LONG))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(item.path.parent.name))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A folder's tests run in one process, so that its kernels are compiled and its servers started once. (xdist 3.8's
+    groups are lost on pytest 9: it sends each test to whoever is free.)
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Folders(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid.partition("::")[0].rpartition("/")[0]
+
+    return Folders(config, log)
 
 
 @pytest.hookimpl(optionalhook=True)
