@@ -37,6 +37,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             return nodeid.partition("::")[0].rpartition("/")[0]
 
+    config.option.loadscopereorder = False  # but as sorted above
     return Folders(config, log)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from cairn.cluster.base import Change, Check, Put
-from cairn.cluster.etcd import EtcdRegistry, EtcdSettings
+from cairn.cluster.etcd import EtcdRegistry, EtcdSettings, stream
 from cairn.errors import ClosedError, ClusterError, InputError, UnclearError
 from tests.certificates import make_certificates
 from tests.cluster.etcd import DEADLINE_S, Cluster, etcd, needs_etcd
@@ -178,6 +178,23 @@ def test_a_name_is_resolved(shared_etcd: tuple[Cluster, str]) -> None:
         endpoint = f"localhost:{cluster.members[0].port}"
         async with EtcdRegistry(EtcdSettings(endpoints=(endpoint,))) as registry:
             assert await registry.put(f"{prefix}a", b"") > 0
+
+    asyncio.run(main())
+
+
+def test_a_watch_waits_for_no_end_of_its_stream(
+    shared_etcd: tuple[Cluster, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """etcd tells none."""
+    cluster, prefix = shared_etcd
+    monkeypatch.setattr(stream, "_CLOSE_S", 300.0)
+
+    async def main() -> None:
+        async with registry_of(cluster) as registry:
+            watch = registry.watch(prefix, await registry.range(prefix))
+            await registry.put(f"{prefix}a", b"")
+            assert (await anext(watch))[0].key == f"{prefix}a"
+            await asyncio.wait_for(watch.close(), 60)
 
     asyncio.run(main())
 
