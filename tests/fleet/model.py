@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 from cairn.fleet import Cleared, Event, Removed, Source, Stored, Tier
@@ -48,15 +49,16 @@ class Model:
     def match(self, tokens: Sequence[int], namespace: bytes) -> dict[Source, tuple[list[int], list[int]]]:
         """By source: tokens by tier alone, and through tiers 0..t."""
         sizes = {size for used in self.sizes.values() for size in used}
+        chains = {size: blocks_of(namespace, tokens, size) for size in sizes}
         found = {}
         for source, names in self.held.items():
             tiers_of = dict(names.values())
             alone, reach = [0] * 4, [0] * 4
-            for size in sizes:
-                chain = blocks_of(namespace, tokens, size)
-                for tier in Tier:
-                    alone[tier] = max(alone[tier], size * _leading(chain, tiers_of, {tier}))
-                    reach[tier] = max(reach[tier], size * _leading(chain, tiers_of, set(list(Tier)[: tier + 1])))
+            for size, chain in chains.items():
+                held = [*takewhile(bool, map(tiers_of.get, chain))]
+                for tier in Tier if held else ():
+                    alone[tier] = max(alone[tier], size * _leading(held, {tier}))
+                    reach[tier] = max(reach[tier], size * _leading(held, set(list(Tier)[: tier + 1])))
             found[source] = (alone, reach)
         return found
 
@@ -100,5 +102,5 @@ class Model:
                     del self.copies[source, name]
 
 
-def _leading(chain: Sequence[Block], tiers_of: dict[Block, set[Tier]], wanted: set[Tier]) -> int:
-    return next((i for i, block in enumerate(chain) if not tiers_of.get(block, set()) & wanted), len(chain))
+def _leading(held: Sequence[set[Tier]], wanted: set[Tier]) -> int:
+    return next((i for i, tiers in enumerate(held) if not tiers & wanted), len(held))

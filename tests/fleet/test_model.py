@@ -1,6 +1,7 @@
 """The index against a dict, over random events of several sources, tiers, block sizes and namespaces."""
 
 import hashlib
+from collections import Counter
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,9 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from cairn.fleet import Cleared, Event, FleetIndex, Removed, Source, Stored, Tier
 from cairn.fleet.blocks import LIVE
-from cairn.fleet.holders import tiers_of
 from cairn.fleet.names import slot_at
-from cairn.index.slots import NONE
 
 from .model import Model, blocks_of
 
@@ -178,20 +177,22 @@ def check(index: FleetIndex) -> None:
     """A source has one name for each block that it holds and none for others; blocks and sets add up."""
     ledger = index._ledger
     records, holders = ledger.blocks.records, ledger.holders
-    live = {i for i in range(len(records)) if records[i]["state"] == LIVE}
-    by_source = {}
+    live = np.flatnonzero(records["state"] == LIVE)
+    set_of = dict(zip(live.tolist(), records["holders"][live].tolist(), strict=True))
+    used = Counter(set_of.values())
+    sets, by_source = [*used], {}
     for source, member in ledger.members.items():
-        named = [slot for at in range(len(member.names)) if (slot := slot_at(member.names, at)) != NONE]
+        named = [slot_at(member.names, at) for at in np.flatnonzero(member.names["next"])]
         assert len(named) == len(set(named)) == member.count
         by_source[source] = set(named)
-        held = {slot for slot in live if tiers_of(holders.rows, int(records[slot]["holders"]), member.number)}
-        assert held == set(named)
-    assert set().union(*by_source.values()) == live
+        first, shift = len(Tier) * (member.number // 64), np.uint64(member.number % 64)  # as `Holders` has them
+        bits = (holders.rows[sets, first : first + len(Tier)] >> shift) & np.uint64(1)
+        held = {one for one, held in zip(sets, bits.any(axis=1), strict=True) if held}
+        assert {slot for slot, one in set_of.items() if one in held} == set(named)
+    assert set().union(*by_source.values()) == set_of.keys()
     assert np.count_nonzero(ledger.blocks.table) == len(live) == index.stats().blocks
-    used = {int(records[slot]["holders"]) for slot in live}
     assert len(used) == index.stats().sets == np.count_nonzero(holders.table)
-    for one in used:
-        assert holders.sets[one]["refs"] == sum(int(records[slot]["holders"]) == one for slot in live)
+    assert all(holders.sets[one]["refs"] == count for one, count in used.items())
 
 
 class Crowded(Fleet):

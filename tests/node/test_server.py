@@ -318,7 +318,7 @@ def test_clients_find_the_next_node_and_its_disk_is_warm(tmp_path: Path) -> None
         first.kill()
         started = time.monotonic()
         assert [retrieved(engine, tokens) for _ in range(3)] == [0, 0, 0]
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 10
         assert engine.metrics.miss_tokens.value(reason="node_away") > 0
         second = ProcessNode(address_in(tmp_path), **settings_of)
         linked(engine)

@@ -154,13 +154,13 @@ def test_stores_wait_while_loads_are_under_way_and_not_otherwise() -> None:
         share.before_store(size, begun + seconds)
         return time.monotonic() - begun
 
-    assert waited(1000, 5) < 0.5
+    assert waited(1000, 60) < 10
     share.begin_load()
     assert waited(1000, 0.1) >= 0.1
     share.begin_load()
     share.end_load(10_000)
-    assert waited(1000, 5) < 0.5, "a quarter of what was moved is theirs"
+    assert waited(1000, 60) < 10, "a quarter of what was moved is theirs"
     assert waited(5000, 0.1) >= 0.1
     share.end_load(100)
-    assert waited(5000, 5) < 0.5
+    assert waited(5000, 60) < 10
     assert share.held_back == 2

@@ -1,7 +1,6 @@
 """The stream of one watch on one member, read so that a consumer's cancelled wait does not end it."""
 
 import asyncio
-import contextlib
 from typing import Any, Final
 
 import grpc.aio
@@ -66,16 +65,14 @@ class WatchStream:
         self._call.cancel()
 
     async def close(self) -> None:
-        """Ends it from our side and lets the member end it from its own, so that gRPC has nothing left to tell."""
-        if self.live:
-            with contextlib.suppress(TimeoutError, EndedError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                async with asyncio.timeout(_CLOSE_S):
-                    await self._call.done_writing()
-                    while True:
-                        await self._read(_CLOSE_S)
+        """Ends it, and waits until what reads it has heard of that. The member is not waited for: etcd does not end a
+        stream of which only our side has ended.
+        """
         self._call.cancel()
         if self._reading:
             await asyncio.wait([self._reading], timeout=_CLOSE_S)
+            if self._reading.done() and not self._reading.cancelled():
+                self._reading.exception()  # of interest to nobody any more
 
     async def _write(self, request: wire.WatchRequest) -> None:
         try:
