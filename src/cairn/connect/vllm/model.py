@@ -185,6 +185,10 @@ def _refuse(vllm_config: Any, kv_cache_config: Any) -> None:
             len(groups) != 1 or kinds[0] not in ("FullAttentionSpec", "MLAAttentionSpec")
         ),
         "it has an encoder": model.is_encoder_decoder,
+        "its tokens attend to later ones": any(getattr(group.kv_cache_spec, "non_causal", False) for group in groups),
+        "it pools over what stands at the beginning of a prompt, too": (
+            not getattr(model, "is_prefix_caching_supported", True)
+        ),
         "its ranks are on several hosts, which needs a remote tier": getattr(parallel, "nnodes", 1) > 1,
         "decode context parallelism splits blocks between ranks": (
             getattr(parallel, "decode_context_parallel_size", 1) > 1
