@@ -1,5 +1,6 @@
 """What `served_model` makes of vLLM's configurations; engines that run tell the rest."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +40,10 @@ def test_attention_to_later_tokens_is_refused(tiny: Path) -> None:
     """A prefix language model's, for which vLLM switches its own prefix cache off."""
     with pytest.raises(GeometryError, match="attend to later ones"):
         served(configured(tiny), non_causal=True)
+
+
+def test_engines_of_one_engine_id_share_no_arena(tiny: Path) -> None:
+    """Replicas of one command line may start in the same moment, on one host."""
+    one, other = configured(tiny), configured(tiny)
+    assert served(one).name == served(pickle.loads(pickle.dumps(one))).name  # a worker's
+    assert served(one).name != served(other).name

@@ -117,7 +117,9 @@ def served_model(vllm_config: Any, kv_cache_config: Any, config: Config) -> Serv
         revision=_named_revision(vllm_config, config.engine.model_revision) or _revision(vllm_config),
         layout=named,
     )
-    name = hashlib.blake2s(str(vllm_config.kv_transfer_config.engine_id).encode(), digest_size=12).hexdigest()
+    # An engine's id may be the operator's, and that of several.
+    engine = f"{vllm_config.instance_id} {vllm_config.kv_transfer_config.engine_id}"
+    name = hashlib.blake2s(engine.encode(), digest_size=12).hexdigest()
     step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
     canonical = ranks == 1 and _platform() != "cpu"
     return Served(shards, len(layers), name, namespace, layout, apart, step_tokens, canonical, codec)
