@@ -142,10 +142,7 @@ class WorkerSide:
             now = time.monotonic()
             self._layered += [(copy, self._load_layers(copy), now) for copy in self._orders.layered]
             self._loads += [(copy, self._copy(copy, store=False)) for copy in self._orders.loads]
-        if self._blender:  # orders come once it has been said to be there
-            self._loads += [(blend, self._blender.run(blend)) for blend in self._orders.blends]
-            self._stores += [(learn, self._blender.learn(learn)) for learn in self._orders.learns]
-        self._orders.layered, self._orders.loads, self._orders.blends, self._orders.learns = [], [], [], []
+        self._orders.layered, self._orders.loads = [], []
 
     def wait_for_layer(self, name: str) -> None:
         """Before a layer's attention: waits until the layer is loaded, or never will be."""
@@ -156,7 +153,7 @@ class WorkerSide:
             load.wait(layer, max(0.0, started + self._timeout - time.monotonic()))
 
     def end(self) -> None:
-        """After the forward pass: settles the step's own loads."""
+        """After the forward pass: settles the step's own loads, and blends, behind what the pass itself has computed."""
         if self._timed and self._orders.work:
             self._timed[1].stop()
             self._orders.work = None
@@ -166,6 +163,10 @@ class WorkerSide:
                 self._unheard.add(copy.number)
             self._ended.append((copy, over))
         self._layered.clear()
+        if self._blender:  # orders come once it has been said to be there
+            self._loads += [(blend, self._blender.run(blend)) for blend in self._orders.blends]
+            self._stores += [(learn, self._blender.learn(learn)) for learn in self._orders.learns]
+        self._orders.blends, self._orders.learns = [], []
 
     def store(self) -> None:
         """Starts the step's stores, once all that writes KV in it is over, a draft model's pass too: with the next step
