@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from cairn.config import load_config
+from cairn.config import Config, load_config
 from cairn.connect.vllm.model import Served, served_model
 from cairn.errors import GeometryError
 
@@ -20,13 +20,13 @@ def configured(model: Path, **options: Any) -> Any:
     return EngineArgs(model=str(model), dtype="float32", skip_tokenizer_init=True, **options).create_engine_config()
 
 
-def served(vllm_config: Any, **spec: Any) -> Served:
+def served(vllm_config: Any, config: Config | None = None, **spec: Any) -> Served:
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 
     layers = [f"model.layers.{i}.self_attn.attn" for i in range(5)]
     full = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=32, dtype=torch.float32, **spec)
     caches = KVCacheConfig(num_blocks=8, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(layers, full)])
-    return served_model(vllm_config, caches, load_config(environ={}))
+    return served_model(vllm_config, caches, config or load_config(environ={}))
 
 
 @pytest.mark.parametrize("pooling", ["MEAN", "CLS"])
@@ -40,6 +40,16 @@ def test_attention_to_later_tokens_is_refused(tiny: Path) -> None:
     """A prefix language model's, for which vLLM switches its own prefix cache off."""
     with pytest.raises(GeometryError, match="attend to later ones"):
         served(configured(tiny), non_causal=True)
+
+
+def test_weights_that_are_streamed_are_known_by_their_name_alone(tiny: Path, tmp_path: Path) -> None:
+    """vLLM keeps a model's config in a directory, and its weights in the object store, where they may change."""
+    (tmp_path / "config.json").write_bytes((tiny / "config.json").read_bytes())
+    here, streamed = configured(tiny), configured(tmp_path)
+    assert served(here).namespace == served(here).namespace
+    assert served(streamed).namespace != served(streamed).namespace
+    named = load_config(environ={}, overrides={"engine.model_revision": "step 100"})
+    assert served(streamed, named).namespace == served(streamed, named).namespace
 
 
 def test_engines_of_one_engine_id_share_no_arena(tiny: Path) -> None:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,11 @@ from cairn.connect.vllm.layout import layout_of
 from cairn.errors import GeometryError
 from cairn.kv import CANONICAL, KVGeometry, Layout, Namespace
 from cairn.kv.geometry import refuse_stateful
+from cairn.observe.log import log_once
 from cairn.tier.arena import Arena
 from cairn.tier.dram import arena_shape
+
+logger = logging.getLogger(__name__)
 
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
@@ -260,7 +265,8 @@ def _draft(vllm_config: Any) -> str:
 def _weights(vllm_config: Any) -> str:
     """What tells these weights from others: the hub's commit, or the files' names, sizes, times and a sample of them.
 
-    Files are not read whole: 64 samples each find any training, and the time of change any edit in place.
+    Files are not read whole: 64 samples each find any training, and the time of change any edit in place. Weights that
+    are streamed from elsewhere (an object store) are nobody else's: what is there may be others tomorrow.
     """
     model, load_format = vllm_config.model_config, str(vllm_config.load_config.load_format)
     if "dummy" in load_format:
@@ -269,8 +275,17 @@ def _weights(vllm_config: Any) -> str:
     home = Path(model.model)
     if not home.is_dir():
         return f"{model.model}@{commit or model.revision}"
+    files = sorted(path for pattern in _WEIGHTS for path in home.glob(pattern))
+    if not files or getattr(model, "model_weights", ""):
+        log_once(
+            logger,
+            "weights",
+            f"{model.model}: its weights are not in this directory, so that nobody can tell them from others: this "
+            "engine's blocks are found by itself alone; name the weights by engine.model_revision",
+        )
+        return f"streamed:{os.urandom(16).hex()}"
     digest = xxhash.xxh3_128()
-    for file in sorted(path for pattern in _WEIGHTS for path in home.glob(pattern)):
+    for file in files:
         status = file.stat()
         digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
         with file.open("rb") as weights:
