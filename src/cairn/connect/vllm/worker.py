@@ -153,7 +153,7 @@ class WorkerSide:
             load.wait(layer, max(0.0, started + self._timeout - time.monotonic()))
 
     def end(self) -> None:
-        """After the forward pass: settles the step's own loads, and blends, behind what the pass itself has computed."""
+        """After the forward pass: settles the step's own loads, and blends, behind what the pass has computed."""
         if self._timed and self._orders.work:
             self._timed[1].stop()
             self._orders.work = None
