@@ -276,7 +276,7 @@ def _weights(vllm_config: Any) -> str:
     if not home.is_dir():
         return f"{model.model}@{commit or model.revision}"
     files = sorted(path for pattern in _WEIGHTS for path in home.glob(pattern))
-    if not files or getattr(model, "model_weights", ""):
+    if not files or getattr(model, "model_weights", False):
         log_once(
             logger,
             "weights",
