@@ -8,10 +8,12 @@ import torch
 from tests.connect.rig import tiny_model
 from typer.testing import CliRunner
 
+from cairn.cli.bench import app as bench
 from cairn.cli.codec import app
 from cairn.cli.quality.texts import Window
 from cairn.codec.cachegen import CacheGen
 from cairn.codec.calibration import Calibration
+from cairn.errors import StorageError
 from cairn.kv import KVGeometry
 
 
@@ -43,6 +45,17 @@ def test_it_ends_and_makes_a_calibration_of_this_model(model: Path, tmp_path: Pa
     assert all(value > 0 for row in made.sensitivity for value in row)
     assert made.rotary is not None
     CacheGen(KVGeometry(layers=2, kv_heads=2, head_dim=8), calibration=made)
+
+
+def test_what_could_not_be_written_is_not_computed(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text(" ".join(f"w{i * i % 89}" for i in range(1536)))
+    calibrate = [app, "calibrate", str(model), str(text), "--windows", "1", "--out"]
+    quality = [bench, "quality", "--model", str(model), "--windows", "2", "--plot"]
+    for command, *asked in (calibrate, quality):
+        ended = CliRunner().invoke(command, [*asked, str(text / "below a file")])
+        assert isinstance(ended.exception, StorageError)
+        assert ended.stderr == ""
 
 
 def test_layers_below_the_changed_one_are_not_computed_anew_and_nothing_else_changes() -> None:

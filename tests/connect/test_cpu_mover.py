@@ -1,4 +1,4 @@
-"""Copies of a worker on a CPU: what is under way is finished."""
+"""Copies of a worker on a CPU: what is under way is finished, and vLLM's tensors are known by their shape."""
 
 import threading
 from typing import Any
@@ -43,3 +43,15 @@ def test_copies_that_wait_for_their_turn_are_made_before_a_mover_closes(monkeypa
     rows = torch.from_numpy(arena.memory[:, : G.block_bytes].copy()).view(torch.float32)
     for layer, held in enumerate(rows.view(BLOCKS, G.layers, 2, 4, 2, 8).unbind(1)):
         assert torch.equal(caches[layer], held.transpose(0, 1))
+
+
+@pytest.mark.parametrize("shape", [(BLOCKS, 4, 24), (BLOCKS, 1, 4, 24)])
+def test_an_mla_latent_with_and_without_a_head_of_its_own(shape: tuple[int, ...]) -> None:
+    """vLLM's caches up to 0.31, and since."""
+    latent = KVGeometry(layers=2, kv_heads=1, head_dim=24, dtype="float32", block_tokens=4, planes=1)
+    caches, memory = [torch.rand(shape) for _ in range(2)], np.zeros((BLOCKS, latent.block_bytes), np.uint8)
+    mover = mover_for(caches, latent, memory, memory, threads=1, overlapping=False)
+    assert mover.store(np.arange(4 * BLOCKS), np.arange(BLOCKS, dtype=np.int32)).exception() is None
+    mover.close()
+    rows = torch.from_numpy(memory).view(torch.float32).view(BLOCKS, 2, 4, 24)
+    assert torch.equal(rows, torch.stack([cache.view(BLOCKS, 4, 24) for cache in caches], 1))

@@ -7,9 +7,9 @@ from transformers import PreTrainedTokenizerFast
 
 from cairn.cli.demo import text as text_module
 from cairn.cli.demo.model import GGUF_SHA256, MEMBER, context_of, fetch_model, make_room
-from cairn.cli.demo.plot import check_writable
 from cairn.cli.demo.show import Screen
 from cairn.cli.demo.text import build_prompts, load_text
+from cairn.cli.output import check_writable
 from cairn.errors import InputError, StorageError
 from tests.demo.tiny import tiny_tokenizer
 
@@ -57,13 +57,13 @@ def test_room_is_asked_for_before_it_is_used(tmp_path: Path) -> None:
 
 
 def test_a_plot_that_cannot_be_written_is_known_at_once(tmp_path: Path) -> None:
-    check_writable(tmp_path / "new" / "plot.png")
+    check_writable(tmp_path / "new" / "plot.png", "--output")
     assert list((tmp_path / "new").iterdir()) == []
     (tmp_path / "file").write_text("x")
     for wrong in (tmp_path / "file" / "plot.png", tmp_path):
         with pytest.raises(StorageError, match="--output"):
-            check_writable(wrong)
-    check_writable(tmp_path / "file")
+            check_writable(wrong, "--output")
+    check_writable(tmp_path / "file", "--output")
     assert (tmp_path / "file").read_text() == "x"
 
 

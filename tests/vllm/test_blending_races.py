@@ -120,6 +120,23 @@ def test_aborted(llm: Any, plain: list[list[int]]) -> None:
     assert answers(llm, ASKED[:2], tokens=40) == plain[:2]
 
 
+def test_a_prefix_that_the_same_step_computes(llm: Any) -> None:
+    """vLLM's own cache offers what another request is about to compute behind what it loads in the step."""
+    prefix = [random.Random(9).randrange(1000, 40000) for _ in range(160)]
+    asked = [*prefix, *prompt([4, 5], 0)]
+    expected = answers(llm, [asked], tokens=40, cache_salt="never blended")
+    answers(llm, [prefix[:64]], tokens=1)
+    settle(llm)
+    before, loaded = hits(llm), stats(llm)["hit_tokens"].get("dram", 0)
+    first, blended = add(llm, [*prefix, 5]), add(llm, asked, 40)
+    step(llm)
+    assert first.num_output_tokens
+    drain(llm)
+    assert stats(llm)["hit_tokens"]["dram"] > loaded
+    assert hits(llm) - before == whole(4) + whole(5)
+    assert blended.output_token_ids[:] == expected[0]
+
+
 def test_reset_forgets_chunks(llm: Any, plain: list[list[int]]) -> None:
     connector(llm).reset_cache()
     settle(llm)

@@ -309,6 +309,20 @@ def test_abort_while_a_load_is_under_way(
     assert answers(llm, [LONG]) == [tiny_plain[1]]
 
 
+def test_stores_begin_with_the_next_step_where_vllm_does_not_ask(
+    llm: Any, tiny_plain: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It leaves `wait_for_save` out in steps that compute nothing (0.26), and on ranks before the one that drafts."""
+    from cairn.connect.vllm.connector import CairnConnector
+
+    monkeypatch.setattr(CairnConnector, "wait_for_save", lambda _: None)
+    assert answers(llm, PROMPTS[:16]) == tiny_plain
+    settle(llm)
+    before = hits(llm)
+    assert answers(llm, PROMPTS[:16]) == tiny_plain
+    assert hits(llm) - before > 1000
+
+
 def test_an_id_that_comes_again(llm: Any) -> None:
     """While the request that had it first is not quite over, the second is served without Cairn."""
     answers(llm, [LONG])

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cairn.cli.output import help_if_alone, machine, show
+from cairn.cli.output import check_writable, help_if_alone, machine, show
 
 app = typer.Typer(
     callback=help_if_alone,
@@ -198,6 +198,8 @@ def quality(
     from cairn.cli.quality.plot import draw
     from cairn.cli.quality.run import run_quality
 
+    if plot:
+        check_writable(plot, "--plot")
     result = run_quality(
         model,
         count=windows,
@@ -206,9 +208,9 @@ def quality(
         only=only,
         tick=lambda i, of: typer.echo(f"window {i} of {of}", err=True),
     )
+    _report("quality", result, as_json)
     if plot:
         draw(result["quality"], plot)
-    _report("quality", result, as_json)
 
 
 @app.command()

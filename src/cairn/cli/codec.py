@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cairn.cli.output import help_if_alone
+from cairn.cli.output import check_writable, help_if_alone
 
 app = typer.Typer(
     callback=help_if_alone,
@@ -36,6 +36,7 @@ def calibrate(
     from cairn.cli.demo.model import open_model
     from cairn.cli.quality.calibrate import calibrate as run
 
+    check_writable(out, "--out")
     made = run(
         *open_model(model),
         text.read_text(encoding="utf-8", errors="replace"),

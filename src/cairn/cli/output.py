@@ -57,6 +57,20 @@ def show(result: Mapping[str, Any], *, title: str, as_json: bool) -> None:
         console.print(table)
 
 
+def check_writable(path: Path, option: str) -> None:
+    """Raises StorageError now if the file that an option names could not be written at the end."""
+    from cairn.errors import StorageError
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab"):
+            pass
+        if path.stat().st_size == 0:
+            path.unlink()
+    except OSError as error:
+        raise StorageError(f"{option} {path}: {error.strerror}; name a file that can be written") from error
+
+
 def help_if_alone(context: typer.Context) -> None:
     """The callback of a group of commands: without a command, its help."""
     if context.invoked_subcommand is None:

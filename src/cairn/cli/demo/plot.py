@@ -9,18 +9,6 @@ from cairn.errors import StorageError
 _GREY, _LIGHT, _BLUE, _TEAL = "#8a8f98", "#b9c3d0", "#1f6fb4", "#2a9d8f"
 
 
-def check_writable(path: Path) -> None:
-    """Raises StorageError now if the plot could not be written at the end."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab"):
-            pass
-        if path.stat().st_size == 0:
-            path.unlink()
-    except OSError as error:
-        raise StorageError(f"--output {path}: {error.strerror}; name a file that can be written") from error
-
-
 def draw(report: Report, path: Path) -> None:
     """Writes a PNG: a bar for each way to the first token (the median), a dot for each question."""
     import matplotlib

@@ -15,6 +15,7 @@ from cairn.cli.demo.child import Child
 from cairn.cli.demo.report import Question, Report, describe_machine
 from cairn.cli.demo.show import Screen, show_report
 from cairn.cli.demo.text import Text, load_text
+from cairn.cli.output import check_writable
 from cairn.errors import CairnError, InputError, StorageError
 
 #: A child that says nothing for this long is given up: more than the longest prefill of a slow machine.
@@ -52,7 +53,7 @@ def run(options: Options) -> Report:
     text = load_text(options.text)
     if options.model is None:
         _check_context(options, model.CONTEXT)
-    plot.check_writable(options.output)
+    check_writable(options.output, "--output")
     home = options.model or model.fetch_model(options.cache_dir, screen)
     _check_context(options, model.context_of(home))
     with _storage(options) as storage:

@@ -109,9 +109,10 @@ class CairnConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def wait_for_save(self) -> None:
         self._workers.end()
+        self._workers.store()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        # Once more, because vLLM leaves out wait_for_save in steps without a forward pass.
+        # vLLM asks before wait_for_save where a draft model follows, and without it in steps that compute nothing.
         self._workers.end()
         return self._workers.released() or None, self._workers.finished_loads() or None
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,11 @@ from cairn.connect.vllm.layout import layout_of
 from cairn.errors import GeometryError
 from cairn.kv import CANONICAL, KVGeometry, Layout, Namespace
 from cairn.kv.geometry import refuse_stateful
+from cairn.observe.log import log_once
 from cairn.tier.arena import Arena
 from cairn.tier.dram import arena_shape
+
+logger = logging.getLogger(__name__)
 
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
@@ -117,7 +122,9 @@ def served_model(vllm_config: Any, kv_cache_config: Any, config: Config) -> Serv
         revision=_named_revision(vllm_config, config.engine.model_revision) or _revision(vllm_config),
         layout=named,
     )
-    name = hashlib.blake2s(str(vllm_config.kv_transfer_config.engine_id).encode(), digest_size=12).hexdigest()
+    # An engine's id may be the operator's, and that of several.
+    engine = f"{vllm_config.instance_id} {vllm_config.kv_transfer_config.engine_id}"
+    name = hashlib.blake2s(engine.encode(), digest_size=12).hexdigest()
     step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
     canonical = ranks == 1 and _platform() != "cpu"
     return Served(shards, len(layers), name, namespace, layout, apart, step_tokens, canonical, codec)
@@ -185,6 +192,10 @@ def _refuse(vllm_config: Any, kv_cache_config: Any) -> None:
             len(groups) != 1 or kinds[0] not in ("FullAttentionSpec", "MLAAttentionSpec")
         ),
         "it has an encoder": model.is_encoder_decoder,
+        "its tokens attend to later ones": any(getattr(group.kv_cache_spec, "non_causal", False) for group in groups),
+        "it pools over what stands at the beginning of a prompt, too": (
+            not getattr(model, "is_prefix_caching_supported", True)
+        ),
         "its ranks are on several hosts, which needs a remote tier": getattr(parallel, "nnodes", 1) > 1,
         "decode context parallelism splits blocks between ranks": (
             getattr(parallel, "decode_context_parallel_size", 1) > 1
@@ -254,7 +265,8 @@ def _draft(vllm_config: Any) -> str:
 def _weights(vllm_config: Any) -> str:
     """What tells these weights from others: the hub's commit, or the files' names, sizes, times and a sample of them.
 
-    Files are not read whole: 64 samples each find any training, and the time of change any edit in place.
+    Files are not read whole: 64 samples each find any training, and the time of change any edit in place. Weights that
+    are streamed from elsewhere (an object store) are nobody else's: what is there may be others tomorrow.
     """
     model, load_format = vllm_config.model_config, str(vllm_config.load_config.load_format)
     if "dummy" in load_format:
@@ -263,8 +275,17 @@ def _weights(vllm_config: Any) -> str:
     home = Path(model.model)
     if not home.is_dir():
         return f"{model.model}@{commit or model.revision}"
+    files = sorted(path for pattern in _WEIGHTS for path in home.glob(pattern))
+    if not files or getattr(model, "model_weights", False):
+        log_once(
+            logger,
+            "weights",
+            f"{model.model}: its weights are not in this directory, so that nobody can tell them from others: this "
+            "engine's blocks are found by itself alone; name the weights by engine.model_revision",
+        )
+        return f"streamed:{os.urandom(16).hex()}"
     digest = xxhash.xxh3_128()
-    for file in sorted(path for pattern in _WEIGHTS for path in home.glob(pattern)):
+    for file in files:
         status = file.stat()
         digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
         with file.open("rb") as weights:

@@ -209,6 +209,8 @@ def mover_for(
     Raises GeometryError for tensors whose order of dimensions is not known, and for such as are moved as opaque pages
     where blocks are `compressed`, or quantized.
     """
+    if geometry.planes == 1 and kv_caches[0].dim() == 4:  # vLLM from 0.32 on: MLA's latent as if it were a head's
+        kv_caches = [cache.squeeze(1) for cache in kv_caches]
     first = kv_caches[0]
     on_cpu = first.device.type == "cpu"
     layout = {3: "mla", 4: "vllm"}.get(first.dim(), "nhd" if first.shape[0] == 2 else "nhd_paged")

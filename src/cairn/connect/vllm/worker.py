@@ -122,6 +122,7 @@ class WorkerSide:
 
     def begin(self, orders: Orders) -> None:
         """A step begins."""
+        self.store()
         self._orders = orders
         self._unheard -= orders.forgiven
         mover = self._all_places.mover
@@ -132,6 +133,7 @@ class WorkerSide:
 
     def settle_stores(self) -> None:
         """Blocks of stores under way are about to be overwritten: not before the stores are over."""
+        self.store()
         self._all_places.settle_stores()
 
     def start_loads(self) -> None:
@@ -140,10 +142,7 @@ class WorkerSide:
             now = time.monotonic()
             self._layered += [(copy, self._load_layers(copy), now) for copy in self._orders.layered]
             self._loads += [(copy, self._copy(copy, store=False)) for copy in self._orders.loads]
-        if self._blender:  # orders come once it has been said to be there
-            self._loads += [(blend, self._blender.run(blend)) for blend in self._orders.blends]
-            self._stores += [(learn, self._blender.learn(learn)) for learn in self._orders.learns]
-        self._orders.layered, self._orders.loads, self._orders.blends, self._orders.learns = [], [], [], []
+        self._orders.layered, self._orders.loads = [], []
 
     def wait_for_layer(self, name: str) -> None:
         """Before a layer's attention: waits until the layer is loaded, or never will be."""
@@ -154,7 +153,7 @@ class WorkerSide:
             load.wait(layer, max(0.0, started + self._timeout - time.monotonic()))
 
     def end(self) -> None:
-        """After the forward pass: settles the step's own loads and starts its stores."""
+        """After the forward pass: settles the step's own loads, and blends, behind what the pass has computed."""
         if self._timed and self._orders.work:
             self._timed[1].stop()
             self._orders.work = None
@@ -164,6 +163,15 @@ class WorkerSide:
                 self._unheard.add(copy.number)
             self._ended.append((copy, over))
         self._layered.clear()
+        if self._blender:  # orders come once it has been said to be there
+            self._loads += [(blend, self._blender.run(blend)) for blend in self._orders.blends]
+            self._stores += [(learn, self._blender.learn(learn)) for learn in self._orders.learns]
+        self._orders.blends, self._orders.learns = [], []
+
+    def store(self) -> None:
+        """Starts the step's stores, once all that writes KV in it is over, a draft model's pass too: with the next step
+        at the latest, as vLLM tells not every rank, and not of every step.
+        """
         for copy in self._orders.stores:
             if self._unheard:
                 self._report(copy, 0.0, Reason.IO_ERROR)
