@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -34,8 +35,7 @@ requests for another model see none of them."""
 _TIER_ROWS = {tier: row for row, tier in enumerate(TIERS)}
 
 
-@dataclass(slots=True)
-class _Flight:
+class _Flight(msgspec.Struct, kw_only=True):
     """A request on its way. prefill, decode: slots; plain_s: compute_s as if `slow` were 1; clean: it found an empty
     queue, and loads nothing.
     """
