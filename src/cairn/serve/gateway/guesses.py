@@ -52,7 +52,8 @@ class Guesses:
         return found | dict.fromkeys(reached, before)
 
     def sent(self, prompt: Pieces, instance: str) -> None:
-        sent, last, told = self._sent, (), (instance,)
+        sent, last = self._sent, tuple[str, ...]()
+        told: tuple[str, ...] = (instance,)
         for digest, _ in reversed(prompt):  # the end goes before what it hangs from
             names = sent.get(digest, ())
             if names != last:  # nearly never: what begins alike was sent alike
