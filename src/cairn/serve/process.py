@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import gc
 import os
 import signal
 import socket
@@ -24,8 +23,6 @@ SWITCH_S: Final = 0.0005
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 _CONNECTIONS: Final = 4096
-#: Objects made before those that are new are looked through for garbage: a busy loop holds thousands for a moment.
-_GARBAGE: Final = 20_000
 #: Bytes of a body that wait for whoever reads it, a connection: one with 131,072 token ids.
 _WAITING: Final = 1 << 20
 
@@ -74,8 +71,6 @@ async def until_begun(http: uvicorn.Server, serving: asyncio.Task[None]) -> None
         await asyncio.sleep(0.01)
     if serving.done():
         await serving
-    gc.freeze()  # what is there now stays
-    gc.set_threshold(_GARBAGE)
 
 
 @contextmanager

@@ -129,15 +129,15 @@ def estimate(
 
 @kernel
 def soonest(found: Estimates, allowed: npt.NDArray[np.bool_], turn: int, tie_s: float) -> int:
-    """The index of the least TTFT of what is allowed, fits and is in time; of those no more than `tie_s` above it the
-    first from `turn` on, cyclically. -1: there is none.
+    """The index of the least TTFT of what is allowed and in time; of those no more than `tie_s` above it the first
+    from `turn` on, cyclically. -1: there is none.
     """
     low = np.inf
     for i in range(len(found)):
-        if allowed[i] and found[i].fits and found[i].slack_s >= 0:
+        if allowed[i] and found[i].slack_s >= 0:
             low = min(low, found[i].ttft_s)
     for step in range(len(found)):
         i = (turn + step) % len(found)
-        if allowed[i] and found[i].fits and found[i].slack_s >= 0 and found[i].ttft_s <= low + tie_s:
+        if allowed[i] and found[i].slack_s >= 0 and found[i].ttft_s <= low + tie_s:
             return i
     return -1

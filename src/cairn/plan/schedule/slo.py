@@ -85,11 +85,11 @@ class SloAware(Booked):
     def _send(self, request: Ask, here: Sequence[InstanceView], found: Estimates, now: float) -> Send | None:
         """The soonest way that is in time."""
         sides = self.sides.of(here, found, request, now)
-        able = np.ones(len(here), np.bool_) if sides is None else sides.whole
-        whole, ttft = soonest(found, able, self._turn, _TIE_S), found["ttft_s"]
+        ttft, fits = found["ttft_s"], found["fits"].copy()  # contiguous, as kernels are compiled for
+        whole = soonest(found, fits if sides is None else fits & sides.whole, self._turn, _TIE_S)
         if sides is None:
             return Send(here[whole].id, None, float(ttft[whole])) if whole >= 0 else None
-        then = self._least(found["move_s"] + found["tpot_s"], sides.decode & found["fits"])
+        then = self._least(found["move_s"] + found["tpot_s"], sides.decode & fits)
         first = self._least(ttft.copy(), sides.prefill & (found["slack_s"] >= found["move_s"][then]))
         apart = ttft[first] + found["move_s"][then] if first >= 0 and then >= 0 else np.inf
         if whole >= 0 and ttft[whole] <= apart:

@@ -12,8 +12,8 @@ from cairn.observe.log import REQUEST_HEADER, request_id_of
 from cairn.serve.base import RequestError
 from cairn.serve.gateway.base import Headers
 
-#: An answer that is whole by then needs nobody who waits for its client's leaving, seconds: a task costs more than all
-#: else here.
+#: For which nobody waits for a client's leaving, seconds. Many an answer is whole by then, and a task that waits is a
+#: tenth of what such a request costs.
 _WATCH_S: Final = 0.05
 
 #: Of one hop only (RFC 9110, 7.6.1), or made anew by whoever sends.
