@@ -56,7 +56,7 @@ def setup_logging(level: str, form: Literal["text", "json"] = "text") -> None:
 
 def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
     """What a client calls its request, if it does in characters for a log; or else a new id."""
-    given = next((value for name, value in headers if name == REQUEST_HEADER), b"")
+    given = dict(headers).get(REQUEST_HEADER, b"")
     return given.decode() if _READABLE(given) else f"{_PROCESS}{next(_numbers):x}"
 
 

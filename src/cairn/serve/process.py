@@ -58,6 +58,7 @@ def settings(app: ASGIApp, grace_s: float, *, keep_alive_s: int = 5) -> uvicorn.
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         limit_concurrency=_CONNECTIONS,
         timeout_keep_alive=keep_alive_s,
         timeout_graceful_shutdown=max(1, round(grace_s)),

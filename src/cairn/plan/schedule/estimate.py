@@ -49,9 +49,8 @@ ESTIMATE = np.dtype(
         ("move_s", np.float64),  # to bring the prompt's KV here through the shared tier, but what is held
         ("kv_share", np.float64),  # of its KV memory that is taken; 0 where that is not known
         ("missing", np.int64),  # tokens to compute
-        ("known", np.bool_),  # whether prefills as long have been seen: else a guess, or 0
-        ("room", np.bool_),  # whether its KV memory takes one more of this size
-        ("idle", np.bool_),  # whether nobody is there
+        ("slack_s", np.float64),  # by how much the first token would be early; infinite where nothing can be said
+        ("fits", np.bool_),  # whether it may decode there
     ]
 )
 
@@ -87,9 +86,15 @@ def estimate(
     prompt: int,
     answer: int,
     now: float,
+    left_s: float,
+    tbt_slo_s: float,
     out: Estimates,
 ) -> None:
-    """Fills out[i] for slots[i], which holds held[i, tier] tokens of the prompt in each tier."""
+    """Fills out[i] for slots[i], which holds held[i, tier] tokens of the prompt in each tier. left_s: then the
+    first token is late.
+
+    An idle instance always fits: it will not get better, and only what is sent there tells what it can do.
+    """
     for i in range(len(slots)):
         book = books[slots[i]]
         own = prompt <= book.known or book.known >= fleet[3]
@@ -116,24 +121,23 @@ def estimate(
         out[i].missing = max(1, prompt - best_split)
         out[i].move_s = book.latency_s[_N - 1] + book.token_s[_N - 1] * max(0, prompt - split)
         out[i].kv_share = book.kv_used / book.kv_tokens if book.kv_tokens else 0.0
-        out[i].known = prompt <= max(book.known, fleet[3])
-        out[i].room = book.kv_tokens == 0 or book.kv_used + prompt + answer <= book.kv_tokens
-        out[i].idle = book.requests + book.foreign == 0
+        known = prompt <= max(book.known, fleet[3])  # prefills as long have been seen
+        out[i].slack_s = left_s - out[i].ttft_s if known else np.inf
+        room = book.kv_tokens == 0 or book.kv_used + prompt + answer <= book.kv_tokens
+        out[i].fits = (out[i].tpot_s <= tbt_slo_s and room) or book.requests + book.foreign == 0
 
 
 @kernel
-def judge(
-    found: Estimates,
-    left_s: float,
-    tbt_slo_s: float,
-    fits: npt.NDArray[np.bool_],
-    slack: npt.NDArray[np.float64],
-) -> None:
-    """Fills fits[i], whether a request may decode at found[i], and slack[i], by how many seconds its first token would
-    be there before `left_s` are over; infinite where nothing can be said.
-
-    An idle instance always fits: it will not get better, and only what is sent there tells what it can do.
+def soonest(found: Estimates, allowed: npt.NDArray[np.bool_], turn: int, tie_s: float) -> int:
+    """The index of the least TTFT of what is allowed and in time; of those no more than `tie_s` above it the first
+    from `turn` on, cyclically. -1: there is none.
     """
+    low = np.inf
     for i in range(len(found)):
-        fits[i] = (found[i].tpot_s <= tbt_slo_s and found[i].room) or found[i].idle
-        slack[i] = left_s - found[i].ttft_s if found[i].known else np.inf
+        if allowed[i] and found[i].slack_s >= 0:
+            low = min(low, found[i].ttft_s)
+    for step in range(len(found)):
+        i = (turn + step) % len(found)
+        if allowed[i] and found[i].slack_s >= 0 and found[i].ttft_s <= low + tie_s:
+            return i
+    return -1

@@ -4,10 +4,12 @@ Reports are old when they come. So the requests that this scheduler sent itself 
 only adds what it shows beyond them: the requests of other replicas of the service.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -34,8 +36,7 @@ requests for another model see none of them."""
 _TIER_ROWS = {tier: row for row, tier in enumerate(TIERS)}
 
 
-@dataclass(slots=True)
-class _Flight:
+class _Flight(msgspec.Struct, kw_only=True):
     """A request on its way. prefill, decode: slots; plain_s: compute_s as if `slow` were 1; clean: it found an empty
     queue, and loads nothing.
     """
@@ -100,8 +101,8 @@ class Ledger:
             self._forget_absent(view)
         return out
 
-    def estimates(self, request: Ask, slots: Slots, now: float) -> Estimates:
-        """What each of the instances would make of `request` [len(slots)] of ESTIMATE."""
+    def estimates(self, request: Ask, slots: Slots, now: float, left_s: float = math.inf) -> Estimates:
+        """What each of the instances would make of `request` [len(slots)] of ESTIMATE. left_s: until it is late."""
         width = len(TIERS)
         flat = [0] * (len(slots) * width)  # a list is filled faster than an array
         listed = slots.tolist()
@@ -113,7 +114,8 @@ class Ledger:
                         flat[i * width + _TIER_ROWS[tier]] = tokens
         table = np.array(flat, np.int64).reshape(-1, width)
         out = np.empty(len(slots), ESTIMATE)
-        estimate(self._books, slots, table, self._fleet_fit, request.prompt_tokens, request.max_tokens, now, out)
+        prompt, answer, tbt_slo_s = request.prompt_tokens, request.max_tokens, request.tbt_slo_s
+        estimate(self._books, slots, table, self._fleet_fit, prompt, answer, now, left_s, tbt_slo_s, out)
         self._latest = request.id, listed, out
         return out
 

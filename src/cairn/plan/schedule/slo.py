@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cairn.plan.schedule.base import Ask, Choice, InstanceView, Send, Shed, Wait
-from cairn.plan.schedule.estimate import Estimates, judge
+from cairn.plan.schedule.estimate import Estimates, soonest
 from cairn.plan.schedule.picking import Booked, least, nobody
 from cairn.plan.schedule.sides import Sides
 
@@ -53,26 +53,24 @@ class SloAware(Booked):
         here = [one for one in view if one.available]
         if not here:
             return nobody()
-        found = self._ledger.estimates(request, self._ledger.slots(here), now)
-        fits, slack = np.empty(len(here), np.bool_), np.empty(len(here))
-        left = (request.ttft_slo_s - (now - request.arrived)) / self._settings.margin
-        judge(found, left, request.tbt_slo_s, fits, slack)
-        send = self._send(request, here, found, fits, slack, now)
+        left_s = (request.ttft_slo_s - (now - request.arrived)) / self._settings.margin
+        found = self._ledger.estimates(request, self._ledger.slots(here), now, left_s)
+        send = self._send(request, here, found, now)
         if send:
             return send
         idle = self._settings.margin * float((found["load_s"] + found["compute_s"]).min())
         if idle > request.ttft_slo_s:
-            return self._late(request, here, found, fits, now)
-        if slack.max() < 0:
+            return self._late(request, here, found, now)
+        if found["slack_s"].max() < 0:
             return Shed(max(1.0, float(found["queue_s"].min())), "its first token would come too late")
         return self._wait(now)
 
-    def _late(self, request: Ask, here: Sequence[InstanceView], found: Estimates, fits: Mask, now: float) -> Choice:
+    def _late(self, request: Ask, here: Sequence[InstanceView], found: Estimates, now: float) -> Choice:
         s = self._settings
         pressure = float(np.minimum(found["queue_s"] / request.ttft_slo_s, 1.0).mean())
         if pressure <= s.late_pressure:
-            nobody_queues = np.where(found["queue_s"] <= 0, np.inf, -np.inf)
-            send = self._send(request, here, found, fits, nobody_queues, now)
+            found["slack_s"] = np.where(found["queue_s"] <= 0, np.inf, -np.inf)  # in time where nobody queues
+            send = self._send(request, here, found, now)
             if send:
                 return send
         if now - request.arrived >= s.late_s:
@@ -84,18 +82,15 @@ class SloAware(Booked):
         tick = ticks * self._settings.recheck_s
         return Wait((math.floor(now / tick) + 1) * tick)
 
-    def _send(
-        self, request: Ask, here: Sequence[InstanceView], found: Estimates, fits: Mask, slack: Seconds, now: float
-    ) -> Send | None:
-        """The soonest way that is in time. fits: where it may decode; slack: by how much it would be early."""
-        ttft = found["ttft_s"].copy()  # contiguous, as `least` is compiled for
+    def _send(self, request: Ask, here: Sequence[InstanceView], found: Estimates, now: float) -> Send | None:
+        """The soonest way that is in time."""
         sides = self.sides.of(here, found, request, now)
+        ttft, fits = found["ttft_s"], found["fits"].copy()  # contiguous, as kernels are compiled for
+        whole = soonest(found, fits if sides is None else fits & sides.whole, self._turn, _TIE_S)
         if sides is None:
-            best = self._least(ttft, fits & (slack >= 0))
-            return Send(here[best].id, None, float(ttft[best])) if best >= 0 else None
-        whole = self._least(ttft, sides.whole & fits & (slack >= 0))
+            return Send(here[whole].id, None, float(ttft[whole])) if whole >= 0 else None
         then = self._least(found["move_s"] + found["tpot_s"], sides.decode & fits)
-        first = self._least(ttft, sides.prefill & (slack >= found["move_s"][then]))
+        first = self._least(ttft.copy(), sides.prefill & (found["slack_s"] >= found["move_s"][then]))
         apart = ttft[first] + found["move_s"][then] if first >= 0 and then >= 0 else np.inf
         if whole >= 0 and ttft[whole] <= apart:
             return Send(here[whole].id, None, float(ttft[whole]))

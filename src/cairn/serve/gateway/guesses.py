@@ -52,14 +52,13 @@ class Guesses:
         return found | dict.fromkeys(reached, before)
 
     def sent(self, prompt: Pieces, instance: str) -> None:
-        sent, only = self._sent, (instance,)
+        sent, last = self._sent, tuple[str, ...]()
+        told: tuple[str, ...] = (instance,)
         for digest, _ in reversed(prompt):  # the end goes before what it hangs from
-            names = sent.get(digest)
-            if names is None:
-                sent[digest] = only
-                continue
-            if names[0] != instance:
-                sent[digest] = (instance, *(name for name in names if name != instance))[:_SENT_TO]
+            names = sent.get(digest, ())
+            if names != last:  # nearly never: what begins alike was sent alike
+                last, told = names, (instance, *[name for name in names if name != instance])[:_SENT_TO]
+            sent[digest] = told
             sent.move_to_end(digest)
         while len(sent) > self._room:
             sent.popitem(last=False)

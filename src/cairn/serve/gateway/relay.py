@@ -106,9 +106,12 @@ class _Passage:
         scheduler.sent(self._ask, placed.choice, time.monotonic())
         ended = False
         try:
-            with self._relay.members.flight(member, self._prompt) as flight:
+            with (
+                self._relay.members.flight(member, self._prompt) as flight,
+                begin("cairn.engine", instance=member.name) as asking,
+            ):
                 self._relay.prompts.sent(self._prompt, member.name)
-                await self._exchange(placed, flight, last=last)
+                await self._exchange(placed, flight, asking.headers(self._headers), last=last)
             ended, self._served = True, member.name
             member.succeeded()
         except UpstreamError as error:
@@ -123,11 +126,7 @@ class _Passage:
             else:
                 scheduler.failed(self._ask, time.monotonic())
 
-    async def _exchange(self, placed: Placed, flight: Flight, *, last: bool) -> None:
-        with begin("cairn.engine", instance=placed.member.name) as asking:
-            await self._answered(placed, flight, asking.headers(self._headers), last=last)
-
-    async def _answered(self, placed: Placed, flight: Flight, headers: Headers, *, last: bool) -> None:
+    async def _exchange(self, placed: Placed, flight: Flight, headers: Headers, *, last: bool) -> None:
         body = self._continuation.body() if self._continuation else self._asked.body
         if placed.prefill is not None:
             body = await prefilled(self._relay, self._asked, placed.prefill, self._prompt, headers, body)
@@ -239,4 +238,4 @@ class EngineFailedError(UpstreamError):
 
 
 def _is_stream(answer: Answer) -> bool:
-    return any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in answer.headers)
+    return dict(answer.headers).get(b"content-type", b"").startswith(b"text/event-stream")

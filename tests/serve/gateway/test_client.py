@@ -1,0 +1,41 @@
+"""A client whose body is awaited: it is late, or the request ends for another reason."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from cairn.serve.base import RequestError
+from cairn.serve.gateway.client import Client
+
+
+async def _never() -> Any:
+    await asyncio.Event().wait()
+
+
+async def _body(within_s: float) -> bytes:
+    return await Client({"headers": [], "query_string": b""}, _never, lambda _: _never(), 60.0).body(10, within_s)
+
+
+def test_a_body_that_does_not_come_in_time_is_refused_and_the_request_goes_on() -> None:
+    async def run() -> None:
+        with pytest.raises(RequestError, match="has not come") as told:
+            await _body(0.01)
+        assert told.value.status == 408
+        await asyncio.sleep(0)
+        task = asyncio.current_task()
+        assert task is not None
+        assert not task.cancelling()
+
+    asyncio.run(run())
+
+
+def test_a_request_that_is_cancelled_while_its_body_comes_is_not_late() -> None:
+    async def run() -> None:
+        task = asyncio.create_task(_body(60.0))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
