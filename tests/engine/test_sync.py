@@ -254,11 +254,13 @@ def test_bad_arguments_end_in_one_clear_line() -> None:
     with make_engine(8) as engine:
         tokens, pages = prompt(0, 8), Pages()
         slots = pages.slots(8)
+        torn = np.where(np.arange(8) == 5, -1, slots)
         cases = [
             (lambda: engine.store(tokens, None, None, slots), "kvcaches is missing"),
             (lambda: engine.store(tokens, None, pages.tensors), "slot_mapping is missing"),
             (lambda: engine.store(tokens, None, pages.tensors, slots[:5]), r"slot_mapping of shape \(5,\)"),
             (lambda: engine.store(tokens, None, pages.tensors, slots + 256), "slot [0-9]+: the KV cache has slots"),
+            (lambda: engine.store(tokens, None, pages.tensors, torn), "slot -1: a block is stored whole"),
             (lambda: engine.store(tokens, None, pages.tensors, slots, 9), "offset=9"),
             (lambda: engine.retrieve(tokens, np.ones(3, bool), pages.tensors, slots), r"mask of shape \(3,\)"),
             (lambda: engine.retrieve(tokens, tokens % 2 == 0, pages.tensors, slots), "mask: must be False"),
@@ -273,6 +275,30 @@ def test_bad_arguments_end_in_one_clear_line() -> None:
     with pytest.raises(ClosedError):
         engine.lookup(tokens)
     engine.close()
+
+
+def test_tokens_without_a_slot_are_never_stored() -> None:
+    """What the row of such a token held before, of another prompt, would be served as its KV."""
+    tokens, pages = prompt(0, 10), Pages()
+    slots = pages.slots(10)
+    pages.prefill(tokens, slots)
+    padded, torn = np.where(np.arange(10) < 8, slots, -1), np.where(np.arange(10) == 3, -1, slots)
+    with make_engine(8) as engine:
+        kv = engine.register_kv_caches(pages.tensors)
+        layers = engine.store_layers(engine.chain(tokens))
+        assert layers
+        for layer, given in ((2, slots[:8]), (-1, slots[:8]), (0, torn[:8])):
+            with pytest.raises(InputError, match=r"has layers 0\.\.1|slot -1"):
+                layers.put(layer, kv, given)
+        layers.abort()
+        task, _ = engine.put_match(tokens)
+        with pytest.raises(InputError, match="slot -1: a block is stored whole"):
+            engine.launch([task], [torn])
+        assert engine.lookup(tokens) == 0
+        assert engine.store(tokens, None, pages.tensors, padded) == 8  # the unfinished block is not stored
+        assert retrieved(engine, tokens) == 8
+        engine.cancel([task])
+        at_rest(engine)
 
 
 def test_an_arena_of_no_block_is_refused() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cairn.config import Config
-from cairn.engine.arguments import mask_start, slot_array
+from cairn.engine.arguments import check_whole, mask_start, slot_array
 from cairn.engine.core import EngineCore
 from cairn.engine.hold import Hold
 from cairn.engine.leases import Leases
@@ -127,6 +127,8 @@ class CacheEngine(EngineCore):
                 raise InputError(f"task {number}: was launched before, cancelled, or its lease has run out")
             slots = slot_array(mapping, task.chain.tokens, 0)
             kv.check_range(slots)
+            if task.held is None:  # a put
+                check_whole(slots[task.start : task.stop])
             task.slots = slots[task.start :]
             task.layerwise = layerwise_transfer
         for group in [tasks] if as_batch else [[task] for task in tasks]:

@@ -18,7 +18,7 @@ from cairn.codec.quantized import quantizer_for
 from cairn.config import Config
 from cairn.copy import Copier, PagedKV, TokenSlots
 from cairn.copy.cpu_quantized import cpu_copier
-from cairn.engine.arguments import like, mask_start, slot_array
+from cairn.engine.arguments import check_whole, like, mask_start, slot_array
 from cairn.engine.base import BlockStore
 from cairn.engine.figures import show_figures
 from cairn.engine.layers import LayerStore
@@ -423,6 +423,7 @@ class EngineCore:
         new = done = 0
         reason = Reason.TIMEOUT
         try:
+            check_whole(slots[first * block - start : (first + len(rows)) * block - start])
             while done < len(rows) and not (done and time.monotonic() > deadline) and not (cancel and cancel.is_set()):
                 piece = rows[done : done + step]
                 place = (first + done) * block - start

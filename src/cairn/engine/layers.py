@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 
 from cairn.copy import Copier, PagedKV, TokenSlots
+from cairn.engine.arguments import check_whole
 from cairn.engine.writing import Writing
 from cairn.errors import InputError
 from cairn.observe.layers import LayerTimes
@@ -109,10 +110,13 @@ class LayerStore:
 
     def put(self, layer: int, kv: PagedKV, slots: TokenSlots) -> None:
         """Copies one layer; slots: int64 [blocks * block_tokens], where the tokens from first_block on stand in
-        `kv`.
+        `kv`. Raises InputError for a layer that the model has not, and for slots that are none.
         """
         if self._over:
             raise InputError(f"layer {layer}: this store was committed or aborted already")
+        if not 0 <= layer < self._copier.geometry.layers:
+            raise InputError(f"layer {layer}: the model has layers 0..{self._copier.geometry.layers - 1}")
+        check_whole(slots)
         with self._writing.access() as memory:
             if memory is None:
                 self._lost = True
