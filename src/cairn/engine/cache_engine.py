@@ -22,7 +22,7 @@ from cairn.engine.hold import Hold
 from cairn.engine.leases import Leases
 from cairn.engine.stage import Stage
 from cairn.engine.task import Task, TaskResult, TaskStatus
-from cairn.errors import InputError
+from cairn.errors import ClosedError, InputError
 from cairn.kv import Namespace
 from cairn.observe.log import log_once
 from cairn.observe.reasons import Reason
@@ -189,6 +189,9 @@ class CacheEngine(EngineCore):
             for old in [n for n, t in self._tasks.items() if t.future.done()][:surplus] if surplus > 0 else ():
                 del self._tasks[old]
         task.lease = self._leases.start(self.config.engine.lease_s, task.abandon)
+        if not task.lease:  # closed meanwhile
+            task.abandon()
+            raise ClosedError("the engine was closed")
         return number
 
     def _task(self, number: int) -> Task:
@@ -201,7 +204,11 @@ class CacheEngine(EngineCore):
         for task in tasks:
             self._leases.end(task.lease)
             task.launched = True
-        self._workers.submit(self._run_all, tasks)
+        try:
+            self._workers.submit(self._run_all, tasks)
+        except RuntimeError:  # closed meanwhile
+            for task in tasks:
+                task.abandon()
 
     def _run_all(self, tasks: list[Task]) -> None:
         for task in tasks:

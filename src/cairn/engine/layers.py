@@ -8,7 +8,7 @@ from concurrent.futures import Executor
 from cairn.copy import Copier, PagedKV, TokenSlots
 from cairn.engine.arguments import check_whole
 from cairn.engine.writing import Writing
-from cairn.errors import InputError
+from cairn.errors import ClosedError, InputError
 from cairn.observe.layers import LayerTimes
 from cairn.observe.trace import NO_SPAN, Span
 
@@ -44,7 +44,10 @@ class LayerLoad:
         self._stop = False
         self._done = 0
         self._changed = threading.Condition()
-        self._job = executor.submit(self._run)
+        try:
+            self._job = executor.submit(self._run)
+        except RuntimeError:
+            raise ClosedError("the engine was closed") from None
 
     def wait(self, layer: int, timeout: float | None = None) -> bool:
         """Waits until the layer is in the paged cache; False if the timeout came first or the load was closed."""
