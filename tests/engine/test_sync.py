@@ -1,6 +1,7 @@
 """The synchronous face: what is stored comes back, what cannot be proved is a miss, nothing else is written."""
 
 import logging
+import math
 import threading
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cairn.engine import CacheEngine
-from cairn.errors import ClosedError, ConfigError, GeometryError, InputError, LockedError
+from cairn.errors import ClosedError, ConfigError, GeometryError, InputError, LockedError, StorageError
 from cairn.kv import KVGeometry, Namespace
 
 from .pages import BLOCK, GEOMETRY, SLOT, Pages, at_rest, make_engine, namespace, prompt, retrieved, stored
@@ -304,6 +305,28 @@ def test_tokens_without_a_slot_are_never_stored() -> None:
 def test_an_arena_of_no_block_is_refused() -> None:
     with pytest.raises(ConfigError, match="at least one KV block of 4096 bytes"):
         make_engine(1, **{"storage.cpu.size": SLOT - 1})
+
+
+def test_an_arena_larger_than_any_memory_is_refused() -> None:
+    with pytest.raises(StorageError, match=r"lower storage\.cpu\.size"):
+        make_engine(1, **{"storage.cpu.size": 1 << 60})
+
+
+@pytest.mark.parametrize("timeout", [math.inf, 1e300, -1.0])
+def test_no_timeout_is_too_long_or_too_short(tmp_path: Path, timeout: float) -> None:
+    """Locks refuse what they cannot count, and so did whoever had to wait."""
+    tokens = prompt(0, 32)
+    with make_engine(16, tmp_path) as engine:
+        stored(engine, tokens)
+        assert engine.flush(10)
+    with make_engine(16, tmp_path) as engine:
+        assert retrieved(engine, tokens, timeout=timeout) == (32 if timeout > 0 else 0)
+        assert engine.flush(timeout) == (timeout > 0)
+        task = engine.prefetch_async(tokens)
+        assert engine.wait([task], timeout)[task].status in ("SUCCESS", "TIMEOUT" if timeout < 0 else "SUCCESS")
+        with pytest.raises(InputError, match="timeout=nan: must be a number of seconds"):
+            engine.retrieve(tokens, None, Pages().tensors, np.arange(32), timeout=math.nan)
+        at_rest(engine)
 
 
 def test_defaults_are_enough() -> None:

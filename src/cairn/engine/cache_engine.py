@@ -139,7 +139,7 @@ class CacheEngine(EngineCore):
 
         completely: also wait until what was put is durable on disk.
         """
-        deadline = time.monotonic() + timeout
+        deadline = self.deadline(timeout)
         results = {number: self._finish(number, deadline) for number in task_ids}
         if completely:
             self.flush(max(0.0, deadline - time.monotonic()))
@@ -147,9 +147,8 @@ class CacheEngine(EngineCore):
 
     def wait_layer(self, task_id: int, layer: int, timeout: float = 20.0) -> bool:
         """Waits until one layer of a get launched layerwise is in the paged cache; False if it will not be in time."""
-        task = self._task(task_id)
-        deadline = time.monotonic() + timeout
-        if not task.layers_started.wait(timeout) or task.layers is None:
+        task, deadline = self._task(task_id), self.deadline(timeout)
+        if not task.layers_started.wait(max(0.0, deadline - time.monotonic())) or task.layers is None:
             return False
         return task.layers.wait(layer, max(0.0, deadline - time.monotonic()))
 
