@@ -1,6 +1,7 @@
 """Opening a cache directory: who may, what it must hold, and what is said when it cannot be used."""
 
 import ctypes
+import errno
 import logging
 import os
 import resource
@@ -144,6 +145,45 @@ def test_a_refused_allocation_is_an_error_in_one_line(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     open_tier(tmp_path, slots=16).close(10)
+
+
+def test_a_lock_that_cannot_be_signed_is_not_kept(tmp_path: Path) -> None:
+    """Not even the pid has room; once there is some, the same process may try again."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(StorageError, match="give a directory that can be written"):
+            open_tier(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    open_tier(tmp_path).close(10)
+
+
+def test_a_child_that_was_forked_does_not_keep_the_lock(tmp_path: Path) -> None:
+    """As a data loader's worker does, which outlives the engine."""
+    directory = CacheDirectory(tmp_path, plan_superblock(GEOMETRY, Shard(), capacity(4)))
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+        os._exit(0)
+    try:
+        directory.close()
+        assert not in_use(tmp_path)
+        open_tier(tmp_path).close(10)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_table_that_cannot_be_read_leaves_no_file_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, "injected")
+
+    monkeypatch.setattr("cairn.tier.disk.recover", broken)
+    with pytest.raises(StorageError, match="injected; check the disk"):
+        open_tier(tmp_path)
+    held = [link.resolve() for link in Path("/proc/self/fd").iterdir()]
+    assert not [path for path in held if path.is_relative_to(tmp_path)]
 
 
 def test_a_file_system_without_o_direct_serves_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
