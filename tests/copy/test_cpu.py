@@ -180,6 +180,20 @@ def test_tensors_that_do_not_fit_are_refused(layout: str, shape: tuple[int, ...]
         PagedKV.from_tensors([np.zeros(shape, np.uint16)], layout, g)
 
 
+@pytest.mark.parametrize(("dtype", "other"), [("bfloat16", "float16"), ("float16", "bfloat16")])
+def test_floats_of_another_kind_are_refused(dtype: str, other: str) -> None:
+    """Read back by the same process they would seem right; another, which has the dtype that it says, reads noise."""
+    torch = pytest.importorskip("torch")
+    g = KVGeometry(layers=1, kv_heads=2, head_dim=8, dtype=dtype)
+    for kind, fits in ((getattr(torch, other), False), (getattr(torch, dtype), True), (torch.int16, True)):
+        entries = [torch.zeros(2, 4, 16, 2, 8, dtype=kind)]
+        if fits:
+            PagedKV.from_tensors(entries, "nhd", g)
+            continue
+        with pytest.raises(GeometryError, match=f"layer 0: {other} elements: {dtype} expected"):
+            PagedKV.from_tensors(entries, "nhd", g)
+
+
 def test_other_dtypes_layers_and_slots_are_refused() -> None:
     g = KVGeometry(layers=1, kv_heads=2, head_dim=8, block_tokens=4)
     good = np.zeros((2, 4, 4, 2, 8), np.uint16)
