@@ -302,6 +302,26 @@ def test_tokens_without_a_slot_are_never_stored() -> None:
         at_rest(engine)
 
 
+def test_a_layer_that_cannot_be_copied_is_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device fails: the engine's step goes on, and nothing of it can be found."""
+
+    def fails(*_: object) -> None:
+        raise StorageError("injected")
+
+    tokens, pages = prompt(0, 8), Pages()
+    with make_engine(8) as engine:
+        kv = engine.register_kv_caches(pages.tensors)
+        layers = engine.store_layers(engine.chain(tokens))
+        assert layers
+        layers.put(0, kv, np.arange(8))
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._copier, "gather", fails)
+            layers.put(1, kv, np.arange(8))
+        assert layers.commit() == 0
+        assert engine.lookup(tokens) == 0
+        at_rest(engine)
+
+
 def test_an_arena_of_no_block_is_refused() -> None:
     with pytest.raises(ConfigError, match="at least one KV block of 4096 bytes"):
         make_engine(1, **{"storage.cpu.size": SLOT - 1})

@@ -1,5 +1,6 @@
 """Layer by layer: a load that the model overtakes only where it must wait, and a store that follows the model."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -8,9 +9,12 @@ from concurrent.futures import Executor
 from cairn.copy import Copier, PagedKV, TokenSlots
 from cairn.engine.arguments import check_whole
 from cairn.engine.writing import Writing
-from cairn.errors import ClosedError, InputError
+from cairn.errors import ClosedError, InputError, StorageError
 from cairn.observe.layers import LayerTimes
+from cairn.observe.log import log_once
 from cairn.observe.trace import NO_SPAN, Span
+
+logger = logging.getLogger(__name__)
 
 #: Copies these layers of all blocks; False: they cannot be had any more.
 CopyLayers = Callable[[range], bool]
@@ -120,11 +124,15 @@ class LayerStore:
         if not 0 <= layer < self._copier.geometry.layers:
             raise InputError(f"layer {layer}: the model has layers 0..{self._copier.geometry.layers - 1}")
         check_whole(slots)
-        with self._writing.access() as memory:
-            if memory is None:
-                self._lost = True
-            else:
-                self._copier.gather(kv, slots, memory, self._writing.rows, range(layer, layer + 1))
+        try:
+            with self._writing.access() as memory:
+                if memory is None:
+                    self._lost = True
+                else:
+                    self._copier.gather(kv, slots, memory, self._writing.rows, range(layer, layer + 1))
+        except StorageError as error:
+            log_once(logger, "gather", f"a copy failed: {error}")
+            self._lost = True
         self._missing.discard(layer)
 
     def commit(self) -> int:
