@@ -301,6 +301,8 @@ def test_bad_calls_end_in_one_clear_line() -> None:
             engine.launch([task, task], [np.arange(8)])
         with pytest.raises(InputError, match=r"slot 259: the KV cache has slots 0\.\.255"):
             engine.launch([task], [np.arange(252, 260)])
+        with pytest.raises(InputError, match=f"task_ids .{task}, {task}.: each task must stand there once"):
+            engine.launch([task, task], [np.arange(8)] * 2, as_batch=True)
         with pytest.raises(InputError, match="task 77: there is no such task"):
             engine.launch([77], [np.arange(8)])
         engine.launch([task], [np.arange(8)])

@@ -120,6 +120,8 @@ class CacheEngine(EngineCore):
         self._check_open()
         if len(task_ids) != len(slot_mappings):
             raise InputError(f"{len(slot_mappings)} slot_mappings for {len(task_ids)} tasks: each task needs one")
+        if len(set(task_ids)) != len(task_ids):
+            raise InputError(f"task_ids {list(task_ids)}: each task must stand there once")
         kv = self._paged(None)
         tasks = [self._task(number) for number in task_ids]
         for number, task, mapping in zip(task_ids, tasks, slot_mappings, strict=True):
