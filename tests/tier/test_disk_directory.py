@@ -8,7 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,6 +33,24 @@ def mounted(path: Path, kind: str, options: str) -> Iterator[None]:
         yield
     finally:
         LIBC.umount(str(path).encode())
+
+
+@contextmanager
+def forked(first: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """A child that does this first, and lives as long as the context."""
+    ready, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        first()
+        os.write(tell, b"!")
+        signal.pause()
+        os._exit(0)
+    try:
+        assert os.read(ready, 1) == b"!"
+        yield
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def open_tier(path: Path, slots: int = 8) -> DiskTier:
@@ -162,17 +180,12 @@ def test_a_lock_that_cannot_be_signed_is_not_kept(tmp_path: Path) -> None:
 def test_a_child_that_was_forked_does_not_keep_the_lock(tmp_path: Path) -> None:
     """As a data loader's worker does, which outlives the engine."""
     directory = CacheDirectory(tmp_path, plan_superblock(GEOMETRY, Shard(), capacity(4)))
-    child = os.fork()
-    if child == 0:
-        signal.pause()
-        os._exit(0)
-    try:
+    with forked(directory.close):  # of no consequence to its owner
+        assert in_use(tmp_path)
+    with forked():
         directory.close()
         assert not in_use(tmp_path)
         open_tier(tmp_path).close(10)
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
 
 
 def test_a_table_that_cannot_be_read_leaves_no_file_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,7 @@ class CacheDirectory:
         self.path = path
         self.superblock = wanted
         self.table_fd = self._lock_fd = -1
+        self._owner = os.getpid()
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock_fd = _lock(path)
@@ -118,7 +119,7 @@ class CacheDirectory:
 
     def close(self) -> None:
         """Closes the files and gives up the lock, which a child that was forked meanwhile has, too. Idempotent."""
-        if self._lock_fd >= 0:
+        if self._lock_fd >= 0 and os.getpid() == self._owner:  # a child gives up nothing
             fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
         for fd in (self.table_fd, self._lock_fd):
             if fd >= 0:
