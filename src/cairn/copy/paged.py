@@ -90,8 +90,9 @@ class PagedKV:
                     )
                 if view.element_bytes != geometry.element_bytes:
                     raise GeometryError(f"layer {layer}: {view.element_bytes}-byte elements: {geometry.dtype} expected")
-                if view.floats and "float" in geometry.dtype and not view.floats.startswith(geometry.dtype):
-                    # Of one size, two of them would pass for each other until somebody else reads what was stored.
+                if {view.floats, geometry.dtype} == {"float16", "bfloat16"}:
+                    # They would pass for each other until somebody else reads what was stored. (What engines call
+                    # floats of 8 bits differs from machine to machine.)
                     raise GeometryError(f"layer {layer}: {view.floats} elements: {geometry.dtype} expected")
         bases = np.array([[view.address for view in planes] for planes in views], np.int64)
         pages, page_tokens, page_stride, token_stride, head_stride = _strides(first, layout, geometry)
