@@ -199,6 +199,8 @@ def test_a_variable_that_is_no_yaml(tmp_path: Path) -> None:
         ("storage.cpu.size", {"a": 1}, "must be a number of bytes, or a number with KiB, MiB, GiB or TiB (8GiB)"),
         ("storage.cpu.size", 1 << 61, "must be less than or equal to 1152921504606846976"),
         ("storage.disk.path", "", "must be the path of a directory, or null"),
+        ("storage.disk.path", "~no-such-user/kv", "begins with ~ and the name of no user: the own home is ~/"),
+        ("cluster.ca", "~no-such-user/ca", "begins with ~ and the name of no user: the own home is ~/"),
         ("storage.disk.threads", 0, "must be greater than or equal to 1"),
         ("engine.timeout_s", float("inf"), "must be a finite number"),
         ("engine.timeout_s", 0, "must be greater than 0"),

@@ -83,7 +83,7 @@ def test_a_quantized_model_does_not_pass_for_the_plain_one() -> None:
 
 
 def test_one_sequence_of_token_ids_is_what_a_cache_is_for(connector: CairnConnector) -> None:
-    for wrong in (prompt(0, 20).repeat(2, 1), prompt(0, 0), torch.ones(1, 4), -prompt(0, 5) - 1):
+    for wrong in (prompt(0, 20).repeat(2, 1), prompt(0, 0), torch.ones(1, 4), -prompt(0, 5) - 1, [[1, 2], [3]]):
         with pytest.raises(InputError):
             connector.cache(wrong)
     for right in (prompt(0, 20), prompt(0, 20)[0], prompt(0, 20)[0].tolist()):

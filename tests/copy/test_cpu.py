@@ -120,6 +120,19 @@ def test_layers_are_copied_one_by_one() -> None:
     assert not stored[[0, 2]].any()
 
 
+def test_a_closed_copier_copies_by_itself() -> None:
+    """An engine is closed while another thread copies: what has begun ends, and nothing of it is left to others."""
+    g = KVGeometry(layers=1, kv_heads=1, head_dim=4, dtype="float16", block_tokens=2)
+    entries, name = tensors("nhd", g, 2, np.random.default_rng(0))
+    kv, copier = PagedKV.from_tensors(entries, name, g), CpuCopier(g, 2)
+    copier.close()
+    slots, memory = np.arange(8, dtype=np.int64), np.zeros((4, g.block_bytes), np.uint8)
+    copier.gather(kv, slots, memory, np.arange(4, dtype=np.int32))
+    found = memory.view(np.uint16).reshape(4, 2, 2, 4)
+    assert (found == entries[0][:, :4].transpose(1, 0, 2, 3, 4).reshape(4, 2, 2, 4)).all()
+    copier.close()
+
+
 def test_opaque_pages_move_whole() -> None:
     g = KVGeometry(layers=2, kv_heads=2, head_dim=8, block_tokens=16)
     rng = np.random.default_rng(0)
@@ -165,6 +178,20 @@ def test_tensors_that_do_not_fit_are_refused(layout: str, shape: tuple[int, ...]
     g = KVGeometry(layers=1, kv_heads=2, head_dim=8)
     with pytest.raises(GeometryError, match=message):
         PagedKV.from_tensors([np.zeros(shape, np.uint16)], layout, g)
+
+
+@pytest.mark.parametrize(("dtype", "other"), [("bfloat16", "float16"), ("float16", "bfloat16")])
+def test_floats_of_another_kind_are_refused(dtype: str, other: str) -> None:
+    """Read back by the same process they would seem right; another, which has the dtype that it says, reads noise."""
+    torch = pytest.importorskip("torch")
+    g = KVGeometry(layers=1, kv_heads=2, head_dim=8, dtype=dtype)
+    for kind, fits in ((getattr(torch, other), False), (getattr(torch, dtype), True), (torch.int16, True)):
+        entries = [torch.zeros(2, 4, 16, 2, 8, dtype=kind)]
+        if fits:
+            PagedKV.from_tensors(entries, "nhd", g)
+            continue
+        with pytest.raises(GeometryError, match=f"layer 0: {other} elements: {dtype} expected"):
+            PagedKV.from_tensors(entries, "nhd", g)
 
 
 def test_other_dtypes_layers_and_slots_are_refused() -> None:

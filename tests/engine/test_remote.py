@@ -90,6 +90,17 @@ def test_what_waits_for_a_store_is_bounded(tmp_path: Path) -> None:
         assert engine.get_stats()["tiers"]["remote"]["write_queue_blocks"] == 3  # type: ignore[index,call-overload]
 
 
+def test_a_prompt_whose_end_was_evicted_before_its_turn_is_stored_once(tmp_path: Path) -> None:
+    """What is left of it ends within an object, from whose beginning a write would begin again and again."""
+    with shared(tmp_path, 8, **{"storage.remote.linger_s": 100, "storage.cpu.policy": "lru"}) as engine:
+        assert [stored(engine, prompt(1, 6 * BLOCK)), stored(engine, prompt(2, 5 * BLOCK))] == [6 * BLOCK, 5 * BLOCK]
+        assert engine.flush(30)
+        assert engine.metrics.skipped_tokens.value(tier="remote", reason="evicted") == 3 * BLOCK
+        assert engine.metrics.stored_tokens.value(tier="remote") == 3 * BLOCK
+    with shared(tmp_path) as engine:
+        assert retrieved(engine, prompt(1, 6 * BLOCK)) == 3 * BLOCK
+
+
 def test_a_growing_prompt_is_stored_in_whole_objects(tmp_path: Path) -> None:
     """Block after block, as decoding makes them: what ends the prompt is stored once it grows no more."""
     tokens = prompt(3, 130)

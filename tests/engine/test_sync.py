@@ -1,6 +1,7 @@
 """The synchronous face: what is stored comes back, what cannot be proved is a miss, nothing else is written."""
 
 import logging
+import math
 import threading
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cairn.engine import CacheEngine
-from cairn.errors import ClosedError, ConfigError, GeometryError, InputError, LockedError
+from cairn.errors import ClosedError, ConfigError, GeometryError, InputError, LockedError, StorageError
 from cairn.kv import KVGeometry, Namespace
 
 from .pages import BLOCK, GEOMETRY, SLOT, Pages, at_rest, make_engine, namespace, prompt, retrieved, stored
@@ -254,11 +255,13 @@ def test_bad_arguments_end_in_one_clear_line() -> None:
     with make_engine(8) as engine:
         tokens, pages = prompt(0, 8), Pages()
         slots = pages.slots(8)
+        torn = np.where(np.arange(8) == 5, -1, slots)
         cases = [
             (lambda: engine.store(tokens, None, None, slots), "kvcaches is missing"),
             (lambda: engine.store(tokens, None, pages.tensors), "slot_mapping is missing"),
             (lambda: engine.store(tokens, None, pages.tensors, slots[:5]), r"slot_mapping of shape \(5,\)"),
             (lambda: engine.store(tokens, None, pages.tensors, slots + 256), "slot [0-9]+: the KV cache has slots"),
+            (lambda: engine.store(tokens, None, pages.tensors, torn), "slot -1: a block is stored whole"),
             (lambda: engine.store(tokens, None, pages.tensors, slots, 9), "offset=9"),
             (lambda: engine.retrieve(tokens, np.ones(3, bool), pages.tensors, slots), r"mask of shape \(3,\)"),
             (lambda: engine.retrieve(tokens, tokens % 2 == 0, pages.tensors, slots), "mask: must be False"),
@@ -275,9 +278,75 @@ def test_bad_arguments_end_in_one_clear_line() -> None:
     engine.close()
 
 
+def test_tokens_without_a_slot_are_never_stored() -> None:
+    """What the row of such a token held before, of another prompt, would be served as its KV."""
+    tokens, pages = prompt(0, 10), Pages()
+    slots = pages.slots(10)
+    pages.prefill(tokens, slots)
+    padded, torn = np.where(np.arange(10) < 8, slots, -1), np.where(np.arange(10) == 3, -1, slots)
+    with make_engine(8) as engine:
+        kv = engine.register_kv_caches(pages.tensors)
+        layers = engine.store_layers(engine.chain(tokens))
+        assert layers
+        for layer, given in ((2, slots[:8]), (-1, slots[:8]), (0, torn[:8])):
+            with pytest.raises(InputError, match=r"has layers 0\.\.1|slot -1"):
+                layers.put(layer, kv, given)
+        layers.abort()
+        task, _ = engine.put_match(tokens)
+        with pytest.raises(InputError, match="slot -1: a block is stored whole"):
+            engine.launch([task], [torn])
+        assert engine.lookup(tokens) == 0
+        assert engine.store(tokens, None, pages.tensors, padded) == 8  # the unfinished block is not stored
+        assert retrieved(engine, tokens) == 8
+        engine.cancel([task])
+        at_rest(engine)
+
+
+def test_a_layer_that_cannot_be_copied_is_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device fails: the engine's step goes on, and nothing of it can be found."""
+
+    def fails(*_: object) -> None:
+        raise StorageError("injected")
+
+    tokens, pages = prompt(0, 8), Pages()
+    with make_engine(8) as engine:
+        kv = engine.register_kv_caches(pages.tensors)
+        layers = engine.store_layers(engine.chain(tokens))
+        assert layers
+        layers.put(0, kv, np.arange(8))
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._copier, "gather", fails)
+            layers.put(1, kv, np.arange(8))
+        assert layers.commit() == 0
+        assert engine.lookup(tokens) == 0
+        at_rest(engine)
+
+
 def test_an_arena_of_no_block_is_refused() -> None:
     with pytest.raises(ConfigError, match="at least one KV block of 4096 bytes"):
         make_engine(1, **{"storage.cpu.size": SLOT - 1})
+
+
+def test_an_arena_larger_than_any_memory_is_refused() -> None:
+    with pytest.raises(StorageError, match=r"lower storage\.cpu\.size"):
+        make_engine(1, **{"storage.cpu.size": 1 << 60})
+
+
+@pytest.mark.parametrize("timeout", [math.inf, 1e300, -1.0])
+def test_no_timeout_is_too_long_or_too_short(tmp_path: Path, timeout: float) -> None:
+    """Locks refuse what they cannot count, and so did whoever had to wait."""
+    tokens = prompt(0, 32)
+    with make_engine(16, tmp_path) as engine:
+        stored(engine, tokens)
+        assert engine.flush(10)
+    with make_engine(16, tmp_path) as engine:
+        assert retrieved(engine, tokens, timeout=timeout) == (32 if timeout > 0 else 0)
+        assert engine.flush(timeout) == (timeout > 0)
+        task = engine.prefetch_async(tokens)
+        assert engine.wait([task], timeout)[task].status in ("SUCCESS", "TIMEOUT" if timeout < 0 else "SUCCESS")
+        with pytest.raises(InputError, match="timeout=nan: must be a number of seconds"):
+            engine.retrieve(tokens, None, Pages().tensors, np.arange(32), timeout=math.nan)
+        at_rest(engine)
 
 
 def test_defaults_are_enough() -> None:

@@ -3,13 +3,15 @@
 import time
 from concurrent.futures import CancelledError
 from pathlib import Path
+from threading import Event, Thread
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 from cairn.engine import CacheEngine, TaskStatus
-from cairn.errors import InputError
+from cairn.errors import ClosedError, InputError
 
 from .gate import Gate
 from .pages import Pages, at_rest, make_engine, prompt, stored
@@ -106,6 +108,86 @@ def test_a_layer_whose_copy_fails_ends_the_task(monkeypatch: pytest.MonkeyPatch)
         assert engine._tasks[task].future.result(30).status is TaskStatus.FAILED
         assert not engine.wait([task])[task].mask.any()
         at_rest(engine)
+
+
+def held_back(engine: CacheEngine, monkeypatch: pytest.MonkeyPatch) -> tuple[Event, Event, list[range | None]]:
+    """Copies into the paged cache wait: set when the first has come; to be set to let them go; layers of those made."""
+    begun, go, copied, scatter = Event(), Event(), list[range | None](), engine._copier.scatter
+
+    def late(*arguments: Any) -> None:
+        begun.set()
+        go.wait(60)
+        scatter(*arguments)
+        copied.append(arguments[4])
+
+    monkeypatch.setattr(engine._copier, "scatter", late)
+    return begun, go, copied
+
+
+def test_a_cancelled_task_copies_no_further_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = prompt(0, 32)
+    with make_engine(64) as engine:
+        stored(engine, tokens)
+        _, slots = registered(engine, tokens)
+        begun, go, copied = held_back(engine, monkeypatch)
+        task, _ = engine.get_match(tokens)
+        engine.launch([task], [slots], layerwise_transfer=True)
+        assert begun.wait(60)
+        engine.cancel([task])
+        go.set()
+        result = engine.wait([task], timeout=60)[task]
+        assert (result.status, result.mask.any()) == (TaskStatus.CANCELLED, False)
+        assert copied == [range(1)]
+        at_rest(engine)
+
+
+def test_what_comes_while_the_engine_closes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, closing = prompt(0, 32), Event()
+    engine = make_engine(64)
+    stored(engine, tokens)
+    _, slots = registered(engine, tokens)
+    begun, go, _ = held_back(engine, monkeypatch)
+    shutdown = engine._workers.shutdown
+
+    def told(wait: bool) -> None:
+        shutdown(wait=False)
+        closing.set()
+        shutdown(wait=wait)
+
+    monkeypatch.setattr(engine._workers, "shutdown", told)
+    engine.get_async(tokens, slots)
+    assert begun.wait(60)
+    closer = Thread(target=engine.close)
+    closer.start()
+    assert closing.wait(60)
+    for call in (engine.get_match, engine.put_match, engine.prefetch_async):
+        with pytest.raises(ClosedError):
+            call(tokens)
+    go.set()
+    closer.join(60)
+    assert not closer.is_alive()
+    assert _pinned(engine) == 0
+
+
+def test_a_stage_outlives_its_engine() -> None:
+    tokens = prompt(0, 32)
+    engine = make_engine(64)
+    stored(engine, tokens)
+    _, slots = registered(engine, tokens)
+    stage = engine.stage(engine.chain(tokens))
+    kv = engine._kv
+    assert kv
+    engine.close()
+    with pytest.raises(ClosedError):
+        stage.load_layers(kv, slots)
+    stage.release()
+    assert _pinned(engine) == 0
+    assert not engine.get_stats()["hit_tokens"]
+
+
+def _pinned(engine: CacheEngine) -> int:
+    store: Any = engine._store
+    return int(store.dram.index.pinned)
 
 
 def test_nothing_to_find() -> None:
@@ -219,6 +301,8 @@ def test_bad_calls_end_in_one_clear_line() -> None:
             engine.launch([task, task], [np.arange(8)])
         with pytest.raises(InputError, match=r"slot 259: the KV cache has slots 0\.\.255"):
             engine.launch([task], [np.arange(252, 260)])
+        with pytest.raises(InputError, match=f"task_ids .{task}, {task}.: each task must stand there once"):
+            engine.launch([task, task], [np.arange(8)] * 2, as_batch=True)
         with pytest.raises(InputError, match="task 77: there is no such task"):
             engine.launch([77], [np.arange(8)])
         engine.launch([task], [np.arange(8)])

@@ -133,6 +133,7 @@ def test_roots_of_chunks_know_the_namespace_and_the_positions() -> None:
         ([1 << 32], "token id 4294967296: must be in"),
         ([1.5], "must be one row of integers"),
         ([[1, 2]], "must be one row of integers"),
+        ([[1, 2], [3]], "in rows of different lengths: must be one row of integers"),
         (["a"], "must be one row of integers"),
     ],
 )
@@ -140,3 +141,9 @@ def test_what_is_no_token_is_refused_in_one_line(tokens: list[object], message: 
     with pytest.raises(InputError, match=message) as caught:
         as_tokens(tokens)
     assert "\n" not in str(caught.value)
+
+
+def test_content_that_is_no_bytes_is_refused_before_anything_is_hashed() -> None:
+    """Once a chain has such a block it is too late: keys of it and of what follows would be anything."""
+    with pytest.raises(InputError, match=r"extra\[1\] is str: must be bytes"):
+        KeyChain(ROOT, 2, (), {1: "image"})  # type: ignore[dict-item]

@@ -131,6 +131,17 @@ def test_who_has_all_he_may_is_given_no_more_and_loses_nothing(tmp_path: Path, m
             assert retrieved(engine, tokens) == 8
 
 
+def test_a_deadline_longer_than_the_node_takes_costs_no_session(tmp_path: Path) -> None:
+    with thread_node(address_in(tmp_path), **{"storage.cpu.size": ROWS * SLOT}):
+        config = load_config(environ={}, overrides={"engine.planner": False, "node.timeout_s": 2})
+        with CacheEngine(namespace(), config, node=address_in(tmp_path)) as engine:
+            tokens = prompt(3, 8)
+            assert stored(engine, tokens) == 8
+            assert retrieved(engine, tokens, timeout=1e6) == 8
+            assert engine.flush(1e6)
+            assert engine._store._client.losses == 0  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("sound", [True, False])
 def test_a_pool_whose_client_does_not_come_again_is_in_nobodys_way(tmp_path: Path, sound: bool) -> None:
     """It was killed while its pool was being opened. sound: whether that could be opened."""

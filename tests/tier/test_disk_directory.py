@@ -1,13 +1,14 @@
 """Opening a cache directory: who may, what it must hold, and what is said when it cannot be used."""
 
 import ctypes
+import errno
 import logging
 import os
 import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,6 +33,24 @@ def mounted(path: Path, kind: str, options: str) -> Iterator[None]:
         yield
     finally:
         LIBC.umount(str(path).encode())
+
+
+@contextmanager
+def forked(first: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """A child that does this first, and lives as long as the context."""
+    ready, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        first()
+        os.write(tell, b"!")
+        signal.pause()
+        os._exit(0)
+    try:
+        assert os.read(ready, 1) == b"!"
+        yield
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def open_tier(path: Path, slots: int = 8) -> DiskTier:
@@ -144,6 +163,40 @@ def test_a_refused_allocation_is_an_error_in_one_line(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     open_tier(tmp_path, slots=16).close(10)
+
+
+def test_a_lock_that_cannot_be_signed_is_not_kept(tmp_path: Path) -> None:
+    """Not even the pid has room; once there is some, the same process may try again."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(StorageError, match="give a directory that can be written"):
+            open_tier(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    open_tier(tmp_path).close(10)
+
+
+def test_a_child_that_was_forked_does_not_keep_the_lock(tmp_path: Path) -> None:
+    """As a data loader's worker does, which outlives the engine."""
+    directory = CacheDirectory(tmp_path, plan_superblock(GEOMETRY, Shard(), capacity(4)))
+    with forked(directory.close):  # of no consequence to its owner
+        assert in_use(tmp_path)
+    with forked():
+        directory.close()
+        assert not in_use(tmp_path)
+        open_tier(tmp_path).close(10)
+
+
+def test_a_table_that_cannot_be_read_leaves_no_file_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, "injected")
+
+    monkeypatch.setattr("cairn.tier.disk.recover", broken)
+    with pytest.raises(StorageError, match="injected; check the disk"):
+        open_tier(tmp_path)
+    held = [link.resolve() for link in Path("/proc/self/fd").iterdir()]
+    assert not [path for path in held if path.is_relative_to(tmp_path)]
 
 
 def test_a_file_system_without_o_direct_serves_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -29,13 +29,20 @@ def _dump_url(url: str, info: SerializationInfo) -> str:
 def _directory(value: object) -> Path:
     if not isinstance(value, str | Path) or not str(value):
         raise ValueError("must be the path of a directory, or null")
-    return Path(value).expanduser()
+    return _expanded(value)
 
 
 def _file(value: object) -> Path:
     if not isinstance(value, str | Path) or not str(value):
         raise ValueError("must be the path of a file, or null")
-    return Path(value).expanduser()
+    return _expanded(value)
+
+
+def _expanded(value: str | Path) -> Path:
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        raise ValueError("begins with ~ and the name of no user: the own home is ~/") from None
 
 
 def _addresses(value: object) -> object:

@@ -89,7 +89,10 @@ class CairnConnector:
 
         Brings up what is stored of the prompt, within the engine's deadline. Raises InputError for other shapes.
         """
-        tokens = np.asarray(input_ids)
+        try:
+            tokens = np.asarray(input_ids)
+        except ValueError:
+            raise InputError("input_ids in rows of different lengths: a CairnCache serves one sequence") from None
         if tokens.ndim == 2 and tokens.shape[0] != 1:
             raise InputError(f"input_ids of shape {tokens.shape}: a CairnCache serves one sequence; make one for each")
         tokens = as_tokens(tokens[0] if tokens.ndim == 2 else tokens)

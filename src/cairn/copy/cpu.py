@@ -1,7 +1,8 @@
 """The CPU copier: one numba kernel that moves the largest pieces both sides have in one run."""
 
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import pairwise
+from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
@@ -95,12 +96,15 @@ def _move(
 
 
 class CpuCopier(Copier):
-    """Copies with `threads` threads (the caller's own when 1), each taking an equal share of the blocks."""
+    """Copies with `threads` threads (the caller's own when 1, or once closed), each taking an equal share of the
+    blocks.
+    """
 
     def __init__(self, geometry: KVGeometry, threads: int = 1) -> None:
         super().__init__(geometry)
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, "cairn-copy") if threads > 1 else None
+        self._closing = Lock()
 
     def gather(
         self,
@@ -123,8 +127,10 @@ class CpuCopier(Copier):
         self._run(kv, slots, memory, rows, layers, into_rows=False)
 
     def close(self) -> None:
-        if self._pool:
-            self._pool.shutdown()
+        with self._closing:
+            pool, self._pool = self._pool, None
+        if pool:
+            pool.shutdown()
 
     def _run(
         self,
@@ -143,14 +149,18 @@ class CpuCopier(Copier):
             raise InputError(f"{len(slots)} slots for {len(rows)} blocks: each block needs {tokens}")
         kv.check_slots(slots, tokens)
         slots = np.ascontiguousarray(slots, np.int64)
-        if not self._pool or len(rows) < 2 * self._threads:
-            self._share(kv, slots, memory, rows, layers, into_rows)
-            return
         cuts = np.linspace(0, len(rows), self._threads + 1).astype(int)
-        shares = [
-            self._pool.submit(self._share, kv, slots[a * tokens : b * tokens], memory, rows[a:b], layers, into_rows)
-            for a, b in pairwise(cuts)
-        ]
+        shares: list[Future[None]] = []
+        with self._closing:
+            if self._pool and len(rows) >= 2 * self._threads:
+                shares = [
+                    self._pool.submit(
+                        self._share, kv, slots[a * tokens : b * tokens], memory, rows[a:b], layers, into_rows
+                    )
+                    for a, b in pairwise(cuts)
+                ]
+        if not shares:
+            self._share(kv, slots, memory, rows, layers, into_rows)
         wait(shares)  # also when one fails: the caller takes rows and pages for free then
         for share in shares:
             share.result()

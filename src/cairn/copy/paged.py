@@ -17,13 +17,16 @@ LAYOUTS = ("nhd", "nhd_paged", "cross_layer", "hnd", "transformers", "mla", "vll
 
 
 class _View(NamedTuple):
-    """One tensor: where it starts, its shape, its strides in bytes, and its device (-1: CPU)."""
+    """One tensor: where it starts, its shape, its strides in bytes, its device (-1: CPU), and what its elements are
+    called, if they are floats; integers may stand for any.
+    """
 
     address: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     element_bytes: int
     device: int
+    floats: str
 
     def select(self, axis: int, index: int) -> "_View":
         """The view at `index` of a dimension, without that dimension."""
@@ -87,6 +90,10 @@ class PagedKV:
                     )
                 if view.element_bytes != geometry.element_bytes:
                     raise GeometryError(f"layer {layer}: {view.element_bytes}-byte elements: {geometry.dtype} expected")
+                if {view.floats, geometry.dtype} == {"float16", "bfloat16"}:
+                    # They would pass for each other until somebody else reads what was stored. (What engines call
+                    # floats of 8 bits differs from machine to machine.)
+                    raise GeometryError(f"layer {layer}: {view.floats} elements: {geometry.dtype} expected")
         bases = np.array([[view.address for view in planes] for planes in views], np.int64)
         pages, page_tokens, page_stride, token_stride, head_stride = _strides(first, layout, geometry)
         opaque = layout == "vllm"
@@ -120,14 +127,15 @@ class PagedKV:
 
 def _view(tensor: Any) -> _View:
     if isinstance(tensor, np.ndarray):
-        return _View(tensor.ctypes.data, tensor.shape, tensor.strides, tensor.itemsize, -1)
+        floats = tensor.dtype.name if tensor.dtype.kind == "f" else ""
+        return _View(tensor.ctypes.data, tensor.shape, tensor.strides, tensor.itemsize, -1, floats)
     device = getattr(tensor, "device", None)
     if device is not None and device.type in ("cpu", "cuda"):
         size = tensor.element_size()
         strides = tuple(step * size for step in tensor.stride())
-        return _View(
-            tensor.data_ptr(), tuple(tensor.shape), strides, size, -1 if device.type == "cpu" else device.index
-        )
+        floats = str(tensor.dtype).removeprefix("torch.") if tensor.dtype.is_floating_point else ""
+        index = -1 if device.type == "cpu" else device.index
+        return _View(tensor.data_ptr(), tuple(tensor.shape), strides, size, index, floats)
     raise GeometryError(f"KV tensor {type(tensor).__name__} on {device or '?'}: must be on the CPU or a CUDA device")
 
 

@@ -37,6 +37,12 @@ def slot_array(slot_mapping: Any, tokens: int, offset: int) -> TokenSlots:
     return array.astype(np.int64, copy=False)
 
 
+def check_whole(slots: TokenSlots) -> None:
+    """Raises InputError where a token of blocks to store has no slot: what its row held before would pass for it."""
+    if len(slots) and int(slots.min()) < 0:
+        raise InputError(f"slot {int(slots.min())}: a block is stored whole, so each of its tokens needs a slot")
+
+
 def like(tokens: Any, result: npt.NDArray[np.bool_]) -> Any:
     """`result` as a torch.BoolTensor if the caller speaks torch, else as it is."""
     if type(tokens).__module__.startswith("torch"):

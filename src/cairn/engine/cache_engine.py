@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from cairn.config import Config
-from cairn.engine.arguments import mask_start, slot_array
+from cairn.engine.arguments import check_whole, mask_start, slot_array
 from cairn.engine.core import EngineCore
 from cairn.engine.hold import Hold
 from cairn.engine.leases import Leases
 from cairn.engine.stage import Stage
 from cairn.engine.task import Task, TaskResult, TaskStatus
-from cairn.errors import InputError
+from cairn.errors import ClosedError, InputError
 from cairn.kv import Namespace
 from cairn.observe.log import log_once
 from cairn.observe.reasons import Reason
@@ -120,6 +120,8 @@ class CacheEngine(EngineCore):
         self._check_open()
         if len(task_ids) != len(slot_mappings):
             raise InputError(f"{len(slot_mappings)} slot_mappings for {len(task_ids)} tasks: each task needs one")
+        if len(set(task_ids)) != len(task_ids):
+            raise InputError(f"task_ids {list(task_ids)}: each task must stand there once")
         kv = self._paged(None)
         tasks = [self._task(number) for number in task_ids]
         for number, task, mapping in zip(task_ids, tasks, slot_mappings, strict=True):
@@ -127,6 +129,8 @@ class CacheEngine(EngineCore):
                 raise InputError(f"task {number}: was launched before, cancelled, or its lease has run out")
             slots = slot_array(mapping, task.chain.tokens, 0)
             kv.check_range(slots)
+            if task.held is None:  # a put
+                check_whole(slots[task.start : task.stop])
             task.slots = slots[task.start :]
             task.layerwise = layerwise_transfer
         for group in [tasks] if as_batch else [[task] for task in tasks]:
@@ -137,7 +141,7 @@ class CacheEngine(EngineCore):
 
         completely: also wait until what was put is durable on disk.
         """
-        deadline = time.monotonic() + timeout
+        deadline = self.deadline(timeout)
         results = {number: self._finish(number, deadline) for number in task_ids}
         if completely:
             self.flush(max(0.0, deadline - time.monotonic()))
@@ -145,9 +149,8 @@ class CacheEngine(EngineCore):
 
     def wait_layer(self, task_id: int, layer: int, timeout: float = 20.0) -> bool:
         """Waits until one layer of a get launched layerwise is in the paged cache; False if it will not be in time."""
-        task = self._task(task_id)
-        deadline = time.monotonic() + timeout
-        if not task.layers_started.wait(timeout) or task.layers is None:
+        task, deadline = self._task(task_id), self.deadline(timeout)
+        if not task.layers_started.wait(max(0.0, deadline - time.monotonic())) or task.layers is None:
             return False
         return task.layers.wait(layer, max(0.0, deadline - time.monotonic()))
 
@@ -187,6 +190,9 @@ class CacheEngine(EngineCore):
             for old in [n for n, t in self._tasks.items() if t.future.done()][:surplus] if surplus > 0 else ():
                 del self._tasks[old]
         task.lease = self._leases.start(self.config.engine.lease_s, task.abandon)
+        if not task.lease:  # closed meanwhile
+            task.abandon()
+            raise ClosedError("the engine was closed")
         return number
 
     def _task(self, number: int) -> Task:
@@ -199,7 +205,11 @@ class CacheEngine(EngineCore):
         for task in tasks:
             self._leases.end(task.lease)
             task.launched = True
-        self._workers.submit(self._run_all, tasks)
+        try:
+            self._workers.submit(self._run_all, tasks)
+        except RuntimeError:  # closed meanwhile
+            for task in tasks:
+                task.abandon()
 
     def _run_all(self, tasks: list[Task]) -> None:
         for task in tasks:

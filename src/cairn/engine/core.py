@@ -18,7 +18,7 @@ from cairn.codec.quantized import quantizer_for
 from cairn.config import Config
 from cairn.copy import Copier, PagedKV, TokenSlots
 from cairn.copy.cpu_quantized import cpu_copier
-from cairn.engine.arguments import like, mask_start, slot_array
+from cairn.engine.arguments import check_whole, like, mask_start, slot_array
 from cairn.engine.base import BlockStore
 from cairn.engine.figures import show_figures
 from cairn.engine.layers import LayerStore
@@ -52,6 +52,8 @@ KVCaches = PagedKV | Sequence[Any] | None
 _WORKERS = 4
 #: What a lookup may take beyond its own limit, until its thread has had its turn.
 _SEEK_GRACE_S = 0.1
+#: Who gives more time waits for a day: a node takes no longer deadlines, locks and futures none for ever.
+_LONGEST_S = 86_400.0
 
 
 class Stored(NamedTuple):
@@ -290,7 +292,7 @@ class EngineCore:
         `wait` on it for blocks that are on their way.
         """
         self._check_open()
-        keys = chain.keys[:stop_block]
+        keys, deadline = chain.keys[:stop_block], self.deadline(timeout)
         loading = begin("cairn.load", prompt_tokens=chain.tokens, first_token=first_token)
         block, start = self.geometry.block_tokens, min(first_token, len(keys) * self.geometry.block_tokens)
         held, hold = self._store.find(keys) if vram else (self._store.match(keys)._replace(vram=0), None)
@@ -301,7 +303,7 @@ class EngineCore:
             segments.append(Segment(tier, upto - done))
             done = upto
         wanted = self.autopilot.load(segments, chain.tokens, start=start).tokens
-        deadline, pinned = self.deadline(timeout), self.config.autopilot.load == "never"
+        pinned = self.config.autopilot.load == "never"
         if start + wanted <= held.dram * block and not pinned:
             self._probes.look(keys, held, deadline)
         if hold is None or total > start + wanted:
@@ -380,8 +382,8 @@ class EngineCore:
         """Flushes within `timeout` and gives every resource back. Idempotent."""
         if self._closed.is_set():
             return
-        self._closed.set()
         deadline = self.deadline(timeout)
+        self._closed.set()
         if self._figures:
             self._figures.close()
         self._layers.shutdown(wait=True)
@@ -397,8 +399,11 @@ class EngineCore:
         self.close()
 
     def deadline(self, timeout: float | None) -> float:
-        """The moment (time.monotonic) by which a call that begins now must end."""
-        return time.monotonic() + (self.config.engine.timeout_s if timeout is None else timeout)
+        """The moment (time.monotonic) by which a call that begins now must end. Raises InputError for no number."""
+        seconds = self.config.engine.timeout_s if timeout is None else timeout
+        if math.isnan(seconds):
+            raise InputError(f"timeout={timeout}: must be a number of seconds")
+        return time.monotonic() + min(seconds, _LONGEST_S)
 
     # --- parts ---------------------------------------------------------------------------------------------------
 
@@ -423,6 +428,7 @@ class EngineCore:
         new = done = 0
         reason = Reason.TIMEOUT
         try:
+            check_whole(slots[first * block - start : (first + len(rows)) * block - start])
             while done < len(rows) and not (done and time.monotonic() > deadline) and not (cancel and cancel.is_set()):
                 piece = rows[done : done + step]
                 place = (first + done) * block - start

@@ -1,15 +1,20 @@
 """Layer by layer: a load that the model overtakes only where it must wait, and a store that follows the model."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
 
 from cairn.copy import Copier, PagedKV, TokenSlots
+from cairn.engine.arguments import check_whole
 from cairn.engine.writing import Writing
-from cairn.errors import InputError
+from cairn.errors import ClosedError, InputError, StorageError
 from cairn.observe.layers import LayerTimes
+from cairn.observe.log import log_once
 from cairn.observe.trace import NO_SPAN, Span
+
+logger = logging.getLogger(__name__)
 
 #: Copies these layers of all blocks; False: they cannot be had any more.
 CopyLayers = Callable[[range], bool]
@@ -43,7 +48,10 @@ class LayerLoad:
         self._stop = False
         self._done = 0
         self._changed = threading.Condition()
-        self._job = executor.submit(self._run)
+        try:
+            self._job = executor.submit(self._run)
+        except RuntimeError:
+            raise ClosedError("the engine was closed") from None
 
     def wait(self, layer: int, timeout: float | None = None) -> bool:
         """Waits until the layer is in the paged cache; False if the timeout came first or the load was closed."""
@@ -109,15 +117,22 @@ class LayerStore:
 
     def put(self, layer: int, kv: PagedKV, slots: TokenSlots) -> None:
         """Copies one layer; slots: int64 [blocks * block_tokens], where the tokens from first_block on stand in
-        `kv`.
+        `kv`. Raises InputError for a layer that the model has not, and for slots that are none.
         """
         if self._over:
             raise InputError(f"layer {layer}: this store was committed or aborted already")
-        with self._writing.access() as memory:
-            if memory is None:
-                self._lost = True
-            else:
-                self._copier.gather(kv, slots, memory, self._writing.rows, range(layer, layer + 1))
+        if not 0 <= layer < self._copier.geometry.layers:
+            raise InputError(f"layer {layer}: the model has layers 0..{self._copier.geometry.layers - 1}")
+        check_whole(slots)
+        try:
+            with self._writing.access() as memory:
+                if memory is None:
+                    self._lost = True
+                else:
+                    self._copier.gather(kv, slots, memory, self._writing.rows, range(layer, layer + 1))
+        except StorageError as error:
+            log_once(logger, "gather", f"a copy failed: {error}")
+            self._lost = True
         self._missing.discard(layer)
 
     def commit(self) -> int:

@@ -19,8 +19,10 @@ class Leases:
         self._thread: threading.Thread | None = None
 
     def start(self, seconds: float, expired: Callable[[], None]) -> int:
-        """A lease that ends in `seconds`; returns its id."""
+        """A lease that ends in `seconds`; returns its id, 0 after `stop`: then there is none."""
         with self._changed:
+            if self._stopped:
+                return 0
             lease = next(self._ids)
             self._live[lease] = expired
             heapq.heappush(self._order, (time.monotonic() + seconds, lease))

@@ -162,14 +162,13 @@ class Stage:
         return self._loaded
 
     def load_layers(self, kv: PagedKV, slots: TokenSlots) -> LayerLoad:
-        """Starts to copy the tokens that are there now layer by layer; slots as for `copy_to`."""
+        """Starts to copy the tokens that are there now layer by layer; slots as for `copy_to`. Raises ClosedError."""
         first, slots = self._whole_blocks(slots)
         stop = max(first, min(self.blocks, first + len(slots) // self._block))
-        self._loaded = max(self._loaded, stop * self._block)
         runs = list(self._runs(first, stop))
 
         def copy(layers: range) -> bool:
-            return all(
+            return not self._abandoned and all(
                 self._hold.scatter(
                     self._copier,
                     kv,
@@ -186,6 +185,7 @@ class Stage:
 
         layers = self._copier.geometry.layers
         self._layer_load = LayerLoad(self._executor, layers, copy, finished, times=self._times, trace=self._trace)
+        self._loaded = max(self._loaded, stop * self._block)
         return self._layer_load
 
     @property

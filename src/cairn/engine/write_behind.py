@@ -153,6 +153,7 @@ class WriteBehind:
                 self._changed.notify_all()
             if len(ids) < wanted:
                 self._skip(len(chain.keys) - first - len(ids), Reason.EVICTED)
+                chain = chain._replace(keys=chain.keys[: first + len(ids)])  # what has gone waits for no other turn
             if len(ids):
                 self._write(chain, first, ids)
 

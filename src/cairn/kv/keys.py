@@ -44,7 +44,10 @@ def as_tokens(tokens: Any) -> Tokens:
     if isinstance(tokens, list):
         with suppress(TypeError, OverflowError):  # said below
             return np.array(array("I", tokens), np.uint32)  # a list by itself takes numpy four times as long
-    given = np.asarray(tokens)
+    try:
+        given = np.asarray(tokens)
+    except ValueError:
+        raise InputError("token ids in rows of different lengths: must be one row of integers") from None
     if given.size == 0:
         return np.zeros(0, np.uint32)
     if given.ndim != 1 or given.dtype.kind not in "iu":
@@ -78,7 +81,8 @@ class KeyChain:
     `extra` names content beyond the token ids, by block: `{block: bytes}` (multimodal ids, prompt embeddings, ...);
     such a block, and so every block after it, matches only the same content.
 
-    Owned by one request; not thread-safe while it is extended. Raises InputError for tokens that are no token ids.
+    Owned by one request; not thread-safe while it is extended. Raises InputError for tokens that are no token ids, and
+    for extra content that is no bytes.
     """
 
     def __init__(
@@ -86,7 +90,7 @@ class KeyChain:
     ) -> None:
         self.namespace = namespace
         self.block_tokens = block_tokens
-        self._extra = dict(extra or {})
+        self._extra = {block: _extra_digest(block, content) for block, content in (extra or {}).items()}
         self._keys: Keys = np.empty((64, 2), np.uint64)
         self._blocks = 0
         self._tail: Tokens = np.zeros(0, np.uint32)
@@ -132,7 +136,13 @@ class KeyChain:
         for first, last in pairwise(cuts):
             links = leaves[first - start : last - start]
             if first in self._extra:
-                digest = hashlib.blake2s(self._extra[first], digest_size=KEY_BYTES, person=b"cairn/ex").digest()
-                links = np.concatenate([links[0], np.frombuffer(digest, np.uint32)])[None]
+                links = np.concatenate([links[0], np.frombuffer(self._extra[first], np.uint32)])[None]
             seed = self._keys[first - 1] if first else np.frombuffer(self.namespace, np.uint64)
             hash_chain(_BLOCK, seed.view(np.uint32), links, self._keys[first:last].view(np.uint32))
+
+
+def _extra_digest(block: int, content: Any) -> bytes:
+    try:
+        return hashlib.blake2s(content, digest_size=KEY_BYTES, person=b"cairn/ex").digest()
+    except TypeError:
+        raise InputError(f"extra[{block}] is {type(content).__name__}: must be bytes that name the content") from None

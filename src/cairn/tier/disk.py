@@ -86,8 +86,8 @@ class DiskTier(Tier):
         self.geometry = geometry
         self._directory = CacheDirectory(Path(path), wanted)
         try:
-            self._slots = SlotFile(self._directory.path / "data", Framer(Raw(geometry, layout), shard))
             found = recover(self._directory.table_fd, wanted.slots)
+            self._slots = SlotFile(self._directory.path / "data", Framer(Raw(geometry, layout), shard))
         except OSError as error:
             self._directory.close()
             raise StorageError(f"{path}: {error.strerror or error}; check the disk") from None

@@ -84,6 +84,7 @@ class CacheDirectory:
         self.path = path
         self.superblock = wanted
         self.table_fd = self._lock_fd = -1
+        self._owner = os.getpid()
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock_fd = _lock(path)
@@ -117,7 +118,9 @@ class CacheDirectory:
         _sync_directory(self.path)
 
     def close(self) -> None:
-        """Closes the files and gives up the lock. Idempotent."""
+        """Closes the files and gives up the lock, which a child that was forked meanwhile has, too. Idempotent."""
+        if self._lock_fd >= 0 and os.getpid() == self._owner:  # a child gives up nothing
+            fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
         for fd in (self.table_fd, self._lock_fd):
             if fd >= 0:
                 os.close(fd)
@@ -216,17 +219,19 @@ def lock_owner(path: Path) -> str:
 def _lock(path: Path) -> int:
     fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        _take(fd)
-    except BlockingIOError:
-        time.sleep(_LOCK_RETRY_SECONDS)
         try:
             _take(fd)
         except BlockingIOError:
-            os.close(fd)
-            owner = lock_owner(path)
-            raise LockedError(f"{path}: in use by process {owner}; stop that one or give another directory") from None
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+            time.sleep(_LOCK_RETRY_SECONDS)
+            _take(fd)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    except OSError as error:
+        os.close(fd)
+        if not isinstance(error, BlockingIOError):
+            raise
+        owner = lock_owner(path)
+        raise LockedError(f"{path}: in use by process {owner}; stop that one or give another directory") from None
     return fd
 
 

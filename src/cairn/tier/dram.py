@@ -37,8 +37,8 @@ class DramTier:
     ) -> None:
         slots, stride = arena_shape(block_bytes, capacity_bytes)
         self.block_bytes = block_bytes
+        self._arena = arena or Arena(slots, stride)  # first: it says how much is too much
         self.index = PrefixIndex(slots, policy)
-        self._arena = arena or Arena(slots, stride)
 
     @property
     def memory(self) -> npt.NDArray[np.uint8]:

@@ -38,6 +38,13 @@ def test_one_line_says_what_is_wrong(url: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("host", ["203.0.113.1", "no-such-host.invalid"])
+def test_a_host_that_is_not_this_one(host: str) -> None:
+    pytest.importorskip("mooncake.store", exc_type=ImportError)
+    with pytest.raises(ConfigError, match=f"host={host}: .*; must be an address of this host$"):
+        open_store(f"mooncake://127.0.0.1:1?metadata=http://127.0.0.1:2&host={host}")
+
+
 @pytest.mark.parametrize(
     "url", ["s3://bucket", "valkey://127.0.0.1", "mooncake://127.0.0.1:1?metadata=http://127.0.0.1:2"]
 )

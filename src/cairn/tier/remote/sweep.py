@@ -1,4 +1,4 @@
-"""Keeps a shared directory within its limits: the longest unused files go first, and what dead writers left."""
+"""Keeps a shared directory within its limits: the longest unused objects go first, and what dead writers left."""
 
 import contextlib
 import fcntl
@@ -11,6 +11,8 @@ from typing import Final
 #: How the names of files that are being written begin.
 TEMPORARY: Final = ".cairn-tmp-"
 _LOCK: Final = ".cairn-sweep"
+#: Below it is what `Packing.name` names. What else the directory holds is somebody else's.
+_OBJECTS: Final = "cairn"
 
 INTERVAL_S: Final = 60.0
 #: A writer that takes longer than this for one object is dead.
@@ -77,7 +79,7 @@ class Sweeper:
 
     def _sweep(self, now: float) -> None:
         files: list[tuple[float, int, str]] = []
-        for entry in _files(self._root):
+        for entry in _written(self._root):
             # Another process may take a file away at any time.
             with contextlib.suppress(FileNotFoundError):
                 stat = entry.stat()
@@ -115,11 +117,20 @@ class Sweeper:
             self.sweep()
 
 
-def _files(root: Path) -> Iterator["os.DirEntry[str]"]:
-    """All files below `root` but the lock; directories that vanish meanwhile are left out."""
-    with contextlib.suppress(OSError), os.scandir(root) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                yield from _files(Path(entry.path))
-            elif entry.name != _LOCK:
-                yield entry
+def _written(root: Path) -> Iterator["os.DirEntry[str]"]:
+    """The files of stores: objects, and what is being written; directories that vanish meanwhile are left out."""
+    yield from _files(root / _OBJECTS)
+    yield from (entry for entry in _entries(root) if entry.name.startswith(TEMPORARY))
+
+
+def _files(directory: Path) -> Iterator["os.DirEntry[str]"]:
+    for entry in _entries(directory):
+        if entry.is_dir(follow_symlinks=False):
+            yield from _files(Path(entry.path))
+        else:
+            yield entry
+
+
+def _entries(directory: Path) -> Iterator["os.DirEntry[str]"]:
+    with contextlib.suppress(OSError), os.scandir(directory) as entries:
+        yield from entries

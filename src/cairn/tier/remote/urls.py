@@ -166,9 +166,14 @@ def _mooncake(url: StoreUrl) -> ObjectStore:
         probe.connect((url.parts.hostname, url.parts.port))  # sends nothing, but tells which address leads there
         host = host or str(probe.getsockname()[0])
     if host and ":" not in host:
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            host = f"{host}:{probe.getsockname()[1]}"
+        try:
+            with socket.socket() as probe:
+                probe.bind((host, 0))
+                host = f"{host}:{probe.getsockname()[1]}"
+        except OSError as error:
+            raise ConfigError(
+                f"storage.remote.url={url}: host={host}: {error.strerror or error}; must be an address of this host"
+            ) from None
     try:
         segment = parse_size(url.options.get("segment", 0))
     except ValueError as error:
