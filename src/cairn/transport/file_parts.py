@@ -10,15 +10,16 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from cairn.codec.xxh3 import ALIGNMENT, CHECKSUM_BYTES, SHORT, begin, finish, units
+from cairn.codec.xxh3 import ALIGNMENT, CHECKSUM_BYTES, SHORT, absorb, begin, finish, units
 from cairn.copy.memory import fence
-from cairn.jit import kernel, map_file, pread, preadv2, unmap
-from cairn.transport.moving import PIECE, Extents, Octets, deliver, extents_of
+from cairn.jit import kernel, map_file, pread, preadv2, pwritev, unmap
+from cairn.transport.moving import NOTHING, PIECE, Extents, Octets, deliver, extents_of
 
-#: Smaller reads are not worth a mapping.
+#: Files are written by so many bytes at a time, if they have them: the system then keeps them in huge pages, which are
+#: mapped in a tenth of the time. Smaller reads are not worth a mapping.
 WINDOW: Final = 2 << 20
 _VECTOR: Final = 1024
-_EINTR = errno.EINTR
+_EINTR, _ENOSPC = errno.EINTR, errno.ENOSPC
 _READ_ONLY, _MAPPED = mmap.PROT_READ, mmap.MAP_SHARED | mmap.MAP_POPULATE
 _PAGE, _NOWAIT = mmap.PAGESIZE, os.RWF_NOWAIT
 
@@ -55,21 +56,9 @@ def read_parts(fd: int, offset: int, parts: Sequence[memoryview], sums: Octets |
     return _checked(read_files([Read(fd, offset, parts, sums)])[0])
 
 
-def write_parts(fd: int, offset: int, parts: Sequence[memoryview]) -> None:
-    """Puts parts, one after the other, into a file from `offset` on. Raises OSError.
-
-    In one call: the system then keeps them in huge pages, which are read and mapped faster.
-    """
-    rest = [part for part in parts if len(part)]
-    while rest:
-        done = os.pwritev(fd, rest[:_VECTOR], offset)
-        if not done:
-            raise OSError(errno.ENOSPC, "cut short")
-        offset += done
-        while rest and done >= len(rest[0]):
-            done -= len(rest.pop(0))
-        if done:
-            rest[0] = rest[0][done:]
+def write_parts(fd: int, offset: int, parts: Sequence[memoryview], sums: Octets | None = None) -> None:
+    """Puts parts, one after the other, into a file from `offset` on; `sums` as in `Read`. Raises OSError."""
+    _checked(_write(fd, offset, extents_of(parts), NOTHING if sums is None else sums))
 
 
 @cache
@@ -78,6 +67,7 @@ def rehearse() -> None:
     fd = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     try:
         read_parts(fd, 0, [])
+        write_parts(fd, 0, [])
     finally:
         os.close(fd)
 
@@ -193,3 +183,60 @@ def _pread(fd: int, address: int, size: int, offset: int) -> int:
         elif done != -_EINTR:
             return done
     return moved
+
+
+@kernel
+def _write(fd: int, offset: int, extents: Extents, sums: Octets) -> int:
+    """Writes parts, a window at a time, and sums them; 0, or a negative errno.
+
+    One half of a window is summed before it is written and the other one after: the second-level cache holds no whole
+    window, but still has the half that was read last.
+    """
+    state, rest, total = np.empty(8, np.uint64), extents.copy(), extents[:, 1].sum()
+    start: int = 0
+    first: int = 0
+    written: int = 0
+    for i in range(len(extents)):
+        address, size = extents[i, 0], extents[i, 1]
+        summed = i < len(sums) and size > SHORT
+        begin(state)
+        for at in range(0, size, PIECE):
+            window = min(WINDOW, total - written)
+            if start + at >= written + window // 2:
+                first = _write_window(fd, offset + written, rest, first, window)
+                if first < 0:
+                    return first
+                written += window
+            if summed:
+                absorb(state, address + at, min(at + PIECE, units(size)) - at)
+        if summed:
+            finish(state, address, size, sums[i])
+        start += size
+    return min(0, _write_window(fd, offset + written, rest, first, total - written))
+
+
+@kernel
+def _write_window(fd: int, offset: int, rest: Extents, first: int, want: int) -> int:
+    """Writes the next `want` bytes of parts, from one on, and takes them off `rest`; the part that is next, or a
+    negative errno."""
+    while want > 0:
+        last, size = first, rest[first, 1]
+        while size < want and last - first + 1 < _VECTOR:
+            last += 1
+            size += rest[last, 1]
+        beyond = max(0, size - want)
+        rest[last, 1] -= beyond
+        done = pwritev(fd, rest[first:].ctypes.data, last - first + 1, offset)
+        rest[last, 1] += beyond
+        if done <= 0 and done != -_EINTR:
+            return done or -_ENOSPC
+        done = max(0, done)
+        want -= done
+        offset += done
+        while first < len(rest) and done >= rest[first, 1]:
+            done -= rest[first, 1]
+            first += 1
+        if done:
+            rest[first, 0] += done
+            rest[first, 1] -= done
+    return first

@@ -6,7 +6,6 @@ fast as a copy alone, and what is summed is what stands in the caller's memory, 
 """
 
 import ctypes
-import threading
 from collections.abc import Sequence
 from functools import cache
 from typing import Final
@@ -14,19 +13,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from cairn.codec.xxh3 import (
-    ALIGNMENT,
-    CHECKSUM_BYTES,
-    SHORT,
-    UNIT,
-    Words,
-    absorb,
-    begin,
-    carry,
-    finish,
-    units,
-    xxh3_128,
-)
+from cairn.codec.xxh3 import ALIGNMENT, CHECKSUM_BYTES, SHORT, UNIT, Words, absorb, begin, carry, finish, units
 from cairn.copy.memory import fence, move_bytes
 from cairn.jit import kernel, prefetch_far
 
@@ -58,34 +45,11 @@ def gather(parts: Sequence[memoryview], data: memoryview, sums: Octets | None = 
     _copy(False, _address(data), len(data), extents_of(parts), NOTHING if sums is None else sums)
 
 
-class Checksums:
-    """The xxh3-128 of parts, made once, by whichever thread asks first. Thread-safe."""
-
-    def __init__(self, parts: Sequence[memoryview]) -> None:
-        self._parts = parts
-        self._sums = sums_of(parts)
-        self._lock = threading.Lock()
-
-    def make(self) -> Octets:
-        """uint8 [parts, 16], zeros for those that are `SHORT`; waits for a thread that is at it."""
-        with self._lock:
-            if self._parts:
-                _sum(extents_of(self._parts), self._sums)
-                self._parts = ()
-            return self._sums
-
-    def drop(self) -> None:
-        """Gives the parts up: once this returns no thread reads them any more."""
-        with self._lock:
-            self._parts = ()
-
-
 @cache
 def rehearse() -> None:
     """Compiles what the first call would otherwise wait for, up to seconds; milliseconds once that was done."""
     parts = [memoryview(bytearray(SHORT + 1))]
     scatter(memoryview(bytes(SHORT + 1)), parts, sums_of(parts))
-    Checksums(parts).make()
 
 
 def extents_of(parts: Sequence[memoryview]) -> Extents:
@@ -98,13 +62,6 @@ def _address(part: memoryview) -> int:
         address: int = np.frombuffer(part, np.uint8).__array_interface__["data"][0] if len(part) else 0
         return address
     return ctypes.addressof(ctypes.c_char.from_buffer(part))  # a third of the time
-
-
-@kernel
-def _sum(extents: Extents, sums: Octets) -> None:
-    for i in range(len(extents)):
-        if extents[i, 1] > SHORT:
-            xxh3_128(extents[i, 0], extents[i, 1], sums[i])
 
 
 @kernel

@@ -63,11 +63,17 @@ class ObjectStore(ABC):
     touches the caller's memory any more. A store that is down when it is opened is no error: it is asked again.
 
     object_bytes: the size of object that it likes best, by measurement. probe_names: how many names it answers for in
-    one round trip.
+    one round trip. calls: a thread's part of a batch of small objects is loaded in so many calls; more than one lets
+    threads that are done help those whose answers come late.
     """
 
     object_bytes: ClassVar[int]
     probe_names: ClassVar[int]
+    calls: ClassVar[int] = 2
+
+    def together(self, size: int) -> int:
+        """How many objects of `size` bytes are best moved by one call: those that make one of the size it likes."""
+        return max(1, self.object_bytes // size)
 
     @abstractmethod
     def exists(self, names: Sequence[bytes], *, deadline: float) -> list[bool] | Reason:

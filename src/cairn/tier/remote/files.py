@@ -12,7 +12,6 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -20,15 +19,14 @@ from cairn.errors import StorageError
 from cairn.observe.reasons import Reason
 from cairn.tier.remote.base import Get, ObjectStore, Put
 from cairn.tier.remote.sweep import TEMPORARY, Sweeper
-from cairn.tier.workers import Workers
 from cairn.transport.file_parts import Read, read_files, rehearse, write_parts
-from cairn.transport.moving import Checksums
+from cairn.transport.moving import sums_of
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+#: What Python computes for the objects of a call other threads wait for.
+_TOGETHER: Final = 8
 #: An object's time of use is renewed when it is older than this share of its life, to spare the server.
 _RENEW_SHARE: Final = 8
-#: What is queued when a store is closed has been given up, and takes no time.
-_STOP_S: Final = 1.0
 
 
 class FileStore(ObjectStore):
@@ -43,6 +41,7 @@ class FileStore(ObjectStore):
 
     object_bytes = 8 << 20
     probe_names = 4096
+    calls = 1  # each begins with the interpreter in no cache: 0.1 ms
 
     def __init__(
         self, root: Path, *, fsync: bool = False, capacity_bytes: int | None = None, ttl_s: float | None = None
@@ -59,8 +58,10 @@ class FileStore(ObjectStore):
         except OSError as error:
             raise StorageError(f"{root}: {error.strerror or error}; must be a directory to write to") from None
         rehearse()
-        self._summer = Workers(1, "cairn-files-sum")
         self._sweeper = Sweeper(root, capacity_bytes, ttl_s)
+
+    def together(self, size: int) -> int:
+        return max(1, min(_TOGETHER, 2 * self.object_bytes // size))
 
     def exists(self, names: Sequence[bytes], *, deadline: float) -> list[bool] | Reason:
         found = []
@@ -78,15 +79,7 @@ class FileStore(ObjectStore):
         return found
 
     def put(self, puts: Sequence[Put], *, deadline: float) -> list[Reason | None]:
-        # A thread sums ahead of this one, which writes: the tails come last. What it has not come to is summed here.
-        sums = [Checksums(put.blocks if put.tail else ()) for put in puts]
-        self._summer.submit(partial(_sum, sums), urgent=False)
-        try:
-            both = zip(puts, sums, strict=True)
-            return [Reason.TIMEOUT if time.monotonic() > deadline else self._put(*pair) for pair in both]
-        finally:
-            for each in sums:
-                each.drop()
+        return [Reason.TIMEOUT if time.monotonic() > deadline else self._put(put) for put in puts]
 
     def get_into(self, gets: Sequence[Get], *, deadline: float) -> list[int | Reason]:
         files = [Reason.TIMEOUT if time.monotonic() > deadline else self._open(get.name) for get in gets]
@@ -121,19 +114,18 @@ class FileStore(ObjectStore):
         return self._sweeper.stats()
 
     def close(self) -> None:
-        self._summer.stop(_STOP_S)
         self._sweeper.close()
 
     def sweep(self) -> bool:
         """Brings the path within its limits now; False if another process is at it."""
         return self._sweeper.sweep()
 
-    def _put(self, put: Put, sums: Checksums) -> Reason | None:
+    def _put(self, put: Put) -> Reason | None:
         path, temporary = self._path(put.name), self._temporary()
         try:
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
-                _write(fd, put, sums)
+                _write(fd, put)
                 if self._fsync:
                     os.fdatasync(fd)
             finally:
@@ -194,13 +186,9 @@ _HOST: Final = socket.gethostname()
 _NUMBERS: Final = itertools.count(time.time_ns())
 
 
-def _sum(sums: Sequence[Checksums]) -> None:
-    for each in sums:
-        each.make()
-
-
-def _write(fd: int, put: Put, sums: Checksums) -> None:
-    """Writes an object's bytes; sums: of its blocks, for the tail. Raises OSError."""
-    write_parts(fd, 0, put.blocks)
-    if put.tail:
-        write_parts(fd, put.size - put.tail_bytes, [put.tail(sums.make())])
+def _write(fd: int, put: Put) -> None:
+    """Writes an object's bytes: the tail holds checksums of the blocks. Raises OSError."""
+    sums = sums_of(put.blocks) if put.tail else None
+    write_parts(fd, 0, put.blocks, sums)
+    if put.tail and sums is not None:
+        write_parts(fd, put.size - put.tail_bytes, [put.tail(sums)])

@@ -38,12 +38,11 @@ class Machine:
 
     @property
     def together(self) -> int:
-        """So many objects are moved by one call: those that make one of the size that the store likes. What is computed
-        for each costs a multiple where the bytes of the one before have taken the cache, and some stores are asked once
-        for all."""
+        """So many objects are moved by one call. What is computed for each costs a multiple where the bytes of the one
+        before have taken the cache, and some stores are asked once for all."""
         if self.streams:
             return 1
-        return max(1, self.store.object_bytes // (self.packing.blocks * self.packing.block_bytes))
+        return self.store.together(self.packing.blocks * self.packing.block_bytes)
 
     def deadline(self, limit: float) -> float:
         """The moment by which an operation that begins now must end, `limit` at the latest."""

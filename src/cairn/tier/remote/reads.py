@@ -112,7 +112,7 @@ class Fetches:
     def __init__(self, machine: Machine, submit: Callable[[Callable[[], None]], None], threads: int) -> None:
         self._machine = machine
         self._submit = submit
-        self._tasks = 2 * threads  # so that a worker that is done early finds another one
+        self._tasks = machine.store.calls * threads
         self._waiting: dict[tuple[bytes, Span], list[Piece]] = {}
         self._lock = threading.Lock()
         self.shared = 0
