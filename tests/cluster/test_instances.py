@@ -238,6 +238,8 @@ def test_values_that_cannot_be_read_are_counted_and_left_out(within: Within) -> 
         good = encode(instance("good"))
         bad = {
             "text": b"\xff{",
+            "utf8": b'{"name":"\xff","incarnation":"1","http":"h"}',
+            "deep": b'{"name":"deep","incarnation":"1","http":"h","later":' + 50_000 * b"[" + 50_000 * b"]" + b"}",
             "type": b'{"name":"type","incarnation":"1","http":5}',
             "short": b'{"name":"short"}',
             "newer": good.replace(b'"name":"good"', b'"name":"newer"').replace(b'"v":1', b'"v":2'),
@@ -258,7 +260,7 @@ def test_values_that_cannot_be_read_are_counted_and_left_out(within: Within) -> 
             assert {
                 reason: unread.value(kind="Instance", reason=reason) for reason in ("malformed", "newer", "misplaced")
             } == {
-                "malformed": 4,
+                "malformed": 6,
                 "newer": 2,
                 "misplaced": 1,
             }
@@ -316,11 +318,13 @@ def test_a_shared_setting_is_followed_and_a_bad_one_is_not(within: Within) -> No
             await put_setting(registry, keys, "ttft", 1.5)
             await put_setting(registry, keys, "ttft2", 9)
             await registry.put(keys.setting("ttft"), b'"soon"')
+            await registry.put(keys.setting("ttft"), b'"\xff"')
             await put_setting(registry, keys, "ttft", 3)
             await until(lambda: seen == [1.5, 3.0], "the values")
             await registry.delete(keys.setting("ttft"))
             await until(lambda: ttft.value == 2.0, "the default")
-        assert registry.metrics.cluster_unread.value(kind="setting") == 1
+        assert registry.metrics.cluster_unread.value(kind="setting") == 2
+        assert registry.metrics.cluster_internal.value() == 0
 
     within(body)
 
