@@ -136,6 +136,35 @@ def test_a_stream_is_gone_on_with_however_long_ago_its_request_came(monkeypatch:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("streams", [True, False])
+def test_what_tells_no_first_token_is_soon_no_queue(streams: bool) -> None:
+    """A stream that another engine goes on with, and an answer that comes at once."""
+    begun = [word(" one"), word(" two"), word(" three")]
+    rest = [word(" four five"), word(" six", end="stop"), DONE]
+    scheduler, decoding = SloAware(), []
+
+    async def main() -> None:
+        def look() -> None:
+            ledger, view = scheduler._ledger, passage.members.members["b"].view
+            slots = ledger.slots([view])
+            ledger.estimates(Ask(id="later", prompt_tokens=100, arrived=0.0), slots, time.monotonic() + 60)
+            decoding.append(ledger._books["decoding"][slots].tolist())
+
+        def only_b() -> None:
+            passage.members.members["a"].drains, passage.members.members["b"].drains = True, False
+
+        async with engine(begun, only_b) as dying, engine([word(" three"), *rest], look) as other:
+            passage = Passage(scheduler, a=dying, b=other)
+            passage.learn()
+            passage.members.members["b"].drains = True
+            if not streams:
+                only_b()
+            await passage.carry(stream=streams)
+
+    asyncio.run(main())
+    assert decoding == [[1]]
+
+
 @pytest.mark.parametrize("limit", [2**63 - 1, 10**19, 10**30])
 def test_no_limit_of_a_client_is_too_large_for_the_scheduler(limit: int) -> None:
     async def main() -> None:

@@ -30,7 +30,8 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     id: names the request in all calls, unique among those in flight. held: by instance, tokens of the prompt by the
     tier that the instance would take them from, in prompt order (`fleet.score` gives them); instances that hold nothing
     may be left out. max_tokens: of the answer, as far as known; it counts as KV memory. priority: higher ones leave the
-    waiting room first. arrived: when the client sent it; its TTFT counts from there.
+    waiting room first. arrived: when the client sent it; its TTFT counts from there. streams: whether its first token
+    will be told; that of others is taken to come when it is expected.
     """
 
     id: str
@@ -41,6 +42,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     tbt_slo_s: float = TBT_SLO_S
     max_tokens: int = 0
     priority: int = 0
+    streams: bool = True
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -110,7 +112,7 @@ class Scheduler(Protocol):
         ...
 
     def first_token(self, request: Ask, now: float) -> None:
-        """Its first token came back."""
+        """Its first token came back, if it streams."""
         ...
 
     def finished(self, request: Ask, now: float, tokens: int) -> None:
