@@ -96,12 +96,25 @@ def test_a_follower_takes_over_what_it_is_told_and_goes_on_from_there() -> None:
     mix = MixRoles(MixSettings(smooth_s=0.01, dwell_s=0))
     mix.meet(["a", "b"], 0.0)
     other = {name: Role.DECODE if role is Role.PREFILL else Role.PREFILL for name, role in mix.roles.items()}
-    mix.follow(other | {"c": Role.PREFILL, "d": Role.PREFILL})
+    mix.follow(other | {"c": Role.PREFILL, "d": Role.PREFILL}, 0.5)
     assert mix.roles == other
     mix.meet(["a", "b", "c", "d"], 1.0)
     assert mix.roles == other | {"c": Role.PREFILL, "d": Role.PREFILL}
     mix.observe(Side(0.1, 3), Side(0.9, 1), ["d"], 2.0)
     assert mix.roles["d"] is Role.PREFILL, "a follower has decided"
-    mix.follow(None)
+    mix.follow(None, 2.5)
     mix.observe(Side(0.1, 3), Side(0.9, 1), ["d"], 3.0)
     assert mix.roles["d"] is Role.DECODE
+
+
+def test_who_decides_from_now_on_begins_with_what_it_was_told_of_those_it_has_not_met() -> None:
+    mix, told = MixRoles(), dict.fromkeys("abc", Role.PREFILL) | {"d": Role.DECODE}
+    mix.follow(told, 0.0)
+    assert not mix.roles
+    mix.follow(None, 0.0)
+    assert mix.roles == told
+    mix.meet(["c", "d"], 1.0)
+    mix.follow(None, 2.0)
+    assert mix.roles == told
+    mix.meet(["c", "d"], 601.0)
+    assert {*mix.roles} == {"c", "d"}, "those that never came are forgotten"

@@ -68,13 +68,17 @@ class MixRoles:
         self._at = -math.inf
         self._changed = -math.inf
 
-    def follow(self, told: Mapping[str, Role] | None) -> None:
+    def follow(self, told: Mapping[str, Role] | None, now: float) -> None:
         """Takes sides from whoever decides, also of instances that come later; None: decides from now on, beginning
-        with what holds.
+        with what holds, of instances that it has not met, too.
         """
-        self._told = told
         if told is not None:
             self._roles.update({name: role for name, role in told.items() if name in self._roles})
+        elif self._told is not None:
+            for name, role in self._told.items():
+                self._roles.setdefault(name, role)
+                self._seen.setdefault(name, now)
+        self._told = told
 
     def meet(self, names: Sequence[str], now: float) -> None:
         """These MIX instances are there."""
