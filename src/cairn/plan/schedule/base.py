@@ -49,14 +49,16 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
 class InstanceView:
     """What the caller knows of an instance. The caller keeps one a life of an instance, and updates it between calls.
 
-    available: registered, alive, not draining; nothing is sent to others. running, waiting, queued_prefill_tokens,
-    ttft_s, tpot_s: as the instance reported them at `reported_at`, so all callers' requests count; tokens queued may be
-    0 where it does not tell. kv_tokens: that its own KV cache can hold; 0: not known. token_bytes: of KV a token.
-    cost: fitted from what the scheduler sees of prefills; loads come from whoever sees those.
+    model: that it serves; "": not told. available: registered, alive, not draining; nothing is sent to others. running,
+    waiting, queued_prefill_tokens, ttft_s, tpot_s: as the instance reported them at `reported_at`, so all callers'
+    requests count; tokens queued may be 0 where it does not tell. kv_tokens: that its own KV cache can hold; 0: not
+    known. token_bytes: of KV a token. cost: fitted from what the scheduler sees of prefills; loads come from whoever
+    sees those.
     """
 
     id: str
     role: Role = Role.DEFAULT
+    model: str = ""
     available: bool = True
     running: int = 0
     waiting: int = 0
