@@ -67,6 +67,18 @@ def test_each_model_has_pressures_of_its_own() -> None:
     assert _prefilling(scheduler, idle, 30.0) == prefilling
 
 
+def test_who_was_there_all_the_time_keeps_its_side_when_it_is_away_for_a_moment() -> None:
+    scheduler, view = SloAware(), [instance(name, Role.MIX) for name in "abcdef"]
+    for hour in range(2):
+        scheduler.sides.mix.follow(dict.fromkeys("abcde", Role.PREFILL) | {"f": Role.DECODE}, hour * 3600.0)
+        scheduler.sides.mix.follow(None, hour * 3600.0)
+        for minute in range(60):
+            now = hour * 3600.0 + minute * 60
+            assert _prefilling(scheduler, view, now) == [*"abcde"]
+        assert _prefilling(scheduler, view[3:], now + 1) == [*"de"]
+        assert _prefilling(scheduler, view, now + 2) == [*"abcde"]
+
+
 def _prefilling(scheduler: SloAware, view: list[InstanceView], now: float) -> list[str]:
     scheduler.choose(ask("probe", 1000, at=now, slo=1e4), view, now)
     return [one.id for one in view if scheduler.sides.mix.roles[one.id] is Role.PREFILL]

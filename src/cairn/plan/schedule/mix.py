@@ -103,9 +103,10 @@ class MixRoles:
             del self._roles[name], self._seen[name]
 
     def observe(self, model: str, prefill: Side, decode: Side, idlest: Sequence[str], now: float) -> None:
-        """Takes pressures of a model's instances in, and lets one of them change sides if that is due: the first of
-        `idlest` that can.
+        """Takes pressures of a model's instances, `idlest`, in, and lets one change sides if that is due: the first
+        that can.
         """
+        self._seen.update({name: now for name in idlest if name in self._roles})
         fleet = self._fleets.setdefault(model, _Fleet())
         keep = math.exp(-(now - fleet.at) / self._settings.smooth_s)
         fleet.at = now
