@@ -224,10 +224,39 @@ def test_a_drained_instance_is_drained_for_all_until_it_leaves(within: Within) -
                     await until(lambda: directory.members["a"].drain is None, "no draining")  # noqa: B023 - here
                 await drain(registry, keys, "a")
             await until(lambda: not one.members, "the leaving")
-            assert await registry.get(keys.instance("a", "drain")) is None
             async with Registration(registry, keys.instance("a"), instance(incarnation="2"), 30):
                 await until(lambda: "a" in one.members, "the next one")
                 assert one.members["a"].drain is None
+
+    within(body)
+
+
+def test_a_drained_instance_whose_lease_was_lost_comes_back_drained(within: Within) -> None:
+    """As after an outage of the registry that was longer than leases."""
+
+    async def body(registry: Registry, prefix: str) -> None:
+        keys, events = Keys(prefix.strip("/")), list[Event]()
+        async with (
+            Registration(registry, keys.instance("a"), FULL, 1.0) as registration,
+            Directory(registry, keys) as one,
+        ):
+            one.listen(events.append)
+            assert await registration.report(keys.instance("a", "load"), load())
+            await drain(registry, keys, "a")
+            await until(
+                lambda: "a" in one.members and None not in (one.members["a"].load, one.members["a"].drain), "all"
+            )
+            entry = await registry.get(keys.instance("a"))
+            assert entry
+            await registry.revoke(entry.lease)
+            await until(lambda: [*map(type, events)][-2:] == [Left, Joined], "that it left and came back")
+            async with Directory(registry, keys) as other:
+                assert await other.wait(10)
+                for directory in (one, other):
+                    member = directory.members["a"]
+                    assert (member.load, member.drain is not None) == (None, True)
+            assert await registration.report(keys.instance("a", "load"), load(running=2))
+            await until(lambda: one.members["a"].load == load(running=2), "the next report")
 
     within(body)
 
