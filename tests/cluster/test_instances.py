@@ -224,10 +224,39 @@ def test_a_drained_instance_is_drained_for_all_until_it_leaves(within: Within) -
                     await until(lambda: directory.members["a"].drain is None, "no draining")  # noqa: B023 - here
                 await drain(registry, keys, "a")
             await until(lambda: not one.members, "the leaving")
-            assert await registry.get(keys.instance("a", "drain")) is None
             async with Registration(registry, keys.instance("a"), instance(incarnation="2"), 30):
                 await until(lambda: "a" in one.members, "the next one")
                 assert one.members["a"].drain is None
+
+    within(body)
+
+
+def test_a_drained_instance_whose_lease_was_lost_comes_back_drained(within: Within) -> None:
+    """As after an outage of the registry that was longer than leases."""
+
+    async def body(registry: Registry, prefix: str) -> None:
+        keys, events = Keys(prefix.strip("/")), list[Event]()
+        async with (
+            Registration(registry, keys.instance("a"), FULL, 1.0) as registration,
+            Directory(registry, keys) as one,
+        ):
+            one.listen(events.append)
+            assert await registration.report(keys.instance("a", "load"), load())
+            await drain(registry, keys, "a")
+            await until(
+                lambda: "a" in one.members and None not in (one.members["a"].load, one.members["a"].drain), "all"
+            )
+            entry = await registry.get(keys.instance("a"))
+            assert entry
+            await registry.revoke(entry.lease)
+            await until(lambda: [*map(type, events)][-2:] == [Left, Joined], "that it left and came back")
+            async with Directory(registry, keys) as other:
+                assert await other.wait(10)
+                for directory in (one, other):
+                    member = directory.members["a"]
+                    assert (member.load, member.drain is not None) == (None, True)
+            assert await registration.report(keys.instance("a", "load"), load(running=2))
+            await until(lambda: one.members["a"].load == load(running=2), "the next report")
 
     within(body)
 
@@ -238,6 +267,8 @@ def test_values_that_cannot_be_read_are_counted_and_left_out(within: Within) -> 
         good = encode(instance("good"))
         bad = {
             "text": b"\xff{",
+            "utf8": b'{"name":"\xff","incarnation":"1","http":"h"}',
+            "deep": b'{"name":"deep","incarnation":"1","http":"h","later":' + 50_000 * b"[" + 50_000 * b"]" + b"}",
             "type": b'{"name":"type","incarnation":"1","http":5}',
             "short": b'{"name":"short"}',
             "newer": good.replace(b'"name":"good"', b'"name":"newer"').replace(b'"v":1', b'"v":2'),
@@ -258,7 +289,7 @@ def test_values_that_cannot_be_read_are_counted_and_left_out(within: Within) -> 
             assert {
                 reason: unread.value(kind="Instance", reason=reason) for reason in ("malformed", "newer", "misplaced")
             } == {
-                "malformed": 4,
+                "malformed": 6,
                 "newer": 2,
                 "misplaced": 1,
             }
@@ -316,11 +347,13 @@ def test_a_shared_setting_is_followed_and_a_bad_one_is_not(within: Within) -> No
             await put_setting(registry, keys, "ttft", 1.5)
             await put_setting(registry, keys, "ttft2", 9)
             await registry.put(keys.setting("ttft"), b'"soon"')
+            await registry.put(keys.setting("ttft"), b'"\xff"')
             await put_setting(registry, keys, "ttft", 3)
             await until(lambda: seen == [1.5, 3.0], "the values")
             await registry.delete(keys.setting("ttft"))
             await until(lambda: ttft.value == 2.0, "the default")
-        assert registry.metrics.cluster_unread.value(kind="setting") == 1
+        assert registry.metrics.cluster_unread.value(kind="setting") == 2
+        assert registry.metrics.cluster_internal.value() == 0
 
     within(body)
 

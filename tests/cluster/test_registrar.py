@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cairn.cluster import Directory, Instance, Keys, MemoryRegistry, Registration
+from cairn.cluster import Directory, Instance, Keys, MemoryRegistry, Registration, drain
 from cairn.cluster.engine_metrics import LoadMeter, parse
 from cairn.cluster.registrar import Registrar, rank_endpoints
 from cairn.errors import ClusterError, InputError
@@ -64,6 +64,17 @@ def test_an_engine_is_registered_with_what_it_says_of_itself() -> None:
                 load = directory.members["a"].load
                 assert load
                 assert (load.waiting, load.kv_usage, load.ttft_s) == (1, 0.5, None)
+
+    asyncio.run(main())
+
+
+def test_what_leaves_in_order_is_drained_no_more() -> None:
+    async def main() -> None:
+        with Engine() as engine:
+            async with registered(engine) as (directory, _, _):
+                await until(there(directory), "the instance")
+                await drain(directory._follower._registry, Keys(), "a")
+                await until(lambda: directory.members["a"].drain is not None, "draining")
 
     asyncio.run(main())
 

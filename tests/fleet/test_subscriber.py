@@ -546,3 +546,21 @@ def test_storms(seed: int) -> None:
             assert held >= publisher.made_of(publisher.kept)
 
         following(body, publisher)
+
+
+def test_figures_of_instances_that_are_gone_are_forgotten_but_for_the_latest() -> None:
+    async def main() -> None:
+        async with Subscriber(Holder()) as subscriber:
+            metrics, names = subscriber.metrics, [f"pod-{i}" for i in range(300)]
+            for name in names:
+                subscriber.add(Instance(name, "tcp://127.0.0.1:9"))
+                metrics.fleet_connects.add(1, instance=name)
+                metrics.fleet_event_lag.observe(0.1, instance=name)
+                await subscriber.remove(name)
+                if name == "pod-1":
+                    subscriber.add(Instance("pod-0", "tcp://127.0.0.1:9"))  # it is back
+            kept = {("pod-0",), *((name,) for name in names[-256:])}
+            assert {labels for labels, _ in metrics.fleet_connects.samples()} == kept
+            assert {labels for labels, _ in metrics.fleet_event_lag.samples()} == kept
+
+    asyncio.run(main())

@@ -1,5 +1,6 @@
 """gRPC as llm-d's schedulers speak it, with the stubs and with bytes made by hand."""
 
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,9 @@ import grpc
 import pytest
 
 import cairn.serve.proto
+from cairn.config.schema import Index
+from cairn.serve.indexer.parts import Parts
+from cairn.serve.indexer.rpc import make_server
 from cairn.serve.proto.indexer_pb2 import GetPodScoresRequest
 from cairn.serve.proto.indexer_pb2_grpc import IndexerServiceStub
 from tests.fleet.wire_events import encode, stored
@@ -53,6 +57,24 @@ def test_the_wire(fleet: Fleet, known: str) -> None:
     with grpc.insecure_channel(fleet.service.rpc) as channel:
         answer = channel.unary_unary(METHOD)(request, timeout=30)
     assert answer == b"\x0a\x0c\x0a\x01a\x11" + bytes.fromhex("0000000000002040")
+
+
+@pytest.mark.parametrize(("keys", "pass_"), [(["one", "two"], {"one", "two"}), ([], {"", "one", "two", "onetwo"})])
+def test_each_key_opens(keys: list[str], pass_: set[str]) -> None:
+    async def main() -> set[str]:
+        parts, passed = Parts(Index()), set()
+        server, port = make_server(parts, keys, "127.0.0.1:0")
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            for key in ("", "one", "two", "onetwo"):
+                ask = channel.unary_unary(METHOD)(b"", timeout=30, metadata=[("authorization", f"Bearer {key}")])
+                if await ask.code() is grpc.StatusCode.NOT_FOUND:  # there is no tokenizer
+                    passed.add(key)
+        await server.stop(0)
+        parts.close()
+        return passed
+
+    assert asyncio.run(main()) == pass_
 
 
 def test_what_is_refused(fleet: Fleet) -> None:

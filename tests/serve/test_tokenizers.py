@@ -139,6 +139,7 @@ def test_what_cannot_be_loaded_is_tried_again(tmp_path: Path, tiny: Path) -> Non
         "{% include '/etc/passwd' %}",
         "{{ unfinished",
         "{{ 1 / 0 }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{{ raise_exception('only lines\nof its own') }}",
     ],
 )
@@ -149,6 +150,16 @@ def test_templates_of_requests_stay_in_their_sandbox(tiny: Path, template: str) 
     assert "\n" not in str(caught.value)
     with pytest.raises(RequestError, match="none is taken from requests"):
         Tokenizers({"a": str(tiny)}).chat("a", Chat([USER], template="{{ 1 }}"))
+
+
+def test_what_is_nested_too_deeply_for_a_template_is_refused(tiny: Path) -> None:
+    deep: list[object] = []
+    for _ in range(5000):
+        deep = [deep]
+    tool = {"type": "function", "function": {"name": "f", "parameters": deep}}
+    pool = Tokenizers({"a": str(tiny)}, own_templates=True)
+    with pytest.raises(RequestError, match="the chat template refuses these messages"):
+        pool.chat("a", Chat([USER], [tool], template="{{ tools | tojson }}"))
 
 
 def test_a_rendered_chat_is_bounded_too(tiny: Path) -> None:

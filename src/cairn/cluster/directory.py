@@ -68,7 +68,8 @@ class Directory(Followed):
     def __init__(self, registry: Registry, keys: Keys) -> None:
         self._metrics = registry.metrics
         self._members: dict[str, Member] = {}
-        # Reports of incarnations that are not registered: in a difference a report may stand before its instance.
+        # Reports of incarnations that are not registered: in a difference a report may stand before its instance, and a
+        # drain stands on while a lease is lost.
         self._early: dict[tuple[str, str], Load | CacheState | Drain] = {}
         self._listeners: list[Listener] = []
         self._follower = Follower(registry, keys.instances, self._apply)
@@ -102,6 +103,7 @@ class Directory(Followed):
         before = self._members.get(name)
         if before and (instance is None or instance.incarnation != before.instance.incarnation):
             del self._members[name]
+            self._early |= {(name, part): report for part in _PARTS if (report := getattr(before, part))}
             self._metrics.cluster_left.add()
             self._tell(Left(before))
             before = None

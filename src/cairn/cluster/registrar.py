@@ -1,6 +1,7 @@
 """Stands beside an engine that knows nothing of the cluster: registers it while it answers, reports load and cache."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import secrets
@@ -12,18 +13,21 @@ import msgspec
 
 from cairn.cluster.base import Registry
 from cairn.cluster.cache_metrics import cache_of
+from cairn.cluster.draining import left
 from cairn.cluster.engine_metrics import LoadMeter, Scrape, parse
 from cairn.cluster.http import HttpError, get, parse_url
 from cairn.cluster.keys import Keys
 from cairn.cluster.registration import Registration
 from cairn.cluster.values import Instance, encode
-from cairn.errors import ClusterError, InputError
+from cairn.errors import ClosedError, ClusterError, InputError
 from cairn.observe.log import log_once
 
 logger = logging.getLogger(__name__)
 
 #: Looks in a row without an answer after which an engine counts as dead; one where nobody listens is, at once.
 _MISSES: Final = 3
+
+_LEAVE_S: Final = 2.0
 
 
 class Registrar:
@@ -123,6 +127,9 @@ class Registrar:
         if registration:
             await registration.close()
             self._on_change(None)
+            with contextlib.suppress(ClusterError, ClosedError, TimeoutError):
+                async with asyncio.timeout(_LEAVE_S):
+                    await left(self._registry, self._keys, self._instance.name, registration.value.incarnation)
 
     async def _scrape(self) -> Scrape:
         """An engine without metrics is registered all the same, without figures."""

@@ -10,7 +10,7 @@ import msgspec
 
 from cairn.cluster.base import Check, Entry, Outcome, Put, Registry
 from cairn.cluster.lease import Lease
-from cairn.cluster.values import Versioned, encode
+from cairn.cluster.values import UNREADABLE, Versioned, encode
 from cairn.errors import ClosedError, ClusterError, LeaseLostError, UnclearError
 from cairn.observe.log import log_once
 
@@ -157,5 +157,5 @@ def incarnation_of(entry: Entry) -> str:
     """Of a registered value; "" if it has none."""
     try:
         return msgspec.json.decode(entry.value, type=_Head).incarnation
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return ""

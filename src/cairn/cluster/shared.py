@@ -10,6 +10,7 @@ from cairn.cluster.base import Change, Registry
 from cairn.cluster.follower import Followed, Follower
 from cairn.cluster.keys import Keys
 from cairn.cluster.metrics import Unread
+from cairn.cluster.values import UNREADABLE
 from cairn.observe.log import log_once
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class Shared(Followed, Generic[T]):
         if change.entry:
             try:
                 value = msgspec.json.decode(change.entry.value, type=self._kind)
-            except msgspec.DecodeError as error:
+            except UNREADABLE as error:
                 self._metrics.cluster_unread.add(kind="setting", reason=Unread.MALFORMED)
                 log_once(logger, self._key, f"{self._key}: left as it was: {error}")
                 return

@@ -16,6 +16,9 @@ from cairn.plan.role import Role
 
 VERSION: Final = 1
 
+#: What msgspec raises for bytes that are not of the form; DecodeError is a ValueError, as that of text in no UTF-8 is.
+UNREADABLE: Final = (ValueError, RecursionError)
+
 Name = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[^/\x00-\x1f]+\Z")]
 Text = Annotated[str, Meta(max_length=1024)]
 Count = Annotated[int, Meta(ge=0)]
@@ -135,7 +138,7 @@ def decode(entry: Entry, kind: type[V]) -> V | Unread:
     """The value of an entry, or why it is none."""
     try:
         value = msgspec.json.decode(entry.value, type=kind)
-    except msgspec.DecodeError:  # a newer one may have fields of other types
+    except UNREADABLE:  # a newer one may have fields of other types
         return Unread.NEWER if _version(entry.value) > VERSION else Unread.MALFORMED
     return value if value.v <= VERSION else Unread.NEWER
 
@@ -147,5 +150,5 @@ class _Version(msgspec.Struct):
 def _version(data: bytes) -> int:
     try:
         return msgspec.json.decode(data, type=_Version).v
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return 0

@@ -1,6 +1,7 @@
 """The subscriber: follows any number of publishers and brings their events to a sink."""
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Final, Self
@@ -17,6 +18,9 @@ from cairn.fleet.positions import Position, WarmStart
 from cairn.fleet.track import Track
 
 _CLOSE_S: Final = 5.0
+
+#: Instances that are gone of which figures are shown still.
+_GONE: Final = 256
 
 
 class Subscriber:
@@ -50,6 +54,7 @@ class Subscriber:
         self._expiry: asyncio.Task[None] | None = None
         self._context, self._inbox = zmq.asyncio.Context(), Inbox()
         self._feeds: dict[tuple[str, str], tuple[Feed, asyncio.Task[None]]] = {}
+        self._gone = OrderedDict[str, None]()  # the latest last
         self._closed = False
 
     def add(self, instance: Instance) -> None:
@@ -68,6 +73,7 @@ class Subscriber:
         except InputError:
             track.drop(Resync.REMOVED)
             raise
+        self._gone.pop(instance.name, None)
         self._feeds[key] = feed, asyncio.get_running_loop().create_task(feed.run(), name=f"cairn feed {instance.name}")
 
     async def remove(self, name: str) -> None:
@@ -76,6 +82,9 @@ class Subscriber:
             feed, task = self._feeds.pop(key)
             await _stop([(feed, task)])
             feed.drop(Resync.REMOVED)
+            self._gone[name] = None
+        while len(self._gone) > _GONE:
+            self.metrics.forget("instance", self._gone.popitem(last=False)[0])
 
     def states(self) -> list[State]:
         """Where each publisher's stream stands. From any thread."""

@@ -9,7 +9,7 @@ import bisect
 import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 #: A figure, or figures by label value, a level a label: {"hit_tokens": {"dram": 512}, "lookups": 3}.
 Figures = dict[str, "float | Figures"]
@@ -50,6 +50,11 @@ class Counter:
         """(values of the labels, sum) of every combination counted so far."""
         with self._lock:
             return list(self._sums.items())
+
+    def forget(self, label: str, value: str) -> None:
+        """Leaves out every combination with this label's value from now on; nothing where there is no such label."""
+        with self._lock:
+            _forget(self._sums, self.labels, label, value)
 
     def figures(self) -> "float | Figures":
         """The sums as nested dicts, a level a label."""
@@ -141,6 +146,11 @@ class Histogram:
         with self._lock:
             return [(values, list(cell)) for values, cell in self._cells.items()]
 
+    def forget(self, label: str, value: str) -> None:
+        """As `Counter.forget`."""
+        with self._lock:
+            _forget(self._cells, self.labels, label, value)
+
     def sums(self, **labels: str) -> tuple[float, float]:
         """(cases, sum) over every combination that has these labels' values."""
         wanted = [(i, labels[name]) for i, name in enumerate(self.labels) if name in labels]
@@ -170,6 +180,12 @@ class Counted:
         """
         self._watched[tier] = stats
 
+    def forget(self, label: str, value: str) -> None:
+        """Leaves out what was counted under this label's value: whoever it names is gone, and may never come back."""
+        every: tuple[Counter | Histogram, ...] = (*self.counters, *self.histograms)
+        for one in every:
+            one.forget(label, value)
+
     def tiers(self) -> dict[str, Mapping[str, float]]:
         """The figures of every watched tier, read now."""
         return {tier: stats() for tier, stats in list(self._watched.items())}
@@ -180,6 +196,13 @@ class Counted:
         figures: Figures = {one.name: one.figures() for one in every}
         figures["tiers"] = {tier: dict(stats) for tier, stats in self.tiers().items()}
         return figures
+
+
+def _forget(kept: dict[tuple[str, ...], Any], labels: Sequence[str], label: str, value: str) -> None:
+    if label in labels:
+        at = labels.index(label)
+        for values in [values for values in kept if values[at] == value]:
+            del kept[values]
 
 
 class Metrics(Counted):

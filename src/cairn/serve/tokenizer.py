@@ -92,7 +92,7 @@ class Tokenizer:
                 tokenize=False,
                 **self._arguments(template, chat.kwargs),
             )
-        except (TemplateError, ValueError, TypeError, KeyError, ArithmeticError, LookupError) as error:
+        except (TemplateError, ValueError, TypeError, ArithmeticError, LookupError, RecursionError) as error:
             if isinstance(error, RequestError):
                 raise
             raise RequestError(f"the chat template refuses these messages: {_reason(error)}") from None

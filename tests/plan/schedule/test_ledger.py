@@ -1,5 +1,6 @@
 """What is remembered of instances: queues, lives, reports, and what is learned from first tokens."""
 
+import msgspec
 import numpy as np
 import pytest
 from tests.plan.schedule.driving import ask, instance
@@ -26,6 +27,29 @@ def test_a_queue_shrinks_as_its_head_is_at_work_and_no_further() -> None:
     assert queue(ledger, view, 1.1) == pytest.approx(0.4, rel=1e-3)
     ledger.failed(second, 1.2)
     assert queue(ledger, view, 1.2) == 0
+
+
+def test_who_does_not_stream_has_its_first_token_when_it_was_expected() -> None:
+    ledger, view = Ledger(), instance("a")
+    slots = ledger.slots([view])
+    whole = [msgspec.structs.replace(ask(f"w{i}", 1000), streams=False) for i in range(3)]
+    for request in whole:
+        ledger.sent(request, Send("a"), 0.0)
+    assert queue(ledger, view, 0.0) == pytest.approx(3, rel=1e-3)
+    assert queue(ledger, view, 2.5) == pytest.approx(0.5, rel=1e-3)
+    ledger.sent(whole[0], Send("a"), 2.5)  # it had failed, and comes again
+    streamed = ask("s", 1000)
+    ledger.sent(streamed, Send("a"), 2.5)
+    ledger.first_token(streamed, 5.0)  # nobody asked meanwhile
+    assert queue(ledger, view, 5.0) == 0
+    assert ledger.in_flight(slots).tolist() == [4]
+    ledger.slots([view])
+    assert ledger.estimates(ask("p", 1000), slots, 5.0)["compute_s"][0] == pytest.approx(1, rel=1e-2), "it is not slow"
+    for request in (*whole, streamed):
+        ledger.finished(request, 9.0, 10)
+    assert ledger.in_flight(slots).tolist() == [0]
+    ledger.estimates(ask("p"), slots, 99.0)
+    assert not ledger._untold
 
 
 def test_a_restarted_instance_has_nothing_of_its_last_life() -> None:

@@ -46,7 +46,7 @@ def test_a_constant_load_moves_instances_one_way_only_and_then_not_at_all(
         sides = {role: sum(one is role for one in before.values()) for role in (Role.PREFILL, Role.DECODE)}
         p, d = sides[Role.PREFILL], sides[Role.DECODE]
         assert p >= 1 <= d
-        mix.observe(Side(prefill / p, p), Side(decode / d, d), names, float(now))
+        mix.observe("", Side(prefill / p, p), Side(decode / d, d), names, float(now))
         moves += [mix.roles[name] for name in names if mix.roles[name] is not before[name]]
     assert len(set(moves)) <= 1, moves
     assert len(moves) < count
@@ -59,7 +59,7 @@ def test_however_the_load_jumps_an_instance_stays_for_a_while(pressures: list[tu
     changed: list[int] = []
     for now, (prefill, decode) in enumerate(pressures):
         before = [mix.roles[name] for name in names]
-        mix.observe(Side(prefill, 2), Side(decode, 2), names, float(now))
+        mix.observe("", Side(prefill, 2), Side(decode, 2), names, float(now))
         if before != [mix.roles[name] for name in names]:
             changed.append(now)
     assert all(b - a >= SETTINGS.dwell_s for a, b in itertools.pairwise(changed))
@@ -70,7 +70,7 @@ def test_newcomers_even_the_sides_out_and_the_idlest_changes() -> None:
     mix.meet(["a", "b", "c", "d"], 0.0)
     assert sorted(mix.roles[name] for name in "abcd") == ["DECODE", "DECODE", "PREFILL", "PREFILL"]
     decoding = [name for name in "abcd" if mix.roles[name] is Role.DECODE]
-    mix.observe(Side(0.9, 2), Side(0.1, 2), decoding[::-1], 1.0)
+    mix.observe("", Side(0.9, 2), Side(0.1, 2), decoding[::-1], 1.0)
     assert mix.roles[decoding[1]] is Role.PREFILL
     assert mix.roles[decoding[0]] is Role.DECODE
     mix.meet(["a", decoding[1]], 2.0)
@@ -81,7 +81,7 @@ def test_who_was_away_comes_back_to_its_side_and_is_forgotten_after_long() -> No
     mix = MixRoles(MixSettings(smooth_s=0.01, dwell_s=0))
     mix.meet(["a", "b", "c", "d"], 0.0)
     decoding = [name for name in "abcd" if mix.roles[name] is Role.DECODE]
-    mix.observe(Side(0.9, 2), Side(0.1, 2), decoding, 1.0)
+    mix.observe("", Side(0.9, 2), Side(0.1, 2), decoding, 1.0)
     before = dict(mix.roles)
     assert [*before.values()].count(Role.PREFILL) == 3
     mix.meet(["x", "y"], 2.0)  # of another model
@@ -96,12 +96,25 @@ def test_a_follower_takes_over_what_it_is_told_and_goes_on_from_there() -> None:
     mix = MixRoles(MixSettings(smooth_s=0.01, dwell_s=0))
     mix.meet(["a", "b"], 0.0)
     other = {name: Role.DECODE if role is Role.PREFILL else Role.PREFILL for name, role in mix.roles.items()}
-    mix.follow(other | {"c": Role.PREFILL, "d": Role.PREFILL})
+    mix.follow(other | {"c": Role.PREFILL, "d": Role.PREFILL}, 0.5)
     assert mix.roles == other
     mix.meet(["a", "b", "c", "d"], 1.0)
     assert mix.roles == other | {"c": Role.PREFILL, "d": Role.PREFILL}
-    mix.observe(Side(0.1, 3), Side(0.9, 1), ["d"], 2.0)
+    mix.observe("", Side(0.1, 3), Side(0.9, 1), ["d"], 2.0)
     assert mix.roles["d"] is Role.PREFILL, "a follower has decided"
-    mix.follow(None)
-    mix.observe(Side(0.1, 3), Side(0.9, 1), ["d"], 3.0)
+    mix.follow(None, 2.5)
+    mix.observe("", Side(0.1, 3), Side(0.9, 1), ["d"], 3.0)
     assert mix.roles["d"] is Role.DECODE
+
+
+def test_who_decides_from_now_on_begins_with_what_it_was_told_of_those_it_has_not_met() -> None:
+    mix, told = MixRoles(), dict.fromkeys("abc", Role.PREFILL) | {"d": Role.DECODE}
+    mix.follow(told, 0.0)
+    assert not mix.roles
+    mix.follow(None, 0.0)
+    assert mix.roles == told
+    mix.meet(["c", "d"], 1.0)
+    mix.follow(None, 2.0)
+    assert mix.roles == told
+    mix.meet(["c", "d"], 601.0)
+    assert {*mix.roles} == {"c", "d"}, "those that never came are forgotten"

@@ -3,6 +3,7 @@
 import time
 from typing import cast
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -206,3 +207,11 @@ def _seconds(scheduler: SloAware, request: Ask, view: list[InstanceView]) -> flo
     began = time.perf_counter()
     scheduler.choose(request, view, 0.0)
     return time.perf_counter() - began
+
+
+def test_answers_that_are_not_streamed_are_no_queue() -> None:
+    """A prompt takes 0.1 s and an answer half a minute: two prompts a second leave the engine idle."""
+    scheduler, view = warm(1)
+    for i in range(60):
+        request = msgspec.structs.replace(ask(f"r{i}", 100, at=i / 2), streams=False)
+        assert send(scheduler, request, view, i / 2).expected_ttft_s == pytest.approx(0.1, rel=1e-3)

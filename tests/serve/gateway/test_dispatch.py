@@ -193,3 +193,15 @@ def test_engines_that_all_left_just_now_are_waited_for_and_others_are_not(monkey
             await dispatch.place(ask(2), "m", ())
 
     asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_failures_of_engines_that_are_gone_are_forgotten_but_for_the_latest() -> None:
+    members = members_of(Serve(), "here")
+    metrics = GatewayMetrics(members)
+    for name in ("here", *(f"pod-{i}" for i in range(300))):
+        for reason in ("closed", "timeout"):
+            metrics.failed(name, reason)
+    lines = metrics.exposition().decode().splitlines()
+    shown = [line for line in lines if line.startswith("cairn_serve_engine_failures_total{")]
+    assert len(shown) == 2 * 257
+    assert sum('"here"' in line for line in shown) == sum('"pod-299"' in line for line in shown) == 2

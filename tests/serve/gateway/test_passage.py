@@ -15,9 +15,11 @@ from cairn.cluster import Instance
 from cairn.cluster.directory import Joined
 from cairn.cluster.directory import Member as Reported
 from cairn.config.schema import Serve
+from cairn.plan.role import Role
 from cairn.plan.schedule import RoundRobin, SloAware
 from cairn.plan.schedule.base import Ask, Scheduler, Send
-from cairn.serve.gateway.asked import COMPLETIONS, Asked
+from cairn.serve.base import RequestError
+from cairn.serve.gateway.asked import COMPLETIONS, Asked, edited
 from cairn.serve.gateway.base import Prompt
 from cairn.serve.gateway.client import Client
 from cairn.serve.gateway.dispatch import Dispatch
@@ -84,7 +86,8 @@ class Passage:
         for name, url in engines.items():
             self.members._hear(Joined(Reported(Instance(name=name, incarnation="1", http=url, model="m"))))
         self.dispatch = Dispatch(self.members, scheduler, config, lambda: None)
-        self._relay = Relay(self.members, self.dispatch, Known(), config, GatewayMetrics(self.members))
+        self.metrics = GatewayMetrics(self.members)
+        self._relay = Relay(self.members, self.dispatch, Known(), config, self.metrics)
 
     def learn(self) -> None:
         """The scheduler sees many prompts, each computed within 60 ms."""
@@ -99,8 +102,9 @@ class Passage:
 
     async def carry(self, **fields: Any) -> None:
         body = {"model": "m", "prompt": "P", "stream": True, "temperature": 0, "max_tokens": 50} | fields
+        asked = Asked(COMPLETIONS, json.dumps(body).replace("Infinity", "1e999").encode())
         client = Client({"headers": [], "query_string": b""}, self._nothing, self._take, 60.0)
-        await self._relay.carry(Asked(COMPLETIONS, json.dumps(body).encode()), client)
+        await self._relay.carry(asked, client)
 
     async def _nothing(self) -> Any:
         raise AssertionError
@@ -134,6 +138,35 @@ def test_a_stream_is_gone_on_with_however_long_ago_its_request_came(monkeypatch:
             assert passage.sent.endswith(DONE)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_what_tells_no_first_token_is_soon_no_queue(streams: bool) -> None:
+    """A stream that another engine goes on with, and an answer that comes at once."""
+    begun = [word(" one"), word(" two"), word(" three")]
+    rest = [word(" four five"), word(" six", end="stop"), DONE]
+    scheduler, decoding = SloAware(), []
+
+    async def main() -> None:
+        def look() -> None:
+            ledger, view = scheduler._ledger, passage.members.members["b"].view
+            slots = ledger.slots([view])
+            ledger.estimates(Ask(id="later", prompt_tokens=100, arrived=0.0), slots, time.monotonic() + 60)
+            decoding.append(ledger._books["decoding"][slots].tolist())
+
+        def only_b() -> None:
+            passage.members.members["a"].drains, passage.members.members["b"].drains = True, False
+
+        async with engine(begun, only_b) as dying, engine([word(" three"), *rest], look) as other:
+            passage = Passage(scheduler, a=dying, b=other)
+            passage.learn()
+            passage.members.members["b"].drains = True
+            if not streams:
+                only_b()
+            await passage.carry(stream=streams)
+
+    asyncio.run(main())
+    assert decoding == [[1]]
 
 
 @pytest.mark.parametrize("limit", [2**63 - 1, 10**19, 10**30])
@@ -172,6 +205,66 @@ def test_an_answer_that_has_ended_is_whole_without_its_last_line(asked: dict[str
             passage = Passage(RoundRobin(), a=dying)
             await passage.carry(**asked)
             assert passage.sent == word(" one") + word("", 0, "stop") + DONE
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_who_asks_for_what_only_engines_can_read_is_told_of_the_end(ends: bool) -> None:
+    """Python reads 1e999 as infinite; we refuse it, and so cannot tell whether another engine could go on."""
+
+    async def main() -> None:
+        begun = [word(" one"), *([word("", 0, "stop")] if ends else [])]
+        async with engine(begun) as dying, engine() as other:
+            passage = Passage(RoundRobin(), a=dying, b=other)
+            passage.members.members["b"].drains = True
+            await passage.carry(seed=float("inf"))
+            assert passage.sent.startswith(b"".join(begun))
+            assert passage.sent.endswith(DONE)
+            assert "the answer ends here" in [*payloads(passage.sent)][-1]["error"]["message"]
+
+    asyncio.run(main())
+
+
+def test_a_prefill_that_is_answered_with_anything_costs_only_time() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await request_of(reader)
+        body = b'{"kv_transfer_params": {"a": "\xff"}}'
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+        await writer.drain()
+        writer.close()
+
+    async def main() -> None:
+        async with engine() as decoding, await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            passage = Passage(RoundRobin(), a=url, b=decoding)
+            for name, role in (("a", Role.PREFILL), ("b", Role.DECODE)):
+                passage.members.members[name].view.role = role
+            await passage.carry()
+            assert said(passage.sent) == TEXT
+            failed = 'cairn_serve_engine_failures_total{instance="a",reason="protocol"} 1.0'
+            assert failed in passage.metrics.exposition().decode()
+
+    asyncio.run(main())
+
+
+def test_a_client_that_cannot_spell_is_not_the_fault_of_who_prefills() -> None:
+    with pytest.raises(RequestError, match="no object in JSON"):
+        edited(b'{"\xff": 1}', {"max_tokens": 1})
+
+
+def test_an_engine_that_lists_what_is_no_text_serves_nothing_by_name() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        body = b'{"data": [{"id": "\xff"}]}'
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+        await writer.drain()
+        writer.close()
+
+    async def main() -> None:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            assert (await Models(Passage(RoundRobin(), a=url).members).every())["data"] == []
 
     asyncio.run(main())
 

@@ -30,7 +30,8 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     id: names the request in all calls, unique among those in flight. held: by instance, tokens of the prompt by the
     tier that the instance would take them from, in prompt order (`fleet.score` gives them); instances that hold nothing
     may be left out. max_tokens: of the answer, as far as known; it counts as KV memory. priority: higher ones leave the
-    waiting room first. arrived: when the client sent it; its TTFT counts from there.
+    waiting room first. arrived: when the client sent it; its TTFT counts from there. streams: whether its first token
+    will be told; that of others is taken to come when it is expected.
     """
 
     id: str
@@ -41,20 +42,23 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     tbt_slo_s: float = TBT_SLO_S
     max_tokens: int = 0
     priority: int = 0
+    streams: bool = True
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class InstanceView:
     """What the caller knows of an instance. The caller keeps one a life of an instance, and updates it between calls.
 
-    available: registered, alive, not draining; nothing is sent to others. running, waiting, queued_prefill_tokens,
-    ttft_s, tpot_s: as the instance reported them at `reported_at`, so all callers' requests count; tokens queued may be
-    0 where it does not tell. kv_tokens: that its own KV cache can hold; 0: not known. token_bytes: of KV a token.
-    cost: fitted from what the scheduler sees of prefills; loads come from whoever sees those.
+    model: that it serves; "": not told. available: registered, alive, not draining; nothing is sent to others. running,
+    waiting, queued_prefill_tokens, ttft_s, tpot_s: as the instance reported them at `reported_at`, so all callers'
+    requests count; tokens queued may be 0 where it does not tell. kv_tokens: that its own KV cache can hold; 0: not
+    known. token_bytes: of KV a token. cost: fitted from what the scheduler sees of prefills; loads come from whoever
+    sees those.
     """
 
     id: str
     role: Role = Role.DEFAULT
+    model: str = ""
     available: bool = True
     running: int = 0
     waiting: int = 0
@@ -110,7 +114,7 @@ class Scheduler(Protocol):
         ...
 
     def first_token(self, request: Ask, now: float) -> None:
-        """Its first token came back."""
+        """Its first token came back, if it streams."""
         ...
 
     def finished(self, request: Ask, now: float, tokens: int) -> None:

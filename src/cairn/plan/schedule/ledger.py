@@ -4,6 +4,7 @@ Reports are old when they come. So the requests that this scheduler sent itself 
 only adds what it shows beyond them: the requests of other replicas of the service.
 """
 
+import heapq
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -78,6 +79,8 @@ class Ledger:
         self._books: Books = np.zeros(64, BOOK)
         self._lives: list[_Life] = []
         self._flights: dict[str, _Flight] = {}
+        self._untold: list[tuple[float, int, str, _Flight]] = []  # heap of those that do not stream, by their time
+        self._flown = 0
         self._free: list[int] = []
         self._widest = 0
         self._fleet = RecomputeCost(_FLEET_WINDOW)
@@ -103,6 +106,7 @@ class Ledger:
 
     def estimates(self, request: Ask, slots: Slots, now: float, left_s: float = math.inf) -> Estimates:
         """What each of the instances would make of `request` [len(slots)] of ESTIMATE. left_s: until it is late."""
+        self._presume(now)
         width = len(TIERS)
         flat = [0] * (len(slots) * width)  # a list is filled faster than an array
         listed = slots.tolist()
@@ -147,6 +151,9 @@ class Ledger:
             kv_tokens=request.prompt_tokens + request.max_tokens,
         )
         self._flights[request.id] = flight
+        if not request.streams:
+            self._flown += 1
+            heapq.heappush(self._untold, (now + float(found["ttft_s"]), self._flown, request.id, flight))
         queue[request.id] = flight.compute_s
         if len(queue) == 1:
             self._head(prefill, now)
@@ -155,18 +162,16 @@ class Ledger:
             self._occupy(slot, 1, flight.kv_tokens)
 
     def first_token(self, request: Ask, now: float) -> None:
+        self._presume(now)
         flight = self._flights.get(request.id)
         if flight is None or flight.first is not None:
             return
         self._learn_prefill(flight, now)
-        self._leave_prefill(request.id, flight, now)
-        flight.first = now
-        self._books["decoding"][flight.decode] += 1
-        flight.beside = int(self._books["decoding"][flight.decode])
+        self._begin_decode(request.id, flight, now)
 
     def finished(self, request: Ask, now: float, tokens: int) -> None:
         flight = self._flights.get(request.id)
-        if flight is not None and flight.first is not None and tokens > 1:
+        if flight is not None and flight.first is not None and tokens > 1 and request.streams:
             beside = (flight.beside + int(self._books["decoding"][flight.decode])) / 2
             life = self._lives[flight.decode]
             life.decode.observe((1.0, beside), (now - flight.first) / (tokens - 1))
@@ -239,6 +244,19 @@ class Ledger:
     def _occupy(self, slot: int, requests: int, kv_tokens: int) -> None:
         self._books["requests"][slot] += requests
         self._books["kv_used"][slot] += kv_tokens
+
+    def _presume(self, now: float) -> None:
+        """Who tells no first token has it when it was expected: else a queue would seem to grow until answers end."""
+        while self._untold and self._untold[0][0] <= now:
+            due, _, request_id, flight = heapq.heappop(self._untold)
+            if self._flights.get(request_id) is flight:
+                self._begin_decode(request_id, flight, max(due, float(self._books["since"][flight.prefill])))
+
+    def _begin_decode(self, request_id: str, flight: _Flight, now: float) -> None:
+        self._leave_prefill(request_id, flight, now)
+        flight.first = now
+        self._books["decoding"][flight.decode] += 1
+        flight.beside = int(self._books["decoding"][flight.decode])
 
     def _leave_prefill(self, request_id: str, flight: _Flight, now: float) -> None:
         slot, queue = flight.prefill, self._lives[flight.prefill].queue

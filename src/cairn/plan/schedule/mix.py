@@ -50,6 +50,18 @@ def needed(prefill: Side, decode: Side, settings: MixSettings) -> Role | None:
     return None
 
 
+@dataclass(slots=True)
+class _Fleet:
+    """The instances of one model. prefill, decode: pressures, smoothed. at, changed: when they were seen, and when the
+    last instance changed sides.
+    """
+
+    prefill: float = 0.0
+    decode: float = 0.0
+    at: float = -math.inf
+    changed: float = -math.inf
+
+
 class MixRoles:
     """The sides of MIX instances by name. Not thread-safe. A newcomer joins the side with fewer of them; who is away
     for a while, as it rests or serves another model than a request asks for, comes back to its own.
@@ -64,17 +76,19 @@ class MixRoles:
         self.roles: Mapping[str, Role] = MappingProxyType(self._roles)
         self._seen: dict[str, float] = {}
         self._told: Mapping[str, Role] | None = None
-        self._prefill = self._decode = 0.0
-        self._at = -math.inf
-        self._changed = -math.inf
+        self._fleets: dict[str, _Fleet] = {}
 
-    def follow(self, told: Mapping[str, Role] | None) -> None:
+    def follow(self, told: Mapping[str, Role] | None, now: float) -> None:
         """Takes sides from whoever decides, also of instances that come later; None: decides from now on, beginning
-        with what holds.
+        with what holds, of instances that it has not met, too.
         """
-        self._told = told
         if told is not None:
             self._roles.update({name: role for name, role in told.items() if name in self._roles})
+        elif self._told is not None:
+            for name, role in self._told.items():
+                self._roles.setdefault(name, role)
+                self._seen.setdefault(name, now)
+        self._told = told
 
     def meet(self, names: Sequence[str], now: float) -> None:
         """These MIX instances are there."""
@@ -88,16 +102,20 @@ class MixRoles:
         for name in [name for name, at in self._seen.items() if now - at > _FORGET_S]:
             del self._roles[name], self._seen[name]
 
-    def observe(self, prefill: Side, decode: Side, idlest: Sequence[str], now: float) -> None:
-        """Takes pressures in, and lets one instance change sides if that is due: the first of `idlest` that can."""
-        keep = math.exp(-(now - self._at) / self._settings.smooth_s)
-        self._at = now
-        self._prefill = keep * self._prefill + (1 - keep) * prefill.pressure
-        self._decode = keep * self._decode + (1 - keep) * decode.pressure
-        if self._told is not None or now - self._changed < self._settings.dwell_s:
+    def observe(self, model: str, prefill: Side, decode: Side, idlest: Sequence[str], now: float) -> None:
+        """Takes pressures of a model's instances, `idlest`, in, and lets one change sides if that is due: the first
+        that can.
+        """
+        self._seen.update({name: now for name in idlest if name in self._roles})
+        fleet = self._fleets.setdefault(model, _Fleet())
+        keep = math.exp(-(now - fleet.at) / self._settings.smooth_s)
+        fleet.at = now
+        fleet.prefill = keep * fleet.prefill + (1 - keep) * prefill.pressure
+        fleet.decode = keep * fleet.decode + (1 - keep) * decode.pressure
+        if self._told is not None or now - fleet.changed < self._settings.dwell_s:
             return
-        role = needed(prefill._replace(pressure=self._prefill), decode._replace(pressure=self._decode), self._settings)
+        role = needed(prefill._replace(pressure=fleet.prefill), decode._replace(pressure=fleet.decode), self._settings)
         changing = next((name for name in idlest if role and self._roles.get(name, role) is not role), None)
         if role and changing:
             self._roles[changing] = role
-            self._changed = now
+            fleet.changed = now

@@ -1,5 +1,6 @@
 """The sides of a disaggregated fleet: who computes a prompt, who decodes it, and who does both."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from cairn.plan.schedule.estimate import Estimates
 from cairn.plan.schedule.mix import MixRoles, MixSettings, Side
 
 _OBSERVE_S = 1.0
-"""How often MIX instances are looked at."""
+"""How often a model's MIX instances are looked at."""
 
 Mask = npt.NDArray[np.bool_]
 
@@ -31,7 +32,7 @@ class Sides:
     def __init__(self, settings: MixSettings | None = None) -> None:
         self._settings = settings or MixSettings()
         self.mix = MixRoles(self._settings)
-        self._observed = float("-inf")
+        self._observed: dict[str, float] = {}
         self._here: Sequence[InstanceView] = ()
         self._roles: list[Role] = []
         self._prefill = self._decode = self._default = np.zeros(0, np.bool_)
@@ -49,9 +50,10 @@ class Sides:
             self._here, self._roles = here, roles
             self.mix.meet([one.id for one in here if one.role is Role.MIX], now)
             self._divide()
-        if now - self._observed >= _OBSERVE_S:
-            self._observed = now
-            self._observe(here, found, now)
+        model = here[0].model
+        if now - self._observed.get(model, -math.inf) >= _OBSERVE_S:
+            self._observed[model] = now
+            self._observe(model, here, found, now)
             self._divide()
         if not self._default.any() and not (self._prefill.any() and self._decode.any()):
             return None
@@ -68,12 +70,13 @@ class Sides:
             np.array([one is role for one in actual]) for role in (Role.PREFILL, Role.DECODE, Role.DEFAULT)
         )
 
-    def _observe(self, here: Sequence[InstanceView], found: Estimates, now: float) -> None:
-        prefill, decode = self._prefill, self._decode
+    def _observe(self, model: str, here: Sequence[InstanceView], found: Estimates, now: float) -> None:
+        serves = np.array([one.model == model for one in here])  # all, but for requests that anybody may serve
+        prefill, decode = self._prefill & serves, self._decode & serves
         busy = np.where(decode, np.maximum(found["tpot_s"] / self._settings.tbt_slo_s, found["kv_share"]), 0.0)
         queued = np.where(prefill, found["queue_s"] / self._settings.ttft_slo_s, 0.0)
-        idlest = [here[i].id for i in np.argsort(busy + queued, kind="stable")]
-        self.mix.observe(_side(queued, prefill), _side(busy, decode), idlest, now)
+        idlest = [here[i].id for i in np.argsort(busy + queued, kind="stable") if serves[i]]
+        self.mix.observe(model, _side(queued, prefill), _side(busy, decode), idlest, now)
 
 
 def _side(load: npt.NDArray[np.float64], mask: Mask) -> Side:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from types import TracebackType
@@ -82,9 +83,11 @@ class Agreed:
         """Has the scheduler take over what is told, unless this replica is the one that tells."""
         if self._mix is not None:
             told = {name: Role(side) for name, side in self._sides.value.items()}
-            self._mix.follow(None if self._leads else told)
+            self._mix.follow(None if self._leads else told, time.monotonic())
 
     async def _lead(self, mix: MixRoles) -> None:
+        while not await self._sides.wait(_TELL_S):
+            pass  # who leads begins with them
         while True:
             try:
                 self._leads = await self._election.lead()
@@ -94,6 +97,9 @@ class Agreed:
                 return
             except ClusterError as error:
                 log_once(logger, "lead", f"nobody is elected now, and the sides of MIX instances stay: {error}")
+            except Exception as error:  # noqa: BLE001 - counted; or this replica would follow for ever
+                self._registry.metrics.cluster_internal.add()
+                log_once(logger, "lead internal", f"a bug in the leader, which resigns: {error!r}")
             finally:
                 leadership, self._leads = self._leads, None
                 self._follow()

@@ -99,10 +99,17 @@ class Asked:
         """All fields. Raises RequestError."""
         try:
             found = msgspec.json.decode(self.body)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise RequestError(f"the body is no object in JSON: {error}") from None
         assert isinstance(found, dict)
         return found
+
+    def _readable(self) -> dict[str, Any] | None:
+        """All fields; None: there are some that engines may take and that cannot be read here, as 1e999."""
+        try:
+            return self.everything()
+        except RequestError:
+            return None
 
     @property
     def greedy(self) -> bool:
@@ -111,22 +118,32 @@ class Asked:
 
     def resumable(self) -> bool:
         """Whether another engine can go on in the midst of the answer, from the text so far alone. Reads all fields."""
-        fields = self.everything()
+        fields = self._readable()
+        if fields is None:
+            return False
         if any(fields.get(name) not in _NOTHING for name in _STATEFUL) or fields.get("n") not in (None, 1):
             return False
         return self.chat or isinstance(fields.get("prompt"), str)
 
     def single(self) -> bool:
         """Whether the answer is one text, so that it ends with the first end of a choice. Reads all fields."""
-        fields = self.everything()
+        fields = self._readable()
+        if fields is None:
+            return False
         prompt = fields.get("prompt")
         several = isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
         return fields.get("n") in (None, 1) and (self.chat or not several)
 
 
 def edited(body: bytes, changes: Mapping[str, Any]) -> bytes:
-    """A body with other values of some fields, None: without the field; all other values are kept byte for byte."""
-    fields: dict[str, Any] = {**_decode_all(body)}
+    """A body with other values of some fields, None: without the field; all other values are kept byte for byte.
+
+    Raises RequestError for fields whose names cannot be read.
+    """
+    try:
+        fields: dict[str, Any] = {**_decode_all(body)}
+    except ValueError as error:
+        raise RequestError(f"the body is no object in JSON: {error}") from None
     for name, value in changes.items():
         fields.pop(name, None)
         if value is not None:

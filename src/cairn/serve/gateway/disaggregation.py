@@ -46,12 +46,12 @@ async def prefilled(
     changes |= {"min_tokens": None, "max_tokens": 1}
     if b'"max_completion_tokens"' in body:
         changes["max_completion_tokens"] = 1
-    patience_s = relay.config.first_token_s
+    question, patience_s = edited(body, changes), relay.config.first_token_s
     try:
         with begin("cairn.prefill", instance=member.name) as asking, relay.members.flight(member, prompt) as flight:
             relay.prompts.sent(prompt, member.name)
             path, headers = asked.path.encode(), asking.headers(headers)
-            answer = await member.pool.post(path, headers, edited(body, changes), patience_s)
+            answer = await member.pool.post(path, headers, question, patience_s)
             try:
                 told = bytearray()
                 while data := await answer.read(patience_s):
@@ -65,7 +65,7 @@ async def prefilled(
             flight.first_token()
             params = msgspec.json.decode(bytes(told), type=_Reply).kv_transfer_params
         member.succeeded()
-    except (UpstreamError, msgspec.DecodeError) as error:
+    except (UpstreamError, ValueError, RecursionError) as error:
         reason = error.reason if isinstance(error, UpstreamError) else "protocol"
         log_once(logger, f"prefill {member.name} {reason}", f"{member.name} has not computed a prompt: {error}")
         relay.metrics.failed(member.name, reason)

@@ -60,6 +60,7 @@ class Dispatch:
             tbt_slo_s=self.slo.tbt_s,
             max_tokens=asked.max_tokens,
             priority=-asked.priority,  # vLLM's are the other way round
+            streams=asked.streams,
         )
 
     async def place(self, ask: Ask, model: str, tried: Sequence[str]) -> Placed:

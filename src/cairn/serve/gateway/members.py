@@ -51,7 +51,8 @@ class Member:
             self.view.running, self.view.waiting = load.running, load.waiting
             self.view.ttft_s, self.view.tpot_s = load.ttft_s, load.tpot_s
             self.view.reported_at = time.monotonic()
-        self.instance, self.load, self.view.role = instance, load, instance.role
+        self.instance, self.load = instance, load
+        self.view.role, self.view.model = instance.role, instance.model
 
     def ready(self, now: float) -> bool:
         return now >= self._rests_until

@@ -15,6 +15,8 @@ from cairn.serve.gateway.asked import CHAT, COMPLETIONS
 from cairn.serve.gateway.members import Members
 
 _SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+#: Engines that are gone of which failures are shown still.
+_GONE: Final = 256
 _TOKEN_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 
@@ -46,6 +48,8 @@ class GatewayMetrics:
         self._tpot = histogram("tpot_seconds", "Mean between two events of a stream, by stream.", _TOKEN_SECONDS)
         self.traffic = Traffic()
         self._children: dict[tuple[str, int], Any] = {}
+        self._members = members
+        self._failed: dict[str, set[str]] = {}  # reasons by instance
 
     def ended(self, path: str, status: int) -> None:
         """A request has ended; status 499: its client has left."""
@@ -58,6 +62,11 @@ class GatewayMetrics:
 
     def failed(self, instance: str, reason: str) -> None:
         self._failures.labels(instance, reason).inc()
+        self._failed.setdefault(instance, set()).add(reason)
+        if len(self._failed) > len(self._members.members) + _GONE:
+            oldest = next(name for name in self._failed if name not in self._members.members)
+            for said in self._failed.pop(oldest):
+                self._failures.remove(oldest, said)
 
     def timed(self, since: float, first: float, latest: float, events: int) -> None:
         """An answer has come to its end. Times by `time.monotonic`; first: 0.0: it was no stream."""

@@ -61,5 +61,5 @@ async def _models_of(member: Member) -> list[dict[str, Any]]:
             finally:
                 answer.close()
             return msgspec.json.decode(bytes(told), type=_Listing).data
-    except (UpstreamError, TimeoutError, msgspec.DecodeError):
+    except (UpstreamError, TimeoutError, ValueError):
         return []

@@ -75,8 +75,10 @@ class _Passage:
                 failure = error
                 if not self._goes_on(last=attempt == attempts):
                     return await self._give_up(error)
-                # Time that a dead engine took is not held against it: for the scheduler it comes now.
-                self._ask = msgspec.structs.replace(self._ask, arrived=time.monotonic())
+                # Time that a dead engine took is not held against it: for the scheduler it comes now. Who goes on with
+                # a stream computes more than the prompt, so its first token would teach the wrong thing.
+                streams = self._asked.streams and self._continuation is None
+                self._ask = msgspec.structs.replace(self._ask, arrived=time.monotonic(), streams=streams)
             except (RequestError, DivergedError) as error:
                 if not self._client.started:
                     if failure is not None:  # nobody else is left, whatever the words

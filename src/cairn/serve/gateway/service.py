@@ -92,8 +92,8 @@ async def _serve(config: Config, started: Callable[[Addresses], None]) -> None:
                 await asyncio.to_thread(parts.tokenizers.text, ANY_MODEL, "loaded before anybody waits for it")
             rpc = port = None
             if serve.rpc_server_port is not None:
-                token = serve.api_keys[0].get_secret_value() if serve.api_keys else None
-                rpc, port = make_server(parts, token, address(serve.host, serve.rpc_server_port), "--rpc-server-port")
+                keys = [key.get_secret_value() for key in serve.api_keys]
+                rpc, port = make_server(parts, keys, address(serve.host, serve.rpc_server_port), "--rpc-server-port")
                 await rpc.start()
             rpc_at = None if port is None else address(serve.host, port)
             registry = await stack.enter_async_context(_followed(config, members, parts))

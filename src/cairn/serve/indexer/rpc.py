@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import Final, TypeAlias
 
 import grpc
@@ -35,8 +36,8 @@ Context: TypeAlias = "grpc.aio.ServicerContext[GetPodScoresRequest, GetPodScores
 class PodScores:
     """The service's methods."""
 
-    def __init__(self, parts: Parts, token: str | None) -> None:
-        self._parts, self._token = parts, token
+    def __init__(self, parts: Parts, tokens: Sequence[str]) -> None:
+        self._parts, self._tokens = parts, tokens
 
     async def GetPodScores(  # noqa: N802 - llm-d's
         self, request: GetPodScoresRequest, context: Context
@@ -61,7 +62,7 @@ class PodScores:
 
     async def _score(self, request: GetPodScoresRequest, context: Context) -> Answer:
         given = dict(context.invocation_metadata() or ()).get("authorization")
-        if not may_pass(given, self._token):
+        if self._tokens and not any(may_pass(given, token) for token in self._tokens):
             raise RequestError(REFUSED, 401)
         left = context.time_remaining()
         seconds = self._parts.bounds.request if left is None else min(left, self._parts.bounds.request)
@@ -72,10 +73,10 @@ class PodScores:
 
 
 def make_server(
-    parts: Parts, token: str | None, address: str, option: str = "--rpc-port"
+    parts: Parts, tokens: Sequence[str], address: str, option: str = "--rpc-port"
 ) -> tuple[grpc.aio.Server, int]:
-    """A server that listens on `address` once started, and its port. Raises InputError, with the option that mends it,
-    if it cannot.
+    """A server that listens on `address` once started, and its port. tokens: calls must carry one of them, if there are
+    any. Raises InputError, with the option that mends it, if it cannot.
     """
     server = grpc.aio.server(
         options=[
@@ -85,7 +86,7 @@ def make_server(
         ],
         maximum_concurrent_rpcs=parts.bounds.waiting,
     )
-    add_IndexerServiceServicer_to_server(PodScores(parts, token), server)
+    add_IndexerServiceServicer_to_server(PodScores(parts, tokens), server)
     try:
         port = server.add_insecure_port(address)
     except RuntimeError:

@@ -55,7 +55,8 @@ async def _serve(config: Index, cluster: Cluster, token: str | None, started: Ca
     try:
         rpc = port = None
         if config.rpc_port is not None:
-            rpc, port = make_server(parts, token, address(config.host, config.rpc_port))
+            tokens = [] if token is None else [token]
+            rpc, port = make_server(parts, tokens, address(config.host, config.rpc_port))
         async with AsyncExitStack() as stack:
             ended = stack.enter_context(ended_by_signals(config.shutdown_s))
             await asyncio.to_thread(parts.start, config)
