@@ -39,3 +39,42 @@ def test_a_request_that_is_cancelled_while_its_body_comes_is_not_late() -> None:
             await task
 
     asyncio.run(run())
+
+
+def test_a_client_that_reads_nothing_for_long_has_left_and_one_that_is_slow_has_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def run() -> None:
+        loop, read, now = asyncio.get_running_loop(), asyncio.Event(), 1.0
+        monkeypatch.setattr(loop, "time", lambda: now)
+
+        async def later(seconds: float) -> None:
+            nonlocal now
+            now += seconds
+            for _ in range(5):
+                await asyncio.sleep(0)
+
+        async def send(_: Any) -> None:
+            await read.wait()
+            read.clear()
+
+        async def answer() -> None:
+            clients.append(Client({"headers": [], "query_string": b""}, _never, send, 10.0))
+            while True:
+                await clients[0].send(b"", more=True)
+
+        clients: list[Client] = []
+        task = asyncio.create_task(answer())
+        for _ in range(5):  # pieces that take six seconds each
+            await later(6.0)
+            read.set()
+            await later(0.0)
+        left = []
+        for seconds in (9.0, 1.1):
+            await later(seconds)
+            left.append(clients[0].left)
+        assert left == [False, True]
+        assert task.cancelled()
+        clients[0].close()
+
+    asyncio.run(run())

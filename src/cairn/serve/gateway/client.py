@@ -39,6 +39,8 @@ class Client:
         self._receive, self._send, self._patience_s = receive, send, patience_s
         self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
         self._watcher: asyncio.TimerHandle | asyncio.Task[None] | None = None
+        self._patience: asyncio.TimerHandle | None = None
+        self._since = 0.0  # when the piece was sent that it has not read; 0.0: there is none
         self.left = self.started = self.ended = self._late = False
         self.status = 0
         self.id = request_id_of(self.given)
@@ -124,11 +126,22 @@ class Client:
         """Sends a piece; waits as long as the client does not read. The request ends if it reads nothing for long."""
         self.ended = not more
         message = {"type": "http.response.body", "body": body, "more_body": more}
-        timer = self._loop.call_later(self._patience_s, self._leave)
+        self._since = self._loop.time()
+        if self._patience is None:
+            self._patience = self._loop.call_at(self._since + self._patience_s, self._look)
         try:
             await self._send(message)
         finally:
-            timer.cancel()
+            self._since = 0.0
+
+    def _look(self) -> None:
+        """One timer for all pieces: it comes again for the one that is under way."""
+        now = self._loop.time()
+        due = (self._since or now) + self._patience_s
+        if now >= due:
+            self._leave()
+        else:
+            self._patience = self._loop.call_at(due, self._look)
 
     async def refuse(self, message: str, status: int, headers: Headers = ()) -> None:
         """Answers in OpenAI's form, if nothing has been sent."""
@@ -140,8 +153,9 @@ class Client:
         await self.send(body, more=False)
 
     def close(self) -> None:
-        if self._watcher is not None:
-            self._watcher.cancel()
+        for waiting in (self._watcher, self._patience):
+            if waiting is not None:
+                waiting.cancel()
 
 
 _KINDS: Final = {400: "invalid_request_error", 401: "authentication_error", 429: "rate_limit_error"}
