@@ -112,6 +112,17 @@ def test_strange_values_do_no_harm_to_others(codec: type[Codec], special: float)
     assert np.abs(y[:, 2] - x[:, 2]).max() < 0.2 * np.abs(x[:, 2]).max()
 
 
+@pytest.mark.parametrize("codec", [CacheGen, *LOSSY])
+def test_values_at_the_end_of_float16_stay_numbers(codec: type[Codec]) -> None:
+    """As an engine has them that clips: rounded up they would be infinite, and so the answer."""
+    g = geometry("gqa", "float16")
+    x = np.clip(samples.values(g, 9) * 3e5, -65504, 65504)
+    for scale in (1.0, 0.5, 0.3):
+        rows = samples.to_rows(x * scale, "float16")
+        assert np.isfinite(samples.from_rows(rows, g)).all()
+        assert np.isfinite(samples.from_rows(samples.back(codec(g), codec(g).encode(rows), 9), g)).all()
+
+
 @pytest.mark.parametrize("codec", [CacheGen, Int8, Int4, Fp8, Lossless, Packed])
 def test_layer_by_layer_is_the_same(codec: type[Codec]) -> None:
     g = geometry("gqa", "bfloat16")

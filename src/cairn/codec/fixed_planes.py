@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from cairn.codec.floats import BFLOAT16, E4M3, E4M3_MAX, Bits, narrow, to_e4m3, widen
+from cairn.codec.floats import BFLOAT16, E4M3, E4M3_MAX, Bits, bounded, narrow, to_e4m3, widen
 from cairn.codec.planes import load_plane
 from cairn.jit import kernel
 
@@ -162,6 +162,6 @@ def decode_fixed(
                         else:
                             zero = np.int16(stored16[at // 2 + groups + group])
                             value = np.float32(np.int32(code) + np.int32(zero)) * scale
-                        target[place + c] = narrow(value, kind)
+                        target[place + c] = narrow(bounded(value, kind), kind)
             at += plane_bytes(tokens, channels, along_tokens, bits, floating)
             at += at % 2

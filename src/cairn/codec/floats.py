@@ -16,6 +16,7 @@ from cairn.kv import KVGeometry
 
 KINDS: Final = {"bfloat16": 0, "float16": 1, "float32": 2}
 BFLOAT16, FLOAT16, FLOAT32 = KINDS.values()
+FLOAT16_MAX: Final = 65504.0
 
 #: Bits of elements: uint16 or uint32.
 Bits = npt.NDArray[Any]
@@ -81,6 +82,14 @@ def narrow(value: Any, kind: int) -> Any:
         scaled = np.float32(abs(value)) * np.float32(2.0**24)
         return sign | np.int64(np.rint(scaled))
     return sign | ((magnitude - 0x38000000 + 0xFFF + (magnitude >> 13 & 1)) >> 13)
+
+
+@kernel
+def bounded(value: Any, kind: int) -> Any:
+    """A float32 that rounding has taken beyond the largest element of its kind, as that one. NaN stays."""
+    if kind == FLOAT16 and abs(value) > FLOAT16_MAX:
+        return np.float32(FLOAT16_MAX) if value > 0 else np.float32(-FLOAT16_MAX)
+    return value
 
 
 @kernel

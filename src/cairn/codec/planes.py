@@ -33,8 +33,9 @@ LEAST_STEP: Final = 1e-6
 #: Quotients beyond it are out of range whatever the prediction.
 FAR: Final = np.float32(1 << 20)
 MOST_ANCHOR: Final = 32767
-#: Values from it on are out of range whatever the step. Without them all sums are finite.
-LARGEST: Final = np.float32(1 << 32)
+#: Values from it on are out of range whatever the step. Without them all sums are finite, and what comes back, which is
+#: off by half a step, is a number in float16, too.
+LARGEST: Final = np.float32(1 << 14)
 _ROUND: Final = 1 << SINE_BITS - 1
 
 Floats = npt.NDArray[np.float32]

@@ -30,7 +30,7 @@ import numpy.typing as npt
 from msgspec.structs import replace
 
 from cairn.codec.base import Octets
-from cairn.codec.floats import BFLOAT16, E4M3, E4M3_MAX, FLOAT16, Bits, kind_of, narrow, to_e4m3, widen
+from cairn.codec.floats import BFLOAT16, E4M3, E4M3_MAX, FLOAT16, FLOAT16_MAX, Bits, kind_of, narrow, to_e4m3, widen
 from cairn.errors import GeometryError
 from cairn.jit import kernel
 from cairn.kv import KVGeometry
@@ -41,7 +41,6 @@ GROUP: Final = 16
 SCALE_OFFSET: Final = (127 - 16) << 3
 NAN_SCALE: Final = 255
 MOST_ZERO: Final = 127
-FLOAT16_MAX: Final = 65504.0
 #: A NaN of each kind.
 NANS: Final = (0x7FC0, 0x7E00, 0x7FC00000)
 _INFINITY: Final = 0x7F800000

@@ -9,13 +9,13 @@ import triton
 import triton.language as tl
 
 from cairn.codec import floats
-from cairn.codec.quantized import FLOAT16_MAX, MOST_ZERO, NAN_SCALE, NANS, SCALE_OFFSET
+from cairn.codec.quantized import MOST_ZERO, NAN_SCALE, NANS, SCALE_OFFSET
 
 _BFLOAT16, _FLOAT16, FLOAT32 = tl.constexpr(floats.BFLOAT16), tl.constexpr(floats.FLOAT16), tl.constexpr(floats.FLOAT32)
 _NANS = tl.constexpr(NANS)
 _INFINITY = tl.constexpr(0x7F800000)
 _SCALE_OFFSET, _NAN_SCALE = tl.constexpr(SCALE_OFFSET), tl.constexpr(NAN_SCALE)
-_MOST_ZERO, _FLOAT16_MAX = tl.constexpr(float(MOST_ZERO)), tl.constexpr(FLOAT16_MAX)
+_MOST_ZERO, _FLOAT16_MAX = tl.constexpr(float(MOST_ZERO)), tl.constexpr(floats.FLOAT16_MAX)
 _E4M3_MAX = tl.constexpr(floats.E4M3_MAX)
 #: Added to and taken from a float32 it rounds to nearest even, as long as nobody fuses it with what comes before.
 _ROUND = tl.constexpr(12582912.0)
