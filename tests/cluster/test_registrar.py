@@ -188,8 +188,9 @@ def test_figures_of_odd_engines() -> None:
     assert (load.running, load.waiting, load.kv_usage, load.tpot_s) == (0, 0, 1.0, None)
     assert meter.report(parse("vllm:kv_cache_usage_perc NaN\n"), "1", 1.0, 0.0).kv_usage == 0.0
     assert not meter.restarted(parse(""))
-    with pytest.raises(ValueError):
-        parse("vllm:x{ 5\n")
+    for none in ("vllm:x{ 5\n", 'vllm:n{, ={\\"} 1\n'):
+        with pytest.raises(ValueError):
+            parse(none)
 
 
 def test_the_ports_of_ranks() -> None:

@@ -37,7 +37,7 @@ class Scrape(NamedTuple):
     def block_tokens(self) -> int:
         """0: not told."""
         told = self.says.get("block_size", "")
-        return int(told) if told.isdigit() else 0
+        return int(told) if told.isdecimal() and len(told) < 10 else 0
 
 
 def parse(text: str) -> Scrape:
@@ -46,7 +46,10 @@ def parse(text: str) -> Scrape:
     peaks: dict[str, float] = {}
     says: dict[str, str] = {}
     wanted = "\n".join(filter(_wanted, text.splitlines())) + "\n"
-    samples = [sample for family in text_string_to_metric_families(wanted) for sample in family.samples]
+    try:
+        samples = [sample for family in text_string_to_metric_families(wanted) for sample in family.samples]
+    except IndexError as error:  # of the library's, for labels that break off
+        raise ValueError(f"labels that are none: {error}") from None
     for sample in samples:
         if sample.name in _INFO:
             says |= sample.labels
