@@ -150,20 +150,25 @@ def test_blocks_that_are_there_are_not_written_again(place: Place) -> None:
 def test_many_writers_of_the_same_and_of_other_blocks(place: Place) -> None:
     shared, own = fresh(3 * PACK), [fresh(PACK + 1) for _ in range(4)]
     with opened(place) as one, opened(place) as two:
-        results: list[list[Reason | None]] = []
+        written: list[list[Reason | None]] = []
+        found: list[list[Reason | None]] = []
 
         def work(number: int) -> None:
             tier = (one, two)[number % 2]
-            results.append(write(tier, shared))
-            results.append(write(tier, own[number]))
-            results.append(read(tier, shared))
+            written.append(write(tier, shared))
+            written.append(write(tier, own[number]))
+            found.append(read(tier, shared))
 
         threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(60)
-        assert [set(result) for result in results] == [{None}] * 12
+        assert [set(result) for result in written] == [{None}] * 8
+        # Mooncake takes what another writer is still at for stored, and until he is done it is absent.
+        allowed = {None, Reason.ABSENT} if place.kind == "mooncake" else {None}
+        assert len(found) == 4
+        assert set().union(*found) <= allowed
     with opened(place) as reader:
         for keys in (shared, *own):
             assert loaded(reader, keys) == len(keys)
