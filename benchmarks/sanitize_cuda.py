@@ -5,9 +5,10 @@
 
 Without torch's caching allocator every tensor is an allocation of its own, so that a read one byte behind it is seen.
 Mutated: what is coded (words, states, stored rows); a stream's places and classes are checked on the host before a
-kernel gets them. Half a minute, three with the sanitizer.
+kernel gets them; of whole objects, encoded on the device, any byte. A minute with the sanitizer.
 """
 
+import logging
 from itertools import product
 
 import numpy as np
@@ -15,6 +16,9 @@ import torch
 from quantized_cuda import CODECS, LAYOUTS, drawn, paged
 
 from cairn.codec import parts, rans, tables, triton_kernels
+from cairn.codec.calibration import Calibration
+from cairn.codec.choice import cachegen_on
+from cairn.codec.levels import LEVELS
 from cairn.codec.planes import STEPS
 from cairn.codec.quantized import Quantizer
 from cairn.codec.rotary import Rotary, sines
@@ -57,6 +61,32 @@ def cachegen(rng: np.random.Generator) -> None:
     torch.cuda.synchronize()
 
 
+class Refused(logging.Handler):
+    """Ends it all where the device has not done what it was asked for: else the CPU would be looked at."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise SystemExit(record.getMessage())
+
+
+def objects(rng: np.random.Generator, dtype: str, planes: int, turns: int) -> None:
+    """Blocks, values that are not finite among them, to an object and back, all on the device; and back from objects of
+    which a byte is another one.
+    """
+    g = KVGeometry(layers=2, kv_heads=5 if planes == 2 else 1, head_dim=72, dtype=dtype, planes=planes)
+    known = Calibration(model="x", sensitivity=((0.02,) * planes,) * 2, rotary=Rotary.from_theta(1e4, 2 * turns))
+    x = rng.normal(1, 1, (8, *g.block_shape)) * np.exp(rng.normal(0, 1, g.block_shape[3:]))
+    x.reshape(-1)[rng.integers(0, x.size, 6)] = [np.nan, np.inf, 9e4, -1e30, 0, 1]
+    rows = torch.from_numpy(x).to(getattr(torch, dtype)).reshape(8, -1).view(torch.uint8).numpy()
+    for level in LEVELS.values():
+        codec = cachegen_on("cuda", g, level, known if turns else None)
+        stored = codec.encode(rows, sinks=8)
+        assert codec.decode(stored, np.empty_like(rows))
+        for _ in range(ROUNDS):
+            mutated = stored.copy()
+            mutated[rng.integers(0, len(mutated))] ^= 1 << rng.integers(0, 8)
+            codec.decode(mutated, np.empty_like(rows))
+
+
 def quantized(rng: np.random.Generator, layout: str, codec: str, dtype: str) -> None:
     """Pages to rows and back, with holes, and back once more from bytes that are no rows."""
     planes = 1 if layout == "mla" else 2
@@ -78,11 +108,15 @@ def quantized(rng: np.random.Generator, layout: str, codec: str, dtype: str) -> 
 
 def main() -> None:
     rng = np.random.default_rng(0)
+    logging.getLogger("cairn.codec").addHandler(Refused())
     cachegen(rng)
+    kinds = list(product(("bfloat16", "float16", "float32"), (1, 2), (0, 24)))
+    for kind in kinds:
+        objects(rng, *kind)
     cases = list(product(LAYOUTS, CODECS, ("bfloat16", "float32")))
     for case in cases:
         quantized(rng, *case)
-    print(f"cachegen and {len(cases)} combinations of quantized rows: every kernel ended")
+    print(f"cachegen, {len(kinds)} kinds of objects, {len(cases)} of quantized rows: every kernel ended")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@
 Three processes besides this one: the node, an engine on GPU 0 that stores, one on GPU 1 that retrieves. Llama-8B's
 geometry, blocks of 2 MiB; the paged cache in two layouts: pages of 2 MiB in one run, and 64 pieces of 32 KiB a page.
 Every retrieve is timed as a caller sees it (questions to the node included), and every byte of it is compared on the
-device. Where its time goes is told beside it (`split`, medians, milliseconds): until the copier is called, until its
-first copy is enqueued, until its last is, the copies on the device, the copier as a whole, and from its end to the
-call's. Needs 10 GiB on GPU 0, 5 GiB on GPU 1, and 5 GiB in /dev/shm for the way through Cairn's DRAM, which is left out
-where that is not there.
+device. One follows the other, as the plain copies do; `cold`: before each one 256 MB of host memory are written, so
+that neither the caller's code nor the node's is in a cache. Where its time goes is told beside it (`split`, medians,
+milliseconds): until the copier is called, until its first copy is enqueued, until its last is, the copies on the
+device, the copier as a whole, and from its end to the call's. Needs 10 GiB on GPU 0, 9 GiB on GPU 1, and 5 GiB in
+/dev/shm for the way through Cairn's DRAM, which is left out where that is not there.
 """
 
 import argparse
@@ -38,6 +39,8 @@ from cairn.kv import KVGeometry, Namespace
 G = KVGeometry(layers=32, kv_heads=8, head_dim=128, dtype="bfloat16", block_tokens=16)
 LAYOUTS = ("cross_layer", "nhd")
 REPEATS, WARM = 9, 2
+#: More than the caches of a processor.
+COLD_BYTES = 256 << 20
 BAR_CEILING, BAR_PINNED = 0.90, 10.0
 #: Seconds that any one step may take before everything is given up.
 STEP_S = 240.0
@@ -81,12 +84,6 @@ class Place:
     def fill(self, tensors: list[torch.Tensor], layout: str, seed: int, pages: torch.Tensor) -> None:
         for layer in range(G.layers):
             self.layer(tensors, layout, layer).copy_(self.expected(seed, layer, pages))
-
-    def holds(self, tensors: list[torch.Tensor], layout: str, seed: int, pages: torch.Tensor) -> bool:
-        return all(
-            bool(torch.equal(self.layer(tensors, layout, layer), self.expected(seed, layer, pages)))
-            for layer in range(G.layers)
-        )
 
 
 class Split:
@@ -234,21 +231,26 @@ def engine_process(address: str, index: int, stand_in: bool, blocks: int, pipe: 
         held = engine._store.match(chain.keys)  # type: ignore[attr-defined]
         return {"tokens": stored, "seconds": seconds, "vram": held.vram, "dram": held.dram, "flushed": durable}
 
-    def retrieve(layout: str, seed: int, path: str, repeats: int) -> dict[str, Any]:
+    def retrieve(layout: str, seed: int, path: str, repeats: int, cold: bool) -> dict[str, Any]:
         engine = engines["it"]
         tensors, kv, slots, pages = cache(layout, engine)
+        wanted = [torch.empty_like(tensor) for tensor in tensors]
+        place.fill(wanted, layout, seed, pages)
         engine._copier._path = path  # type: ignore[attr-defined] # the way under test
         chain, seconds, right = prompt(engine, seed), [], True
         split = splits["it"]
         split.times.clear()
+        others = np.zeros(COLD_BYTES // 8)
         before = dict(engine.get_stats()["hit_tokens"])  # type: ignore[call-overload]
         for _ in range(WARM + repeats):
             for tensor in tensors:
                 tensor.fill_(0x5A5A)
             place.synchronize()
+            if cold:
+                others += 1
             mask, taken = split.call(partial(engine.retrieve, chain, None, kv, slots))
             seconds.append(taken)
-            right = right and bool(mask.all()) and place.holds(tensors, layout, seed, pages)
+            right = right and bool(mask.all()) and all(map(torch.equal, tensors, wanted))
         hits: Any = engine.get_stats()["hit_tokens"]
         by_tier = {tier: hits[tier] - before.get(tier, 0) for tier in hits}
         median = statistics.median(seconds[WARM:])
@@ -256,6 +258,7 @@ def engine_process(address: str, index: int, stand_in: bool, blocks: int, pipe: 
         return {
             "layout": layout,
             "path": path,
+            "cold": cold,
             "right": right,
             "hit_tokens": {tier: count for tier, count in by_tier.items() if count},
             "milliseconds": median * 1e3,
@@ -380,17 +383,17 @@ def measure(stand_in: bool, blocks: int, paths: list[str], began: float, budget_
         for seed, layout in enumerate(LAYOUTS):
             stored = giver.ask("store", layout, seed)
             print(f"{layout}: stored {stored}", flush=True)
-            for path in paths:
+            for path, cold in [("auto", False), ("auto", True), *((path, False) for path in paths if path != "auto")]:
                 if path != "auto" and time.perf_counter() - began > budget_s:
                     continue
-                run = judged(taker.ask("retrieve", layout, seed, path, REPEATS), plain)
+                run = judged(taker.ask("retrieve", layout, seed, path, REPEATS, cold), plain)
                 run["store"] = stored
                 result["runs"].append(run)
                 print(line(run), flush=True)
         giver.ask("close")
         # Its VRAM is gone; what was written behind it is in DRAM.
         if dram > moved:
-            result["dram"] = taker.ask("retrieve", LAYOUTS[-1], len(LAYOUTS) - 1, "auto", 2)
+            result["dram"] = taker.ask("retrieve", LAYOUTS[-1], len(LAYOUTS) - 1, "auto", 2, False)
             print(f"the same from Cairn's DRAM: {result['dram']['gbps']:.1f} GB/s, right {result['dram']['right']}")
         taker.ask("close")
     return result
@@ -408,8 +411,9 @@ def judged(run: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def line(run: dict[str, Any]) -> str:
+    caches = "cold" if run["cold"] else ""
     return (
-        f"{run['layout']:>12} {run['path']:>7}: {run['gbps']:6.1f} GB/s ({run['milliseconds']:.2f} ms), "
+        f"{run['layout']:>12} {run['path']:>7} {caches:4}: {run['gbps']:6.1f} GB/s ({run['milliseconds']:.2f} ms), "
         f"{run['of_ceiling']:.1%} of the ceiling, {run['times_pinned']:.1f} x pinned, "
         f"{run['times_pageable']:.1f} x pageable, right {run['right']}, hits {run['hit_tokens']}"
         f"{'' if run['meets_bars'] else '  below the bars'}\n{'':>21}"

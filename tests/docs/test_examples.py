@@ -55,7 +55,8 @@ def test_the_benchmark_of_the_vram_pool(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "vram_pool.py"), "--stand-in", "--blocks", "2"]
     subprocess.run([*command, "--out", tmp_path / "out.json"], capture_output=True, check=True, timeout=240)
     found = json.loads((tmp_path / "out.json").read_text())
-    assert [run["layout"] for run in found["runs"]] == ["cross_layer", "nhd"]
+    measured = [(run["layout"], run["cold"]) for run in found["runs"]]
+    assert measured == [(layout, cold) for layout in ("cross_layer", "nhd") for cold in (False, True)]
     assert all(run["right"] and run["hit_tokens"] == {"vram": 32 * 11} for run in found["runs"])
     assert found["dram"]["right"]
     assert found["dram"]["hit_tokens"] == {"dram": 32 * 4}
