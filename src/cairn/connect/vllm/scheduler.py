@@ -16,6 +16,7 @@ from cairn.connect.vllm.identity import extra_keys, namespace_of, reusable
 from cairn.connect.vllm.messages import Copy, Done, Orders
 from cairn.connect.vllm.mode import Mode
 from cairn.connect.vllm.model import Served, own_arena
+from cairn.connect.vllm.timed_steps import TimedSteps
 from cairn.connect.vllm.tracked import Tracked
 from cairn.connect.vllm.under_way import Load, Store, UnderWay
 from cairn.engine.base import BlockStore
@@ -27,7 +28,7 @@ from cairn.observe.log import serving
 from cairn.observe.metrics import Metrics
 from cairn.observe.reasons import Reason
 from cairn.observe.trace import joined
-from cairn.plan import CostModel, Work
+from cairn.plan import CostModel
 from cairn.tier.arena import Arena
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class SchedulerSide:
         self.blocks: Any = None
         self._tracked: dict[str, Tracked] = {}
         self._under_way = UnderWay(served.ranks)
+        self._timed = TimedSteps(self._block)
         self._epoch = b""
         self._busy = False
         self._orders = Orders()
@@ -173,7 +175,7 @@ class SchedulerSide:
         orders.settle_stores = bool(output.preempted_req_ids)
         orders.forgiven = self._under_way.forgiven()
         if not orders.layered and not orders.blends:
-            orders.work = self._work(scheduled)
+            orders.work = self._timed.work(scheduled, self._computed)
         return orders
 
     def reported(self, done: Done) -> None:
@@ -281,6 +283,11 @@ class SchedulerSide:
         """The request that vLLM means by this id in a step: not one that is over."""
         tracked = self._tracked.get(request_id)
         return tracked if tracked and not tracked.finished else None
+
+    def _computed(self, request_id: str) -> int | None:
+        """How many tokens of a request in a step have KV once that is over."""
+        tracked = self._running(request_id)
+        return tracked.computed if tracked else None
 
     def _awaits(self, tracked: Tracked, computed: int) -> bool:
         """Whether a prefill instance is still storing what the request will load. computed: tokens that vLLM has."""
@@ -476,18 +483,6 @@ class SchedulerSide:
                 number = self._under_way.begin(Store(tracked.request.request_id))
                 tracked.writings[number] = writing
                 self._orders.learns.append(chunk.learn(number, tracked.request.request_id, writing))
-
-    def _work(self, scheduled: dict[str, int]) -> Work | None:
-        """What the step computes, if that is worth measuring: some prefill, and all of it known."""
-        if not scheduled or max(scheduled.values()) <= self._block:
-            return None
-        chunks = []
-        for request_id, tokens in scheduled.items():
-            tracked = self._running(request_id)
-            if tracked is None:
-                return None
-            chunks.append((tokens, tracked.computed - tokens))
-        return Work.of(chunks)
 
 
 def _copy(number: int, tracked: Tracked, rows: Any, first: int, home: Home | VramHome | None) -> Copy:

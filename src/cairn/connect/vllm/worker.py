@@ -14,16 +14,16 @@ from cairn.connect.vllm.blender import Blender
 from cairn.connect.vllm.blending import Settings, no_blending
 from cairn.connect.vllm.messages import Blend, Copy, Done, Learn, Orders
 from cairn.connect.vllm.model import Served, own_arena
-from cairn.connect.vllm.movers import Copying, Layers, Mover, Polled, Rows, Timer, by_token, mover_for
+from cairn.connect.vllm.movers import Copying, Layers, Mover, Polled, Rows, by_token, mover_for
 from cairn.connect.vllm.pages import prove_order
 from cairn.connect.vllm.places import Places, Refused, refused
+from cairn.connect.vllm.timed_steps import StepTimers
 from cairn.connect.vllm.vram import VramError, WorkerVram
 from cairn.copy import RowMemory, TokenSlots
 from cairn.errors import GeometryError
 from cairn.node.base import VramHome
 from cairn.observe.log import log_once
 from cairn.observe.reasons import Reason
-from cairn.plan import Work
 from cairn.tier.arena import Arena
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class WorkerSide:
         self._places: Places | None = None
         self._layer_of: dict[str, int] = {}
         self._orders = Orders()
-        self._timed: tuple[Work, Timer] | None = None
+        self._timers = StepTimers()
         self._layered: list[tuple[Copy, Layers, float]] = []
         self._ended: list[_Begun] = []
         self._loads: list[_Begun] = []
@@ -127,7 +127,7 @@ class WorkerSide:
         self._unheard -= orders.forgiven
         mover = self._all_places.mover
         if orders.work and mover and self._first_stage:  # later ones would measure how they wait for it
-            self._timed = orders.work, mover.timer()
+            self._timers.begin(orders.work, mover.timer())
         if self._vram and (donation := self._vram.donation()) != self._told:
             self._told = self._done.donation = donation
 
@@ -154,9 +154,7 @@ class WorkerSide:
 
     def end(self) -> None:
         """After the forward pass: settles the step's own loads, and blends, behind what the pass has computed."""
-        if self._timed and self._orders.work:
-            self._timed[1].stop()
-            self._orders.work = None
+        self._timers.stop()
         for copy, layers, _ in self._layered:
             over = layers.end()
             if over.done() and over.exception():
@@ -199,9 +197,9 @@ class WorkerSide:
 
     def report(self) -> Done | None:
         """What was done since the last call."""
-        if self._timed and (seconds := self._timed[1].seconds()) is not None:
-            self._done.work, self._done.work_seconds = self._timed[0], seconds
-            self._timed = None
+        timed = self._timers.next()
+        if timed:
+            self._done.work, self._done.work_seconds = timed
         done, self._done = self._done, Done()
         told = done.copies or done.work or done.blends or done.donation is not None
         return done if told else None
