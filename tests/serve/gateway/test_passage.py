@@ -82,7 +82,7 @@ class Passage:
 
     def __init__(self, scheduler: Scheduler, **engines: str) -> None:
         config = Serve()
-        self.members, self.sent, self.status = Members(config), b"", 0
+        self.members, self.sent, self.status, self.whole = Members(config), b"", 0, False
         for name, url in engines.items():
             self.members._hear(Joined(Reported(Instance(name=name, incarnation="1", http=url, model="m"))))
         self.dispatch = Dispatch(self.members, scheduler, config, lambda: None)
@@ -112,6 +112,7 @@ class Passage:
     async def _take(self, message: Any) -> None:
         self.status = message.get("status", self.status)
         self.sent += message.get("body", b"")
+        self.whole = not message.get("more_body", True)
 
 
 def said(data: bytes) -> str:
@@ -222,6 +223,30 @@ def test_who_asks_for_what_only_engines_can_read_is_told_of_the_end(ends: bool) 
             assert passage.sent.startswith(b"".join(begun))
             assert passage.sent.endswith(DONE)
             assert "the answer ends here" in [*payloads(passage.sent)][-1]["error"]["message"]
+
+    asyncio.run(main())
+
+
+def test_a_very_large_answer_that_is_no_stream_ends_before_its_end_where_the_engine_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No words of ours in its JSON, and no sign that it is whole."""
+    monkeypatch.setattr("cairn.serve.gateway.relay._HELD", 1 << 10)
+    begun = b'{"choices": [{"text": "' + b"x" * (1 << 12)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await request_of(reader)
+        head = HEAD.replace(b"text/event-stream", b"application/json")
+        writer.write(head + chunk(begun))
+        await writer.drain()
+        writer.close()
+
+    async def main() -> None:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            passage = Passage(RoundRobin(), a=url)
+            await passage.carry(stream=False)
+            assert (passage.status, passage.sent, passage.whole) == (200, begun, False)
 
     asyncio.run(main())
 

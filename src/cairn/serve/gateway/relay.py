@@ -37,7 +37,8 @@ class Relay:
         self.config, self.metrics = config, metrics
 
     async def carry(self, asked: Asked, client: Client) -> None:
-        """Serves one request. Raises RequestError if nothing has been sent; later it ends with an event that tells."""
+        """Serves one request. Raises RequestError if nothing has been sent; later a stream ends
+        with an event that tells, and any other answer before its end."""
         with joined(client.given), begin("cairn.serve", path=asked.path, model=asked.model) as serving:
             with begin("cairn.score") as scoring:
                 prompt = await self.prompts.look(asked)
@@ -58,6 +59,7 @@ class _Passage:
         self._tried: list[str] = []
         self._tokens, self._served = 0, ""
         self._first = self._latest = 0.0
+        self._events = False  # whether the answer is a stream of events
         self._continuation: Continuation | None = None
         self._transcript: sse.Transcript | None = None
         resume = self._config.resume
@@ -169,6 +171,7 @@ class _Passage:
 
     async def _pass_stream(self, answer: Answer, flight: Flight) -> None:
         events, patience_s = sse.Events(), self._config.first_token_s
+        self._events = True
         while data := await answer.read(patience_s):
             whole = events.take(data)
             if not whole:
@@ -224,6 +227,8 @@ class _Passage:
         if not client.started:
             raise RequestError(f"{len(self._tried)} engines have failed this request; the last: {error}", 502)
         self._metrics.broken.inc()
+        if not self._events:
+            return None  # no words can be put in; a connection that ends before the body does says it
         if self._transcript is not None and self._transcript.finished and self._asked.single():
             return await client.send(sse.DONE, more=False)
         words = error.words if isinstance(error, EngineFailedError) else b""
