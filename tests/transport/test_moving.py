@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from cairn.codec.xxh3 import SHORT
 from cairn.transport.file_parts import WINDOW, Came, Read, read_files, write_parts
-from cairn.transport.moving import PIECE, gather, scatter, sums_of
+from cairn.transport.moving import PIECE, gather, scatter, sum_up, sums_of
 
 #: Sizes of parts: nothing, short, and around a unit and a piece.
 SIZES = st.lists(
@@ -97,6 +97,15 @@ def test_gathering_is_the_inverse(sizes: list[int], longer: int) -> None:
     assert bytes(out) == data[: len(out)].ljust(len(out), b"\0")
     if longer >= 0:
         check(parts, sums, data)
+
+
+@given(SIZES)
+def test_parts_that_something_else_has_filled_are_summed(sizes: list[int]) -> None:
+    data, parts = noise(sum(sizes)), parts_of(sizes)
+    scatter(memoryview(data), parts)
+    sums = sums_of(parts)
+    sum_up(parts, sums)
+    check(parts, sums, data)
 
 
 def test_what_the_system_says_is_raised(fd: int) -> None:
