@@ -169,22 +169,48 @@ def prefetch_far(typingctx: Any, address: Any) -> Any:
     return types.void(types.int64), _fetching(2)
 
 
-def _calling(name: str, count: int, *narrow: int) -> Any:
-    """Codegen for a function of the C library of `count` arguments, those `narrow` ints and the others longs: a long,
-    or where that is negative the errno, negated. It is called without the GIL."""
+def _calling(name: str, count: int, *narrow: int, small: bool = False) -> Any:
+    """Codegen for a function of the C library of `count` arguments, those `narrow` ints and the others longs: a long
+    (small: an int), or where that is negative the errno, negated. It is called without the GIL."""
 
     def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
         word, long = ir.IntType(32), ir.IntType(64)
         kinds = [word if i in narrow else long for i in range(count)]
-        call = cgutils.get_or_insert_function(builder.module, ir.FunctionType(long, kinds), name)
+        kind = ir.FunctionType(word if small else long, kinds)
+        call = cgutils.get_or_insert_function(builder.module, kind, name)
         values = [builder.trunc(one, word) if i in narrow else one for i, one in enumerate(arguments)]
         done = builder.call(call, values)
+        done = builder.sext(done, long) if small else done
         where = ir.FunctionType(word.as_pointer(), [])
         error = builder.call(cgutils.get_or_insert_function(builder.module, where, "__errno_location"), [])
         failed = builder.icmp_signed("<", done, ir.Constant(long, 0))
         return builder.select(failed, builder.neg(builder.sext(builder.load(error), long)), done)
 
     return types.int64(*[types.int64] * count), generate
+
+
+@intrinsic
+def open_file(typingctx: Any, path: Any, flags: Any) -> Any:
+    """The system's open, of a file that is there: its number, or a negative errno. path: an address; ends with 0."""
+    return _calling("open", 2, 1, small=True)
+
+
+@intrinsic
+def close_file(typingctx: Any, fd: Any) -> Any:
+    """The system's close."""
+    return _calling("close", 1, 0, small=True)
+
+
+@intrinsic
+def statx(typingctx: Any, fd: Any, path: Any, flags: Any, mask: Any, address: Any) -> Any:
+    """The system's: what there is to know of a file, put to an address, 256 bytes; 0, or a negative errno."""
+    return _calling("statx", 5, 0, 2, 3, small=True)
+
+
+@intrinsic
+def clock_gettime(typingctx: Any, clock: Any, address: Any) -> Any:
+    """The system's: seconds and nanoseconds, int64 both, put to an address; 0, or a negative errno."""
+    return _calling("clock_gettime", 2, 0, small=True)
 
 
 @intrinsic

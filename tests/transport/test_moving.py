@@ -4,6 +4,7 @@ import errno
 import mmap
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cairn.codec.xxh3 import SHORT
-from cairn.transport.file_parts import WINDOW, read_parts, write_parts
-from cairn.transport.moving import PIECE, gather, scatter, sums_of
+from cairn.transport.file_parts import WINDOW, Came, Read, read_files, write_parts
+from cairn.transport.moving import PIECE, gather, scatter, sum_up, sums_of
 
 #: Sizes of parts: nothing, short, and around a unit and a piece.
 SIZES = st.lists(
@@ -39,6 +40,10 @@ def parts_of(sizes: list[int]) -> list[memoryview]:
     return [memoryview(mmap.mmap(-1, size + 1))[i % 2 :][:size] for i, size in enumerate(sizes)]
 
 
+def read(fd: int, offset: int, parts: list[memoryview], sums: np.ndarray) -> int:
+    return read_files([Read(f"/proc/self/fd/{fd}", offset, parts, sums)])[0].size
+
+
 def check(parts: list[memoryview], sums: np.ndarray, data: bytes) -> None:
     """The parts hold the data as far as it goes, zeros behind it, and those that are full and not short are summed."""
     at = 0
@@ -55,7 +60,7 @@ def test_reads_equal_slices(fd: int, sizes: list[int], offset: int, longer: int)
     os.ftruncate(fd, 0)
     os.pwrite(fd, data, 0)
     sums = sums_of(parts)
-    assert read_parts(fd, offset, parts, sums) == min(sum(sizes), max(0, len(data) - offset))
+    assert read(fd, offset, parts, sums) == min(sum(sizes), max(0, len(data) - offset))
     check(parts, sums, data[offset:])
 
 
@@ -94,18 +99,51 @@ def test_gathering_is_the_inverse(sizes: list[int], longer: int) -> None:
         check(parts, sums, data)
 
 
+@given(SIZES)
+def test_parts_that_something_else_has_filled_are_summed(sizes: list[int]) -> None:
+    data, parts = noise(sum(sizes)), parts_of(sizes)
+    scatter(memoryview(data), parts)
+    sums = sums_of(parts)
+    sum_up(parts, sums)
+    check(parts, sums, data)
+
+
 def test_what_the_system_says_is_raised(fd: int) -> None:
     os.ftruncate(fd, 0)
     for number in (-1, os.open("/dev/null", os.O_RDONLY)):
         with pytest.raises(OSError) as failed:
             write_parts(number, 0, parts_of([1000]))
         assert failed.value.errno == errno.EBADF
-    with pytest.raises(OSError) as failed:
-        read_parts(-1, 0, parts_of([1000]), sums_of(parts_of([1000])))
-    assert failed.value.errno == errno.EBADF
     with pytest.raises(OSError) as failed, Path("/dev/full").open("wb") as full:
         write_parts(full.fileno(), 0, parts_of([1000]))
     assert failed.value.errno == errno.ENOSPC
+
+
+def test_reads_of_many_files_each_say_what_became_of_them(tmp_path: Path) -> None:
+    """What cannot be read keeps none of the others from being read, and no file stays open."""
+    for name, size in (("first", 1000), ("last", 3000)):
+        (tmp_path / name).write_bytes(noise(size))
+        os.utime(tmp_path / name, (0, size))
+    parts = parts_of([1000, 1000, 1000, 2000, 2000])
+    wanted = [("first", parts[:1]), ("absent", parts[1:2]), (".", parts[2:3]), ("last", parts[3:])]
+    sums, before = sums_of(parts[3:]), len(list(Path("/proc/self/fd").iterdir()))
+    reads = [Read(str(tmp_path / name), 0, some, sums if name == "last" else None) for name, some in wanted]
+    came = read_files(reads)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert [came[0], came[3]] == [Came(1000, 1000), Came(3000, 3000)]
+    assert [came[1].size, came[2].size] == [-errno.ENOENT, -errno.EISDIR]
+    assert bytes(parts[0]) == noise(1000)
+    assert [any(part) for part in parts[1:3]] == [False, False]
+    check(parts[3:], sums, noise(3000))
+
+
+def test_reads_do_not_begin_past_the_deadline(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(noise(1000))
+    parts = parts_of([1000])
+    reads = [Read(str(tmp_path / "file"), 0, parts)] * 2
+    assert [size for size, _ in read_files(reads, time.monotonic())] == [-errno.ETIMEDOUT] * 2
+    assert not any(parts[0])
+    assert [size for size, _ in read_files(reads, time.monotonic() + 60)] == [1000, 1000]
 
 
 def test_a_file_that_changes_under_the_reader_is_summed_as_it_was_read(fd: int) -> None:
@@ -125,7 +163,7 @@ def test_a_file_that_changes_under_the_reader_is_summed_as_it_was_read(fd: int) 
         for _ in range(50):
             parts = parts_of([size])
             sums = sums_of(parts)
-            assert read_parts(fd, 0, parts, sums) == size
+            assert read(fd, 0, parts, sums) == size
             assert sums[0].tobytes() == xxhash.xxh3_128_digest(parts[0])
     finally:
         stop.set()
@@ -148,7 +186,7 @@ def test_a_file_that_is_cut_short_under_the_reader_is_a_short_read(fd: int) -> N
         for _ in range(50):
             parts = parts_of([size])
             sums = sums_of(parts)
-            came = read_parts(fd, 0, parts, sums)
+            came = read(fd, 0, parts, sums)
             assert sums[0].tobytes() == (xxhash.xxh3_128_digest(parts[0]) if came == size else bytes(16))
     finally:
         stop.set()

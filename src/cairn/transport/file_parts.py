@@ -1,27 +1,32 @@
 """Bytes between parts of memory and files: summed while the cache holds them, and moved in one call without the GIL."""
 
 import errno
+import math
 import mmap
 import os
+import time
 from collections.abc import Sequence
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, starmap
 from typing import Final, NamedTuple
 
 import numpy as np
 
 from cairn.codec.xxh3 import ALIGNMENT, CHECKSUM_BYTES, SHORT, absorb, begin, finish, units
 from cairn.copy.memory import fence
-from cairn.jit import kernel, map_file, pread, preadv2, pwritev, unmap
+from cairn.jit import clock_gettime, close_file, kernel, map_file, open_file, pread, preadv2, pwritev, statx, unmap
 from cairn.transport.moving import NOTHING, PIECE, Extents, Octets, deliver, extents_of
 
 #: Files are written by so many bytes at a time, if they have them: the system then keeps them in huge pages, which are
 #: mapped in a tenth of the time. Smaller reads are not worth a mapping.
 WINDOW: Final = 2 << 20
 _VECTOR: Final = 1024
-_EINTR, _ENOSPC = errno.EINTR, errno.ENOSPC
+_EINTR, _ENOSPC, _ETIMEDOUT = errno.EINTR, errno.ENOSPC, errno.ETIMEDOUT
 _READ_ONLY, _MAPPED = mmap.PROT_READ, mmap.MAP_SHARED | mmap.MAP_POPULATE
 _PAGE, _NOWAIT = mmap.PAGESIZE, os.RWF_NOWAIT
+_READING, _MONOTONIC = os.O_RDONLY | os.O_CLOEXEC, time.CLOCK_MONOTONIC
+#: Of statx(2): AT_EMPTY_PATH, STATX_MTIME, and the words of its answer, among them the seconds of that.
+_OF_DESCRIPTOR, _MODIFIED, _STATUS_WORDS, _MODIFIED_WORD = 0x1000, 0x40, 32, 14
 
 
 class Read(NamedTuple):
@@ -30,68 +35,103 @@ class Read(NamedTuple):
     sums: of `sums_of`; gets the xxh3-128 of each part that was filled and is not `SHORT`.
     """
 
-    fd: int
+    path: str
     offset: int
     parts: Sequence[memoryview]
     sums: Octets | None = None
 
 
-def read_files(reads: Sequence[Read]) -> list[int]:
-    """Reads one after the other; how many bytes there were for each, or a negative errno."""
+class Came(NamedTuple):
+    """size: how many bytes there were for a read, or a negative errno; changed: when its file was, in Unix seconds."""
+
+    size: int
+    changed: int
+
+
+def read_files(reads: Sequence[Read], deadline: float = math.inf) -> list[Came]:
+    """Reads one after the other, all in one call without the GIL: threads that took it for each file would wait for it
+    in turns. Reads that have not begun by the deadline (time.monotonic) are ETIMEDOUT."""
+    names = [os.fsencode(read.path) + b"\0" for read in reads]
+    begins = accumulate((len(name) for name in names), initial=0)
     stops = list(accumulate(len(read.parts) for read in reads))
-    ranges = [(read.fd, read.offset, stop, read.sums is not None) for read, stop in zip(reads, stops, strict=True)]
+    ranges = [
+        (at, read.offset, stop, read.sums is not None) for at, read, stop in zip(begins, reads, stops, strict=False)
+    ]
     places = np.array(ranges, np.int64).reshape(-1, 4)
     extents = extents_of([part for read in reads for part in read.parts])
-    sums, came = np.zeros((len(extents), CHECKSUM_BYTES), np.uint8), np.empty(len(reads), np.int64)
-    _read(places, extents, sums, came)
+    sums, came = np.zeros((len(extents), CHECKSUM_BYTES), np.uint8), np.zeros((len(reads), 2), np.int64)
+    _read(np.frombuffer(b"".join(names) + b"\0", np.uint8), places, extents, sums, came, deadline)
     for read, stop in zip(reads, stops, strict=True):
         if read.sums is not None:
             read.sums[:] = sums[stop - len(read.parts) : stop]
-    done: list[int] = came.tolist()
-    return done
-
-
-def read_parts(fd: int, offset: int, parts: Sequence[memoryview], sums: Octets | None = None) -> int:
-    """As `read_files`, one. Raises OSError."""
-    return _checked(read_files([Read(fd, offset, parts, sums)])[0])
+    return list(starmap(Came, came.tolist()))
 
 
 def write_parts(fd: int, offset: int, parts: Sequence[memoryview], sums: Octets | None = None) -> None:
     """Puts parts, one after the other, into a file from `offset` on; `sums` as in `Read`. Raises OSError."""
-    _checked(_write(fd, offset, extents_of(parts), NOTHING if sums is None else sums))
+    done = _write(fd, offset, extents_of(parts), NOTHING if sums is None else sums)
+    if done < 0:
+        raise OSError(-done, os.strerror(-done))
 
 
 @cache
 def rehearse() -> None:
     """Compiles what the first call would otherwise wait for, up to seconds; milliseconds once that was done."""
+    read_files([Read(os.devnull, 0, [])])
     fd = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     try:
-        read_parts(fd, 0, [])
         write_parts(fd, 0, [])
     finally:
         os.close(fd)
 
 
-def _checked(done: int) -> int:
-    if done < 0:
-        raise OSError(-done, os.strerror(-done))
-    return done
-
-
 @kernel
-def _read(places: Extents, extents: Extents, sums: Octets, came: Extents) -> None:
-    """Reads files; places: int64 [reads, 4], for each the file, the offset, where its extents end, whether to sum."""
+def _read(paths: Octets, places: Extents, extents: Extents, sums: Octets, came: Extents, deadline: float) -> None:
+    """Reads files; paths: zero-terminated, the last one empty; places: int64 [reads, 4], for each where in them its
+    path is, the offset, where its extents end, whether to sum; came: int64 [reads, 2], as in `Came`."""
     # Handed down as an array: one that a kernel uses no more is freed, whatever addresses of it are still about.
     scratch = np.empty(PIECE + ALIGNMENT, np.uint8)
     first: int = 0
     for i in range(len(places)):
-        fd, offset, stop, summed = places[i]
-        if summed:
-            came[i] = _read_summed(fd, offset, extents[first:stop], sums[first:stop], scratch)
+        at, offset, stop, summed = places[i]
+        fd = -_ETIMEDOUT if _now() > deadline else _open(paths.ctypes.data + at)
+        if fd < 0:
+            came[i, 0] = fd
         else:
-            came[i] = _read_plainly(fd, offset, extents[first:stop])
+            came[i, 1] = _changed(fd, paths.ctypes.data + len(paths) - 1)
+            if summed:
+                came[i, 0] = _read_summed(fd, offset, extents[first:stop], sums[first:stop], scratch)
+            else:
+                came[i, 0] = _read_plainly(fd, offset, extents[first:stop])
+            close_file(fd)
         first = stop
     fence()
+
+
+@kernel
+def _now() -> float:
+    """The time, as time.monotonic."""
+    now = np.zeros(2, np.int64)
+    clock_gettime(_MONOTONIC, now.ctypes.data)
+    seconds: float = now[0] + now[1] * 1e-9
+    return seconds
+
+
+@kernel
+def _open(path: int) -> int:
+    fd: int = -_EINTR
+    while fd == -_EINTR:
+        fd = open_file(path, _READING)
+    return fd
+
+
+@kernel
+def _changed(fd: int, empty: int) -> int:
+    """When a file was changed, in Unix seconds; 0 if nobody knows. empty: an address of a path of no characters."""
+    status = np.zeros(_STATUS_WORDS, np.int64)
+    statx(fd, empty, _OF_DESCRIPTOR, _MODIFIED, status.ctypes.data)
+    changed: int = status[_MODIFIED_WORD]
+    return changed
 
 
 @kernel

@@ -13,7 +13,19 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from cairn.codec.xxh3 import ALIGNMENT, CHECKSUM_BYTES, SHORT, UNIT, Words, absorb, begin, carry, finish, units
+from cairn.codec.xxh3 import (
+    ALIGNMENT,
+    CHECKSUM_BYTES,
+    SHORT,
+    UNIT,
+    Words,
+    absorb,
+    begin,
+    carry,
+    finish,
+    units,
+    xxh3_128,
+)
 from cairn.copy.memory import fence, move_bytes
 from cairn.jit import kernel, prefetch_far
 
@@ -45,11 +57,18 @@ def gather(parts: Sequence[memoryview], data: memoryview, sums: Octets | None = 
     _copy(False, _address(data), len(data), extents_of(parts), NOTHING if sums is None else sums)
 
 
+def sum_up(parts: Sequence[memoryview], sums: Octets) -> None:
+    """Puts the xxh3-128 of each part that is not `SHORT` into `sums` (of `sums_of`): for parts that something else has
+    filled just now, while the cache still holds them."""
+    _sum_up(extents_of(parts), sums)
+
+
 @cache
 def rehearse() -> None:
     """Compiles what the first call would otherwise wait for, up to seconds; milliseconds once that was done."""
     parts = [memoryview(bytearray(SHORT + 1))]
     scatter(memoryview(bytes(SHORT + 1)), parts, sums_of(parts))
+    sum_up(parts, sums_of(parts))
 
 
 def extents_of(parts: Sequence[memoryview]) -> Extents:
@@ -62,6 +81,13 @@ def _address(part: memoryview) -> int:
         address: int = np.frombuffer(part, np.uint8).__array_interface__["data"][0] if len(part) else 0
         return address
     return ctypes.addressof(ctypes.c_char.from_buffer(part))  # a third of the time
+
+
+@kernel
+def _sum_up(extents: Extents, sums: Octets) -> None:
+    for i in range(len(extents)):
+        if extents[i, 1] > SHORT:
+            xxh3_128(extents[i, 0], extents[i, 1], sums[i])
 
 
 @kernel

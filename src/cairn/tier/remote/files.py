@@ -23,8 +23,7 @@ from cairn.transport.file_parts import Read, read_files, rehearse, write_parts
 from cairn.transport.moving import sums_of
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-#: What Python computes for the objects of a call other threads wait for.
-_TOGETHER: Final = 8
+_REASONS: Final = {errno.ENOENT: Reason.ABSENT, errno.ETIMEDOUT: Reason.TIMEOUT}
 #: An object's time of use is renewed when it is older than this share of its life, to spare the server.
 _RENEW_SHARE: Final = 8
 
@@ -61,7 +60,7 @@ class FileStore(ObjectStore):
         self._sweeper = Sweeper(root, capacity_bytes, ttl_s)
 
     def together(self, size: int) -> int:
-        return max(1, min(_TOGETHER, 2 * self.object_bytes // size))
+        return max(1, 2 * self.object_bytes // size)
 
     def exists(self, names: Sequence[bytes], *, deadline: float) -> list[bool] | Reason:
         found = []
@@ -82,20 +81,13 @@ class FileStore(ObjectStore):
         return [Reason.TIMEOUT if time.monotonic() > deadline else self._put(put) for put in puts]
 
     def get_into(self, gets: Sequence[Get], *, deadline: float) -> list[int | Reason]:
-        files = [Reason.TIMEOUT if time.monotonic() > deadline else self._open(get.name) for get in gets]
-        try:
-            reads = [
-                Read(file, get.offset, get.parts, get.sums)
-                for file, get in zip(files, gets, strict=True)
-                if not isinstance(file, Reason)
-            ]
-            came = iter(read_files(reads))
-            answers = [file if isinstance(file, Reason) else next(came) for file in files]
-            return [Reason.IO_ERROR if not isinstance(one, Reason) and one < 0 else one for one in answers]
-        finally:
-            for file in files:
-                if not isinstance(file, Reason):
-                    os.close(file)
+        reads = [Read(self._path(get.name), get.offset, get.parts, get.sums) for get in gets]
+        found: list[int | Reason] = []
+        for read, (size, changed) in zip(reads, read_files(reads, deadline), strict=True):
+            if size >= 0:
+                self._used(read.path, changed)
+            found.append(size if size >= 0 else _REASONS.get(-size, Reason.IO_ERROR))
+        return found
 
     def delete(self, names: Sequence[bytes], *, deadline: float) -> Reason | None:
         for name in names:
@@ -150,22 +142,6 @@ class FileStore(ObjectStore):
                 os.fsync(fd)
             finally:
                 os.close(fd)
-
-    def _open(self, name: bytes) -> int | Reason:
-        """An object's file, to read it."""
-        path = self._path(name)
-        try:
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return Reason.ABSENT
-        except OSError:
-            return Reason.IO_ERROR
-        try:
-            self._used(path, os.fstat(file).st_mtime)
-        except OSError:
-            os.close(file)
-            return Reason.IO_ERROR
-        return file
 
     def _used(self, path: str, since: float) -> None:
         """Renews the time of the last use, which the sweeper goes by."""

@@ -6,11 +6,13 @@ call until that returns, and so does the memory that it may still touch. Objects
 that never were give the same answers; what comes is proved by its frames.
 """
 
+import contextlib
 import http.client
 import logging
+import os
 import socket
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
@@ -25,6 +27,11 @@ log = logging.getLogger(__name__)
 
 #: Calls at a time, and so the threads and buffers that a hanging cluster can keep.
 _LANES: Final = 12
+#: A transfer's call computes until its bytes have come, and one thread of the client receives for all of them: of more
+#: than half as many loads as there are cores, each takes the processor from what it waits for.
+_LOADS: Final = max(1, min(_LANES, len(os.sched_getaffinity(0)) // 2))
+#: Longer than this no load waits for those before it, which a peer may have hung up.
+_TURN_S: Final = 0.05
 _CLOSE_S: Final = 2.0
 _PROBE_S: Final = 0.2
 
@@ -65,6 +72,7 @@ class MooncakeStore(ObjectStore):
         self._connecting = threading.Lock()
         self._closed = False
         self._lanes = Lanes(_LANES, "cairn-mooncake")
+        self._turns = threading.Semaphore(_LOADS)
 
     def exists(self, names: Sequence[bytes], *, deadline: float) -> list[bool] | Reason:
         def ask(client: Any, *_: Any) -> list[bool] | Reason:
@@ -149,6 +157,16 @@ class MooncakeStore(ObjectStore):
                 self._client = Client(client)
             return self._client
 
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Held while a load transfers bytes; what it has loaded is copied while the next one transfers."""
+        mine = self._turns.acquire(timeout=_TURN_S)
+        try:
+            yield
+        finally:
+            if mine:
+                self._turns.release()
+
     def reason(self, code: int, client: Any) -> Reason:
         """What a code of the client means, and what follows from it."""
         if code in _ABSENT:
@@ -208,7 +226,8 @@ class _Load:
         found = dict.fromkeys(codes, memory[:0])
         if asked:
             places = [lane.address + start for start in starts]
-            came = client.batch_get_into([name.decode() for name in asked], places, list(asked.values()))
+            with self._store.turn():
+                came = client.batch_get_into([name.decode() for name in asked], places, list(asked.values()))
             for name, start, code in zip(asked, starts, came, strict=True):
                 codes[name], found[name] = code, memory[start : start + max(0, min(code, asked[name]))]
         if not call.with_caller(lambda: self._deliver(found)):

@@ -71,25 +71,27 @@ class Packing:
 
         sums: of the blocks, uint8 [blocks, 16], where zeros stand for those that are still to be made.
         """
-        checksum, size = b"".join(_completed(sums, blocks)), sum(len(block) for block in blocks)
-        page = self.framer.pack(key, namespace, size, checksum, size=TAIL_BYTES, blocks=len(blocks))
+        size = sum(len(block) for block in blocks)
+        page = self.framer.pack(key, namespace, size, _completed(sums, blocks), size=TAIL_BYTES, blocks=len(blocks))
         return memoryview(page)
 
-    def prove_tail(self, tail: memoryview, key: bytes, count: int) -> list[bytes] | Reason:
-        """The checksums of the blocks, if `tail` ends the object of `count` blocks up to `key`."""
+    def prove_tail(self, tail: memoryview, key: bytes, count: int) -> bytes | Reason:
+        """The blocks' checksums, one after the other, if `tail` ends the object of `count` blocks up to `key`."""
         header = self.framer.expect(tail, key, count)
         if not isinstance(header, FrameHeader):
             return header
         sound = header.stored_bytes == count * self.block_bytes and len(header.checksum) == count * CHECKSUM_BYTES
-        return _cut(header.checksum) if sound else Reason.CORRUPT
+        return header.checksum if sound else Reason.CORRUPT
 
-    def prove(self, blocks: Sequence[Octets], sums: Octets, expected: Sequence[bytes]) -> list[Reason | None]:
+    def prove(self, blocks: Sequence[Octets], sums: Octets, expected: bytes) -> list[Reason | None]:
         """Whether these are the blocks with the `expected` checksums, and if so puts them into the rows' layout; sums:
         as in `tail`."""
-        decode = self.framer.codec.decode
+        made, decode = _completed(sums, blocks), self.framer.codec.decode
         return [
-            None if made == wanted and decode(block, block) else Reason.CORRUPT
-            for made, wanted, block in zip(_completed(sums, blocks), expected, blocks, strict=True)
+            None
+            if made[at : at + CHECKSUM_BYTES] == expected[at : at + CHECKSUM_BYTES] and decode(block, block)
+            else Reason.CORRUPT
+            for at, block in zip(range(0, len(expected), CHECKSUM_BYTES), blocks, strict=True)
         ]
 
     def _digest(self) -> bytes:
@@ -106,11 +108,10 @@ def blocks_of(object_bytes: int, block_bytes: int) -> int:
     return 1 << (count.bit_length() - 1)
 
 
-def _completed(sums: Octets, blocks: Sequence[Octets]) -> list[bytes]:
-    """The checksums of blocks: rows of `sums`, uint8 [blocks, 16], and where these are zeros made now."""
-    made = zip(_cut(sums.tobytes()), blocks, strict=True)
-    return [checksum_of(block) if checksum == _UNMADE else checksum for checksum, block in made]
-
-
-def _cut(checksums: bytes) -> list[bytes]:
-    return [checksums[at : at + CHECKSUM_BYTES] for at in range(0, len(checksums), CHECKSUM_BYTES)]
+def _completed(sums: Octets, blocks: Sequence[Octets]) -> bytes:
+    """The checksums of blocks, one after the other: `sums`, uint8 [blocks, 16], and where these are zeros made now."""
+    made = sums.tobytes()
+    if _UNMADE not in made:
+        return made
+    parts = [made[at : at + CHECKSUM_BYTES] for at in range(0, len(made), CHECKSUM_BYTES)]
+    return b"".join(checksum_of(block) if part == _UNMADE else part for part, block in zip(parts, blocks, strict=True))

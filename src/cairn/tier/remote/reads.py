@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from cairn.codec.base import Octets
+from cairn.codec.xxh3 import CHECKSUM_BYTES
 from cairn.kv import Keys
 from cairn.observe.reasons import Reason
 from cairn.tier.base import Rows
@@ -210,7 +211,8 @@ class Fetches:
             return [expected] * count
         first, sums = wanted.start - whole.start, load.gets[0].sums
         assert sums is not None
-        return packing.prove(load.blocks, sums[:count], expected[first : first + count])
+        wanted_sums = expected[first * CHECKSUM_BYTES : (first + count) * CHECKSUM_BYTES]
+        return packing.prove(load.blocks, sums[:count], wanted_sums)
 
     def _decoded(self, piece: Piece, streams: Streams, deadline: float) -> list[Reason | None]:
         """Reads an object that is a stream: all of it, whatever part is wanted."""

@@ -17,6 +17,7 @@ from cairn.observe.log import log_once
 from cairn.observe.reasons import Reason
 from cairn.tier.remote.base import Get, ObjectStore, Put
 from cairn.tier.remote.resp import Command, Connection, ErrorReply, ProtocolError, Reply, Target
+from cairn.transport.moving import sum_up
 
 log = logging.getLogger(__name__)
 
@@ -265,8 +266,13 @@ class _Reading:
 
     def __call__(self, connection: Connection) -> list[int | Reason]:
         connection.send([self._store.reading(get) for get in self._gets], deadline=self._deadline)
-        replies = [connection.reply_into(Target(get.parts), deadline=self._deadline) for get in self._gets]
-        return [self._store.read(reply, get) for reply, get in zip(replies, self._gets, strict=True)]
+        return [self._store.read(self._receive(connection, get), get) for get in self._gets]
+
+    def _receive(self, connection: Connection, get: Get) -> int | ErrorReply | None:
+        reply = connection.reply_into(Target(get.parts), deadline=self._deadline)
+        if get.sums is not None and isinstance(reply, int):
+            sum_up(get.parts, get.sums)
+        return reply
 
 
 def _range_of(entry: Reply) -> tuple[int, int, str, int]:
