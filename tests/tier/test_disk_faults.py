@@ -307,6 +307,27 @@ def test_a_failed_sync_is_never_forgotten(tmp_path: Path) -> None:
         assert tier.sync(30)
 
 
+def test_a_slow_sync_asked_for_again_leaves_workers_to_the_reads(tmp_path: Path) -> None:
+    keys = prompt(1, 4)
+    with opened(tmp_path, threads=2) as tier:
+        put(tier, keys)
+        released, sync, synced = Event(), tier._slots.sync, 0
+
+        def slow() -> None:
+            nonlocal synced
+            synced += 1
+            assert released.wait(60)
+            sync()
+
+        tier._slots.sync = slow  # type: ignore[method-assign]
+        assert not any(tier.sync(0.01) for _ in range(4))
+        assert get(tier, keys) == [None] * 4
+        assert synced == 1
+        released.set()
+        assert tier.sync(30)
+        assert synced >= 2  # one that began after it was asked for
+
+
 class StuckDevice:
     """Holds up every read of a tier until it is released."""
 
