@@ -91,6 +91,39 @@ def test_layer_by_layer() -> None:
         at_rest(engine)
 
 
+def test_who_waits_for_a_layer_of_a_cancelled_task_is_told_at_once() -> None:
+    with make_engine(64) as engine:
+        tokens = prompt(0, 32)
+        stored(engine, tokens)
+        _, slots = registered(engine, tokens)
+        gate = Event()
+        for _ in range(4):  # all workers are busy
+            engine._workers.submit(gate.wait, 60)
+        task, _ = engine.get_match(tokens)
+        engine.launch([task], [slots], layerwise_transfer=True)
+        engine.cancel([task])
+        started = time.monotonic()
+        assert not engine.wait_layer(task, 0, timeout=20)
+        assert time.monotonic() - started < 10
+        gate.set()
+        assert engine.wait([task])[task].status is TaskStatus.CANCELLED
+        at_rest(engine)
+
+
+@pytest.mark.parametrize("layer", [-1, 2])
+def test_a_layer_that_the_model_has_not_is_told(layer: int) -> None:
+    with make_engine(64) as engine:
+        tokens = prompt(0, 32)
+        stored(engine, tokens)
+        _, slots = registered(engine, tokens)
+        task, _ = engine.get_match(tokens)
+        engine.launch([task], [slots], layerwise_transfer=True)
+        with pytest.raises(InputError, match=r"the model has layers 0\.\.1"):
+            engine.wait_layer(task, layer)
+        assert engine.wait([task])[task].status is TaskStatus.SUCCESS
+        at_rest(engine)
+
+
 def test_a_layer_whose_copy_fails_ends_the_task(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a copier raises: who waits for the task, for however long, is told."""
     with make_engine(64) as engine:

@@ -92,6 +92,29 @@ def test_s3fifo_spares_what_is_used_from_a_scan() -> None:
     assert index.match(hot) == 5
 
 
+@pytest.mark.parametrize("pinned", [1, 2, 3])
+def test_s3fifo_takes_what_it_can_beside_what_is_in_use(pinned: int) -> None:
+    """What is worth keeping goes, too, before a writer is refused: a used block of main, or all of the small queue."""
+    index = PrefixIndex(pinned + 1, S3FIFO)
+    hot = [chain(number, 1) for number in range(pinned + 1)]
+    for keys in hot:
+        store(index, keys)
+    for keys in [*hot, *hot]:
+        index.touch(keys)
+    pins = [index.pin(keys, use=False) for keys in hot[:pinned]]
+    index.free(index.reserve(1))  # all moved on to main, and one was taken
+    store(index, hot[-1])  # it is known, so it enters main
+    for _ in range(4):
+        index.touch(hot[0])
+        index.touch(hot[-1])
+    ids = index.reserve(1)
+    assert len(ids) == 1
+    index.free(ids)
+    store(index, chain(9, 1))  # stands in the small queue, which may be that long
+    assert len(index.reserve(1)) == 1
+    assert sum(index.match(keys) for keys in hot) == len(pins)
+
+
 def test_s3fifo_remembers_what_it_evicted() -> None:
     index = PrefixIndex(100, S3FIFO)
     back = chain(0, 5)

@@ -198,6 +198,17 @@ def test_another_capacity_keeps_what_fits(tmp_path: Path, slots: int) -> None:
             assert set(get(tier, keys[: tier.match(keys)])) <= {None}
 
 
+def test_what_a_smaller_capacity_dropped_does_not_come_back_with_a_larger_one(tmp_path: Path) -> None:
+    keys = prompt(1, 30)
+    with opened(tmp_path, slots=32) as tier:
+        put(tier, keys)
+    with opened(tmp_path, slots=8) as tier:
+        kept = tier.match(keys)
+    with opened(tmp_path, slots=32) as tier:
+        assert tier.match(keys) == tier.stats()["restored_blocks"] == kept == 8
+        assert get(tier, keys[:kept]) == [None] * kept
+
+
 def test_namespaces_share_a_directory_but_no_block(tmp_path: Path) -> None:
     with opened(tmp_path) as tier:
         put(tier, prompt(1, 3, salt=b"a"), salt=b"a")

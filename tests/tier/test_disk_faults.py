@@ -2,10 +2,10 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ import pytest
 from cairn.codec import Raw
 from cairn.codec.base import Octets
 from cairn.codec.frame import Framer
+from cairn.index.slots import SlotIds
 from cairn.observe.reasons import Reason
 from cairn.tier.base import Rows
 from cairn.tier.breaker import Breaker
@@ -306,6 +307,27 @@ def test_a_failed_sync_is_never_forgotten(tmp_path: Path) -> None:
         assert tier.sync(30)
 
 
+def test_a_slow_sync_asked_for_again_leaves_workers_to_the_reads(tmp_path: Path) -> None:
+    keys = prompt(1, 4)
+    with opened(tmp_path, threads=2) as tier:
+        put(tier, keys)
+        released, sync, synced = Event(), tier._slots.sync, 0
+
+        def slow() -> None:
+            nonlocal synced
+            synced += 1
+            assert released.wait(60)
+            sync()
+
+        tier._slots.sync = slow  # type: ignore[method-assign]
+        assert not any(tier.sync(0.01) for _ in range(4))
+        assert get(tier, keys) == [None] * 4
+        assert synced == 1
+        released.set()
+        assert tier.sync(30)
+        assert synced >= 2  # one that began after it was asked for
+
+
 class StuckDevice:
     """Holds up every read of a tier until it is released."""
 
@@ -355,6 +377,62 @@ def test_closing_a_stuck_tier_ends_in_time_and_keeps_the_lock(tmp_path: Path) ->
         assert os.fstat(tier._slots.fd)  # still open: an I/O may come to it
         device.released.set()
         assert hanging.result(30)[1:] == [Reason.CLOSED] * 3
+
+
+def test_a_write_that_ends_while_it_reserves_keeps_no_slot(tmp_path: Path) -> None:
+    keys, old = prompt(1, 4), prompt(2, 4)
+    with opened(tmp_path, slots=8) as tier:
+        put(tier, old)
+        released, reserve = Event(), tier._machine.ledger.reserve
+
+        def held(count: int) -> SlotIds:
+            assert released.wait(60)
+            return reserve(count)
+
+        tier._machine.ledger.reserve = held  # type: ignore[method-assign]
+        write = tier.write(keys, 0, filled(keys), namespace=namespace(), deadline=soon(0.2))
+        assert write.result(30) == [Reason.TIMEOUT] * 4
+        released.set()
+        tier._machine.ledger.reserve = reserve  # type: ignore[method-assign]
+        assert put(tier, keys) == [None] * 4  # behind whatever the other has left to do
+        assert tier.sync(30)
+        assert tier._index.occupancy().reserved == 0
+        assert tier.match(old) == tier.match(keys) == 4
+
+
+def test_closing_with_writes_in_the_queue_evicts_nothing(tmp_path: Path) -> None:
+    keys, old = prompt(1, 8), prompt(2, 8)
+    with opened(tmp_path, slots=8, threads=1) as tier:
+        put(tier, old)
+        released, expired = Event(), Event()
+
+        def busy() -> None:
+            assert released.wait(60)
+
+        tier._workers.submit(busy, urgent=True)
+        write = tier.write(keys, 0, filled(keys), namespace=namespace(), deadline=soon(60))
+        submit, drain = tier._workers.submit, tier._flights.drain
+
+        def seen(task: Callable[[], None], *, urgent: bool, times: int = 1) -> None:
+            submit(task, urgent=urgent, times=times)
+            if urgent:  # the write was given up, and is to be completed
+                expired.set()
+
+        def at_once(timeout: float) -> bool:
+            tier._flights.drain = drain  # type: ignore[method-assign]
+            return drain(0.0)
+
+        tier._summer.stop(30)  # the write's first step is in the queue
+        tier._workers.submit = seen  # type: ignore[method-assign]
+        tier._flights.drain = at_once  # type: ignore[method-assign]
+        closing = Thread(target=tier.close, args=(30.0,))
+        closing.start()
+        assert expired.wait(30)
+        released.set()
+        closing.join(60)
+        assert write.result(30) == [Reason.CLOSED] * 8
+    with opened(tmp_path, slots=8) as tier:
+        assert tier.match(old) == 8
 
 
 def test_an_unexpected_failure_in_a_worker_is_a_reason(tmp_path: Path) -> None:

@@ -54,7 +54,11 @@ class LayerLoad:
             raise ClosedError("the engine was closed") from None
 
     def wait(self, layer: int, timeout: float | None = None) -> bool:
-        """Waits until the layer is in the paged cache; False if the timeout came first or the load was closed."""
+        """Waits until the layer is in the paged cache; False if the timeout came first or the load was closed. Raises
+        InputError for a layer that the model has not.
+        """
+        if not 0 <= layer < self.layers:
+            raise InputError(f"layer {layer}: the model has layers 0..{self.layers - 1}")
         started = time.monotonic()
         with self._changed:
             self._changed.wait_for(lambda: self._done > layer or self._stop, timeout)

@@ -78,6 +78,8 @@ class Task:
         """Ends a task that has not begun at once, one that runs at its next step."""
         self.cancelled.set()
         not_begun = self.future.cancel()
+        if not_begun:
+            self.layers_started.set()  # who waits for one waits for nothing
         if self.held:
             self.held.abandon()
             if not_begun:

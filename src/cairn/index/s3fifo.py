@@ -89,24 +89,26 @@ def _evict(
     ghosts: Ghosts,
     victims: SlotIds,
     room: int,
-    pinned: int,
 ) -> int:
     found = 0
-    rounds = 2 * pinned + 2  # what is in use stands in one of two queues, and is met at most once in each
+    # The first of main met in use since main has changed: met again, there is nothing else in it.
+    first, stuck = NONE, False
     while found < len(victims):
-        from_small = small[0] != NONE and (counts[0] > room or main[0] == NONE)
+        from_small = small[0] != NONE and (counts[0] > room or main[0] == NONE or stuck)
         slot = small[0] if from_small else main[0]
-        if slot == NONE:
+        if slot == NONE or (stuck and not from_small):
             break
+        if slots[slot].child == NONE and not evictable(slots, slot):
+            if not from_small:
+                stuck = slot == first
+                first = slot if first == NONE else first
+            _leave(slots, small, main, counts, slot)
+            _enter(slots, small, main, counts, slot, MAIN)
+            continue
+        parent = slots[slot].parent
         if slots[slot].child != NONE:
             take_out(slots, small if from_small else main, slot)
             slots[slot].queue = PARKED
-        elif not evictable(slots, slot):
-            rounds -= 1
-            if rounds < 0:
-                break
-            _leave(slots, small, main, counts, slot)
-            _enter(slots, small, main, counts, slot, MAIN)
         elif slots[slot].uses > (1 if from_small else 0):
             _leave(slots, small, main, counts, slot)
             _enter(slots, small, main, counts, slot, MAIN)
@@ -116,12 +118,14 @@ def _evict(
             if from_small:
                 add_ghost(ghosts, slots[slot].key0, slots[slot].key1, counts[1], 0.0, 1, 0)
             counts[1] += 1
-            parent = slots[slot].parent
             unlink(slots, slot)
             victims[found] = slot
             found += 1
             if parent != NONE and slots[parent].child == NONE:
                 _unpark(slots, small, main, parent)
+            elif from_small:
+                continue  # main is as it was
+        first, stuck = NONE, False
     return found
 
 
@@ -155,5 +159,5 @@ class S3FIFO(EvictionPolicy):
 
     def evict(self, want: int, pinned: int, now: float) -> SlotIds:
         victims = np.empty(want, np.int32)
-        found = _evict(self.slots, self._small, self._main, self._counts, self._ghosts, victims, self._room, pinned)
+        found = _evict(self.slots, self._small, self._main, self._counts, self._ghosts, victims, self._room)
         return victims[:found]

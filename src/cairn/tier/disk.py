@@ -103,6 +103,9 @@ class DiskTier(Tier):
         self._closed = False
         self._closing = Lock()
         self._sync_failed = False
+        self._syncing = Lock()
+        self._awaiting_sync: list[Future[bool]] = []
+        self._sync_runs = False
         self._space = os.fstatvfs(self._slots.fd)
         self._workers = Workers(threads, "cairn-disk")
         self._summer = Workers(1, "cairn-disk-checksums")
@@ -246,8 +249,26 @@ class DiskTier(Tier):
 
     def _sync(self, timeout: float) -> bool:
         done: Future[bool] = Future()
+        with self._syncing:
+            self._awaiting_sync.append(done)
+            start = not self._sync_runs
+            self._sync_runs = True
+        if start:
+            self._workers.submit(self._sync_all, urgent=True)
+        try:
+            return done.result(timeout)
+        except TimeoutError:
+            return False
 
-        def task() -> None:
+    def _sync_all(self) -> None:
+        """Syncs until nobody waits for one that began after he came: a worker's task, and only one worker's, or a slow
+        sync asked for again and again would take all of them from the reads."""
+        while True:
+            with self._syncing:
+                awaiting, self._awaiting_sync = self._awaiting_sync, []
+                if not awaiting:
+                    self._sync_runs = False
+                    return
             try:
                 self._slots.sync()
                 self._machine.ledger.sync()
@@ -255,13 +276,8 @@ class DiskTier(Tier):
             except OSError as error:
                 log.error("%s: sync failed: %s", self._directory.path, error)
                 self._sync_failed = True
-            done.set_result(not self._sync_failed)
-
-        self._workers.submit(task, urgent=True)
-        try:
-            return done.result(timeout)
-        except TimeoutError:
-            return False
+            for done in awaiting:
+                done.set_result(not self._sync_failed)
 
     def _refusal(self) -> Reason | None:
         if self._closed:

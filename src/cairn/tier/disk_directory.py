@@ -109,6 +109,8 @@ class CacheDirectory:
         if found != wanted:
             _write_superblock(self.path, wanted)
         self.table_fd = _open(self.path / "table")
+        # Its last page has room for records of slots that went: they are not to come back with more capacity.
+        os.ftruncate(self.table_fd, min(os.fstat(self.table_fd).st_size, wanted.slots * RECORD_BYTES))
         _resize(self.path, self.table_fd, wanted.table_bytes)
         data_fd = _open(self.path / "data")
         try:

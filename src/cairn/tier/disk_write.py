@@ -91,12 +91,20 @@ class WriteBatch(DiskBatch):
 
     def arrange(self) -> None:
         with self._reserving:
-            if self._slots is None:
-                try:
-                    self._slots = self.machine.ledger.reserve(self.stop - self.start)
-                except OSError as error:
-                    self._refused = reason_of(error)
-                    self._slots = _NO_SLOTS
+            # A batch that has met its end meanwhile evicts nothing any more.
+            if self._slots is not None or not self._todo:
+                return
+            try:
+                slots = self.machine.ledger.reserve(self.stop - self.start)
+            except OSError as error:
+                self._refused = reason_of(error)
+                slots = _NO_SLOTS
+            with self._lock:
+                if self._todo:
+                    self._slots = slots
+                    return
+            # Its end came while it waited here: `finish` knows nothing of these slots.
+            self.machine.index.free(slots)
 
     def joins(self, run: list[int], i: int) -> bool:
         at = self.first + i - self.start

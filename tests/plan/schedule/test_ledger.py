@@ -52,6 +52,22 @@ def test_who_does_not_stream_has_its_first_token_when_it_was_expected() -> None:
     assert not ledger._untold
 
 
+def test_a_first_token_that_was_not_to_be_told_counts_once() -> None:
+    ledger, view = Ledger(), instance("a")
+    slots = ledger.slots([view])
+    request, behind = msgspec.structs.replace(ask("r", 1000), streams=False), ask("b", 1000)
+    ledger.sent(request, Send("a"), 0.0)
+    ledger.sent(behind, Send("a"), 0.0)
+    ledger.first_token(request, 0.5)
+    ledger.estimates(ask("p"), slots, 99.0)  # when it was expected is over
+    ledger.first_token(behind, 99.0)
+    ledger.estimates(ask("q"), slots, 99.0)
+    for one in (request, behind):
+        ledger.finished(one, 100.0, 10)
+    assert ledger.in_flight(slots).tolist() == [0]
+    assert not ledger._books["decoding"].any()
+
+
 def test_a_restarted_instance_has_nothing_of_its_last_life() -> None:
     ledger, view = Ledger(), instance("a")
     ledger.slots([view])

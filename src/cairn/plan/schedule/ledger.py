@@ -249,7 +249,8 @@ class Ledger:
         """Who tells no first token has it when it was expected: else a queue would seem to grow until answers end."""
         while self._untold and self._untold[0][0] <= now:
             due, _, request_id, flight = heapq.heappop(self._untold)
-            if self._flights.get(request_id) is flight:
+            # One may have streamed all the same, as to who writes "stream": 1, and told it.
+            if self._flights.get(request_id) is flight and flight.first is None:
                 self._begin_decode(request_id, flight, max(due, float(self._books["since"][flight.prefill])))
 
     def _begin_decode(self, request_id: str, flight: _Flight, now: float) -> None:
