@@ -29,8 +29,9 @@ from cairn.cluster import (
     put_setting,
     undrain,
 )
-from cairn.cluster.base import Grant
+from cairn.cluster.base import Entry, Grant
 from cairn.cluster.directory import Event
+from cairn.cluster.metrics import Unread
 from cairn.cluster.values import decode, encode
 from cairn.errors import ClusterError, InputError
 from tests.cluster.conftest import Body
@@ -298,6 +299,16 @@ def test_values_that_cannot_be_read_are_counted_and_left_out(within: Within) -> 
             await until(lambda: not directory.members, "the leaving")
 
     within(body)
+
+
+def test_a_report_of_more_than_there_can_be_is_none() -> None:
+    """2^63 requests ended every choice of a scheduler: its ledger has no room for that many."""
+    known = encode(load(waiting=1 << 53))
+    for value, wanted in (
+        (known, load(waiting=1 << 53)),
+        (known.replace(b"9007199254740992", b"9223372036854775808"), Unread.MALFORMED),
+    ):
+        assert decode(Entry("a", value, 1, 1, 1, 0), Load) == wanted
 
 
 def test_a_bug_in_a_listener_keeps_nothing_from_the_others() -> None:

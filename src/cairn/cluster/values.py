@@ -21,7 +21,7 @@ UNREADABLE: Final = (ValueError, RecursionError)
 
 Name = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[^/\x00-\x1f]+\Z")]
 Text = Annotated[str, Meta(max_length=1024)]
-Count = Annotated[int, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=0, le=1 << 53)]  # as much as any reader of JSON takes, and a ledger has room for
 Seconds = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 
