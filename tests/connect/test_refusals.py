@@ -20,7 +20,7 @@ from transformers import (
 
 from cairn.connect.hf_model import namespace_of, weights_revision
 from cairn.connect.transformers import CairnConnector
-from cairn.errors import ClosedError, GeometryError, InputError
+from cairn.errors import CairnError, ClosedError, GeometryError, InputError
 from tests.connect.rig import check, figures, generate, open_engine, prompt, tiny_model
 
 MODEL = tiny_model()
@@ -111,6 +111,35 @@ def test_a_prefix_is_not_lent_to_another_prompt(connector: CairnConnector) -> No
         MODEL(ids[:, 32:], position_ids=torch.arange(8)[None], past_key_values=connector.cache(ids))
     with pytest.raises(InputError, match="embeddings"):
         MODEL(inputs_embeds=torch.zeros(1, 8, 32), past_key_values=connector.cache(ids))
+
+
+def test_a_prefix_is_not_lent_on_asking_again(connector: CairnConnector) -> None:
+    ids, other = prompt(1, 40), prompt(2, 60)
+    check(MODEL, connector, ids)
+    cache = connector.cache(ids)
+    for _ in range(3):
+        with pytest.raises(InputError):
+            generate(MODEL, other, cache)
+    cache.reset()
+    assert torch.equal(generate(MODEL, other, cache)[0], generate(MODEL, other)[0])
+
+
+def test_a_prefix_that_does_not_come_is_not_gone_on_behind(
+    connector: CairnConnector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither by asking again nor by taking back the pass that failed; and nothing is stored of it."""
+    ids = prompt(1, 40)
+    check(MODEL, connector, ids)
+    monkeypatch.setattr(connector.engine.autopilot, "layerwise", lambda *_: True)
+    cache = connector.cache(ids)
+    assert cache._load is not None
+    monkeypatch.setattr(type(cache._load), "wait", lambda *_: False)
+    with pytest.raises(CairnError, match="did not come"):
+        MODEL(ids[:, cache.get_seq_length() :], past_key_values=cache)
+    cache.crop(32 - cache.get_seq_length())
+    with pytest.raises(InputError):
+        MODEL(ids[:, 32:], past_key_values=cache)
+    assert cache.finish() == 0
 
 
 def test_nothing_is_stored_of_passes_that_are_not_plain(connector: CairnConnector) -> None:

@@ -161,6 +161,7 @@ class CairnCache(Cache):  # type: ignore[misc]
             self._past = 0
         history = self._history
         if not history.trusted:
+            self._distrust("a prompt after it was refused, or after its prefix did not come")
             return
         wrong = history.add(arguments, self._past)
         if wrong:
@@ -259,6 +260,7 @@ class CairnCache(Cache):  # type: ignore[misc]
         there = load.wait(layer, LAYER_TIMEOUT_S)
         self._waited_s += time.perf_counter() - started
         if not there:
+            self._history.trusted = False  # whoever goes on all the same would go on behind nothing
             self._release()
             raise CairnError(f"layer {layer} of the prefix did not come within {LAYER_TIMEOUT_S:.0f} s; ask again")
         if layer == len(self.layers) - 1:
