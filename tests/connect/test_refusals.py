@@ -10,6 +10,8 @@ from transformers import (
     BertLMHeadModel,
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
@@ -153,6 +155,20 @@ def test_nothing_is_stored_of_passes_that_are_not_plain(connector: CairnConnecto
     with connector.cache(ids) as cache:
         MODEL(ids, position_ids=torch.arange(5, 45)[None], past_key_values=cache)
     assert connector.engine.lookup(ids[0]) == connector.engine.lookup(other[0]) == 0
+
+
+def test_kv_of_token_types_is_neither_stored_nor_gone_on_behind() -> None:
+    """GPT-2 adds an embedding for each: its KV is of more than the tokens."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=96, n_positions=128, n_embd=32, n_layer=2, n_head=4)).eval()
+    ids = prompt(12, 40)
+    with open_engine(model) as engine, CairnConnector(model, engine) as connector:
+        with connector.cache(ids) as cache:
+            model(ids, token_type_ids=torch.full_like(ids, 7), past_key_values=cache)
+        assert engine.lookup(ids[0]) == 0
+        with connector.cache(ids) as cache:
+            model(ids, past_key_values=cache)
+        with pytest.raises(InputError, match="other inputs"):
+            model(ids[:, 32:], token_type_ids=torch.full((1, 8), 7), past_key_values=connector.cache(ids))
 
 
 def test_a_shifted_answer_is_not_stored(connector: CairnConnector) -> None:
