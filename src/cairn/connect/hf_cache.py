@@ -117,8 +117,11 @@ class CairnCache(Cache):  # type: ignore[misc]
         self._settle()
         length = int(self.get_seq_length())
         kept = min(length, tokens_to_remove) if tokens_to_remove > 0 else max(0, length + tokens_to_remove)
-        if kept < length:
-            super().crop(kept - length)
+        # A pass that was interrupted has been through some of the layers only: what the others lack is no token.
+        kept = min(kept, *(layer.get_seq_length() for layer in self.layers))
+        for layer in self.layers:
+            if kept < layer.get_seq_length():
+                layer.crop(kept - layer.get_seq_length())
         self._history.crop(kept)
 
     def reset(self) -> None:
