@@ -53,6 +53,8 @@ class Subscriber:
         self._warm = warm
         self._expiry: asyncio.Task[None] | None = None
         self._context, self._inbox = zmq.asyncio.Context(), Inbox()
+        # A publisher takes three, and ZeroMQ has room for 1,023 unless told otherwise.
+        self._context.set(zmq.MAX_SOCKETS, self._context.get(zmq.SOCKET_LIMIT))
         self._feeds: dict[tuple[str, str], tuple[Feed, asyncio.Task[None]]] = {}
         self._gone = OrderedDict[str, None]()  # the latest last
         self._closed = False
