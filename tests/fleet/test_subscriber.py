@@ -490,6 +490,9 @@ def test_endpoints_that_cannot_be_used() -> None:
         asyncio.run(follow(Instance("a", taken, bind=True), Instance("b", taken, bind=True)))
     with pytest.raises(InputError, match="nonsense: cannot be connected to"):
         asyncio.run(follow(Instance("a", "nonsense")))
+    for rank in (-1, 1 << 16, 1 << 70):  # of the last no snapshot could be written
+        with pytest.raises(InputError, match="rank="):
+            asyncio.run(follow(Instance("a", "tcp://127.0.0.1:1", rank=rank)))
 
 
 def test_many_publishers_are_followed_and_too_many_refused() -> None:
