@@ -22,9 +22,10 @@ from tests.fleet.wire_events import stored
 from tests.tier.remote import servers
 
 from cairn.cli.doctor import checks  # noqa: F401 - registers them
-from cairn.cli.doctor.base import CHECKS, Severity, diagnose
+from cairn.cli.doctor.base import CHECKS, Diagnosis, Severity, diagnose
 from cairn.cli.doctor.probe import Given, gather
 from cairn.cli.doctor.reference import render
+from cairn.cli.doctor.report import show
 from cairn.cli.up.spec import load_spec
 from cairn.cluster import Events, Instance, Keys
 from cairn.cluster.values import encode
@@ -424,3 +425,8 @@ def test_the_page_is_current() -> None:
 def test_the_worst_comes_first(doctor: Doctor) -> None:
     severities = [CHECKS[name].severity for name in doctor(*HUGE, "--set", "storage.disk.path=/dev/shm/none")]
     assert severities == sorted(severities, key=list(Severity).index)
+
+
+def test_what_is_lacking_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    show(Diagnosis((), {"a check": "install cairn-kv[valkey]"}), as_json=False)
+    assert "a check: install cairn-kv[valkey]" in capsys.readouterr().out

@@ -123,6 +123,13 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
             read_lmcache(path, {})
 
 
+@pytest.mark.parametrize("text", ["a: !!int ''", "a: !!timestamp x", "[" * 5000])
+def test_a_file_that_looks_like_one(tmp_path: Path, text: str) -> None:
+    (tmp_path / "lmcache.yaml").write_text(text)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_lmcache(tmp_path / "lmcache.yaml", {})
+
+
 texts = st.text(st.characters(codec="utf-8"), max_size=20)
 
 

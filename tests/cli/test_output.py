@@ -35,6 +35,13 @@ def test_a_table_has_a_row_for_each_figure(capsys: pytest.CaptureFixture[str]) -
     assert printed_rows(text) == [["gb_per_s", "1.235"], ["lru.1000", "0.25"], ["lru.3000", "1"], ["owner", "-"]]
 
 
+def test_a_table_shows_brackets_and_colons_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    show({"http": "http://[fe80::1]:80", "[/b]": ":boom:", "[red]": 1}, title="[/x].kv", as_json=False)
+    text = capsys.readouterr().out
+    assert text.startswith("[/x].kv")
+    assert printed_rows(text) == [["http", "http://[fe80::1]:80"], ["[/b]", ":boom:"], ["[red]", "1"]]
+
+
 def test_the_same_figures_of_several_things_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     blocks = {"1000": {"hit": {"lru": 1, "belady": 2}}, "3000": {"hit": {"lru": 3, "belady": 4}}}
     show({"requests": 12345, "blocks": blocks}, title="cairn bench x", as_json=False)

@@ -36,7 +36,7 @@ def test_a_plan_in_every_form(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_trace_is_repeated_and_every_combination_tried(run: Run, tmp_path: Path) -> None:
-    path = tmp_path / "log.jsonl"
+    path = tmp_path / "[log].jsonl"  # no markup
     rows = [{"timestamp": i, "prompt": [i % 3] * 100, "output_tokens": 3} for i in range(20)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["--dram", 0, "--dram", "1GB", "--disk", 0, "--disk", "1GB", "--every", "--block-tokens", 16]
@@ -44,6 +44,8 @@ def test_a_trace_is_repeated_and_every_combination_tried(run: Run, tmp_path: Pat
     assert len(result["fleets"]) == 4
     assert (result["requests"], result["simulated_requests"]) == (50, 200)
     assert result["possible_hit_percent"] == pytest.approx(100 * 17 * 96 / 2000)
+    shown = run("plan", path, "--block-tokens", 16, "--instances", 1, "--requests", 50).stdout
+    assert "[log].jsonl: 50 requests" in shown
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,16 @@ def test_what_kubernetes_makes_of_a_service_is_left_alone() -> None:
         ),
         ("serve: {name: 2026-02-30}", "cairn.yaml: must be YAML: day is out of range for month"),
         ("engine: {lease_s: 0x_}", "cairn.yaml: must be YAML: invalid literal for int() with base 16: ''"),
+        ("engine: {lease_s: !!int ''}", "cairn.yaml: must be YAML: string index out of range"),
+        (
+            "serve: {name: !!timestamp x}",
+            "cairn.yaml: must be YAML: 'NoneType' object has no attribute 'groupdict'",
+        ),
+        (
+            f"storage: {{cpu: {{size: {'9' * 400}.5GiB}}}}",
+            f"storage.cpu.size='{'9' * 400}.5GiB' (in cairn.yaml): must be a number of bytes, or a number with KiB, "
+            "MiB, GiB or TiB (8GiB); the default is 1GiB",
+        ),
         (
             "index: {lost_s: 1.0e+10}",
             "index.lost_s=10000000000.0 (in cairn.yaml): must be less than or equal to 1000000000; the default is 30.0",

@@ -158,6 +158,29 @@ def test_crop_and_reset_take_tokens_back(connector: CairnConnector) -> None:
     check(MODEL, connector, other)
 
 
+@pytest.mark.parametrize("taken", [-4, -1])
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_pass_that_was_interrupted_is_taken_back(connector: CairnConnector, warm: bool, taken: int) -> None:
+    """It has been through the first layer and not through the others, which lose nothing by it."""
+    ids, more = prompt(6, 48), prompt(7, 4)
+    if warm:
+        check(MODEL, connector, ids)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    cache = connector.cache(ids)
+    MODEL(ids[:, cache.get_seq_length() :], past_key_values=cache)
+    hook = MODEL.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        MODEL(more, past_key_values=cache)
+    hook.remove()
+    cache.crop(taken)
+    assert [layer.get_seq_length() for layer in cache.layers] == [48, 48, 48]
+    expected = MODEL(torch.cat([ids, more], dim=1)).logits[:, 48:]
+    torch.testing.assert_close(MODEL(more, past_key_values=cache).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_restart_starts_from_disk(tmp_path: Path) -> None:
     ids = prompt(25, 100)
     for reused in ({}, {"dram": 0, "disk": 96}):

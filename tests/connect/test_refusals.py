@@ -10,6 +10,8 @@ from transformers import (
     BertLMHeadModel,
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
@@ -20,7 +22,7 @@ from transformers import (
 
 from cairn.connect.hf_model import namespace_of, weights_revision
 from cairn.connect.transformers import CairnConnector
-from cairn.errors import ClosedError, GeometryError, InputError
+from cairn.errors import CairnError, ClosedError, GeometryError, InputError
 from tests.connect.rig import check, figures, generate, open_engine, prompt, tiny_model
 
 MODEL = tiny_model()
@@ -113,6 +115,35 @@ def test_a_prefix_is_not_lent_to_another_prompt(connector: CairnConnector) -> No
         MODEL(inputs_embeds=torch.zeros(1, 8, 32), past_key_values=connector.cache(ids))
 
 
+def test_a_prefix_is_not_lent_on_asking_again(connector: CairnConnector) -> None:
+    ids, other = prompt(1, 40), prompt(2, 60)
+    check(MODEL, connector, ids)
+    cache = connector.cache(ids)
+    for _ in range(3):
+        with pytest.raises(InputError):
+            generate(MODEL, other, cache)
+    cache.reset()
+    assert torch.equal(generate(MODEL, other, cache)[0], generate(MODEL, other)[0])
+
+
+def test_a_prefix_that_does_not_come_is_not_gone_on_behind(
+    connector: CairnConnector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither by asking again nor by taking back the pass that failed; and nothing is stored of it."""
+    ids = prompt(1, 40)
+    check(MODEL, connector, ids)
+    monkeypatch.setattr(connector.engine.autopilot, "layerwise", lambda *_: True)
+    cache = connector.cache(ids)
+    assert cache._load is not None
+    monkeypatch.setattr(type(cache._load), "wait", lambda *_: False)
+    with pytest.raises(CairnError, match="did not come"):
+        MODEL(ids[:, cache.get_seq_length() :], past_key_values=cache)
+    cache.crop(32 - cache.get_seq_length())
+    with pytest.raises(InputError):
+        MODEL(ids[:, 32:], past_key_values=cache)
+    assert cache.finish() == 0
+
+
 def test_nothing_is_stored_of_passes_that_are_not_plain(connector: CairnConnector) -> None:
     ids, other = prompt(2, 40), prompt(3, 40)
     with connector.cache(ids) as cache:
@@ -124,6 +155,20 @@ def test_nothing_is_stored_of_passes_that_are_not_plain(connector: CairnConnecto
     with connector.cache(ids) as cache:
         MODEL(ids, position_ids=torch.arange(5, 45)[None], past_key_values=cache)
     assert connector.engine.lookup(ids[0]) == connector.engine.lookup(other[0]) == 0
+
+
+def test_kv_of_token_types_is_neither_stored_nor_gone_on_behind() -> None:
+    """GPT-2 adds an embedding for each: its KV is of more than the tokens."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=96, n_positions=128, n_embd=32, n_layer=2, n_head=4)).eval()
+    ids = prompt(12, 40)
+    with open_engine(model) as engine, CairnConnector(model, engine) as connector:
+        with connector.cache(ids) as cache:
+            model(ids, token_type_ids=torch.full_like(ids, 7), past_key_values=cache)
+        assert engine.lookup(ids[0]) == 0
+        with connector.cache(ids) as cache:
+            model(ids, past_key_values=cache)
+        with pytest.raises(InputError, match="other inputs"):
+            model(ids[:, 32:], token_type_ids=torch.full((1, 8), 7), past_key_values=connector.cache(ids))
 
 
 def test_a_shifted_answer_is_not_stored(connector: CairnConnector) -> None:

@@ -1,5 +1,6 @@
 """Decoding: both encodings, every medium, what separates blocks, groups, and what is not as expected."""
 
+import tracemalloc
 from typing import Any
 
 import msgspec
@@ -267,3 +268,22 @@ def test_ranks_and_times(reader: Reader) -> None:
 def test_the_counters_are_shown_to_prometheus(reader: Reader) -> None:
     reader.read(stored([1], [1], 1, medium="TAPE"))
     assert b'cairn_fleet_skipped_events_total{reason="unknown_medium"} 1.0' in exposition(reader.metrics)
+
+
+@pytest.mark.parametrize("nils", [True, False])
+def test_nothing_is_kept_of_events_of_very_many_blocks(nils: bool) -> None:
+    decoder = Decoder(FleetMetrics())
+
+    def decode(blocks: int) -> int:
+        told = {"type": "BlockStored", "block_hashes": [1] * blocks, "extra_keys": [None] * blocks if nils else None}
+        batch = decoder.decode(msgspec.msgpack.encode([1.0, [told]]))
+        assert batch is not None
+        return len(batch.events)
+
+    decode(1)
+    tracemalloc.start()
+    try:
+        assert [decode(1_000_000 + 4 * nils + more) for more in range(4)] == [1] * 4
+        assert tracemalloc.get_traced_memory()[0] < 1_000_000
+    finally:
+        tracemalloc.stop()

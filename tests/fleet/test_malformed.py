@@ -106,6 +106,7 @@ def wrong_types() -> list[Any]:
 def test_frames_that_are_no_message() -> None:
     frames = [[], [b""], [b"kv", b"8 bytes!"], [b"kv", b"short", b"x"], [b"kv", b"9 bytes!!", b"x"], [b"x"] * 4]
     frames += [[b""] * 500, [b"kv", b"", encode([stored([9], [9], 1)])]]
+    frames += [[b"kv", b"\xff" * 8, encode([stored([9], [9], 1)])]]
 
     async def body(line: Line) -> None:
         for made in frames[1:]:

@@ -19,7 +19,7 @@ from cairn.fleet import FleetIndex, Removed, Source, Tier
 from cairn.fleet.copying import PIECE, Piece
 from cairn.fleet.draft import draft
 from cairn.fleet.metrics import FleetMetrics, WarmStarted
-from cairn.fleet.positions import Position
+from cairn.fleet.positions import Position, WarmStart
 from cairn.fleet.snapshot import read_snapshot, read_sources, write_snapshot, write_sources
 from cairn.fleet.snapshot_format import (
     BLOCKS,
@@ -100,6 +100,18 @@ def test_what_is_held_back_counts_when_it_is_shown() -> None:
 def test_sources_without_a_position_are_not_held_back_for_good() -> None:
     index, outcome = loaded(bytes_of(small()), hold_back=True)
     assert (outcome, index.sources()) == (WarmStarted.WARM, ())
+
+
+def test_of_two_sources_of_one_place_one_is_forgotten() -> None:
+    """An engine came back as another rank, and a store still has the copies of both: one feed takes up one of them."""
+    index, sources = FleetIndex(64), [Source("a", 0), Source("a", 1)]
+    for source in sources:
+        index.restore(source, (16,), 1, held_back=True)
+    position = Position("a", "tcp://h:1", 3, bytes(32), {}, None)
+    warm = WarmStart(index, WarmStarted.WARM, dict.fromkeys(sources, position))
+    assert index.sources() == tuple(warm.stands) == (Source("a", 1),)
+    warm.forget()
+    assert index.sources() == ()
 
 
 def test_an_index_with_less_room_takes_in_what_fits() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import pytest
+import zmq
 
 from cairn.errors import ClosedError, InputError
 from cairn.fleet.base import Event, Source
@@ -489,6 +490,28 @@ def test_endpoints_that_cannot_be_used() -> None:
         asyncio.run(follow(Instance("a", taken, bind=True), Instance("b", taken, bind=True)))
     with pytest.raises(InputError, match="nonsense: cannot be connected to"):
         asyncio.run(follow(Instance("a", "nonsense")))
+    for rank in (-1, 1 << 16, 1 << 70):  # of the last no snapshot could be written
+        with pytest.raises(InputError, match="rank="):
+            asyncio.run(follow(Instance("a", "tcp://127.0.0.1:1", rank=rank)))
+
+
+def test_many_publishers_are_followed_and_too_many_refused() -> None:
+    """Each takes several sockets; where there are no more, it is a line, and all goes on with those there are."""
+
+    async def run() -> None:
+        async with Subscriber(Holder()) as subscriber:
+            for number in range(400):
+                subscriber.add(Instance(f"a{number}", "tcp://127.0.0.1:1"))
+        for room in range(3):
+            async with Subscriber(Holder()) as subscriber:
+                subscriber._context.set(zmq.MAX_SOCKETS, 3 + room)
+                subscriber.add(Instance("a", "tcp://127.0.0.1:1"))
+                for _ in range(3):
+                    with pytest.raises(InputError, match="ulimit"):
+                        subscriber.add(Instance("b", "tcp://127.0.0.1:1"))
+                assert [state.instance.name for state in subscriber.states()] == ["a"]
+
+    asyncio.run(run())
 
 
 def test_a_recording_plays_to_the_same_state(tmp_path: Path) -> None:

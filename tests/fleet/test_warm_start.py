@@ -232,10 +232,11 @@ def test_what_is_not_proved_is_not_written_again(tmp_path: Path) -> None:
         asyncio.run(run())
 
 
-def test_a_snapshot_that_cannot_be_written_is_counted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["no/such", "/", "."])
+def test_a_snapshot_that_cannot_be_written_is_counted(tmp_path: Path, path: str) -> None:
     async def run() -> FleetMetrics:
         metrics = FleetMetrics()
-        keeper = SnapshotKeeper(FleetIndex(8), {}.get, tmp_path / "no" / "such", metrics)
+        keeper = SnapshotKeeper(FleetIndex(8), {}.get, Path(path) if path == "." else tmp_path / path, metrics)
         assert await keeper.write() is None
         return metrics
 

@@ -113,6 +113,7 @@ def test_as_it_is_written(text: str, expected: Instance) -> None:
     [
         *("", "a", "=tcp://h:1", "a=h:1", "a=tcp://h:1,rank=x", "a=tcp://h:1,rank=1,rank=2", "a=tcp://h:1,x=1"),
         "a=tcp://h:1,replay=h:2",
+        "a=tcp://h:1,rank=" + "9" * 5000,
     ],
 )
 def test_written_wrongly(text: str) -> None:

@@ -11,6 +11,7 @@ import yaml
 
 from cairn.config import load_config
 from cairn.config.keys import settings
+from cairn.config.load import UNREADABLE
 from cairn.config.sizes import format_size
 from cairn.config.urls import mask_url
 from cairn.errors import InputError
@@ -48,7 +49,7 @@ def read_lmcache(path: Path | None, environ: Mapping[str, str]) -> dict[str, Any
         path = Path(environ[f"{_PREFIX}CONFIG_FILE"])
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) if path else {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, *UNREADABLE) as error:
         raise InputError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(tree or {}, dict):
         raise InputError(f"{path}: must be LMCache's configuration: names and values, in YAML")

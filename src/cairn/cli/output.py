@@ -44,7 +44,7 @@ def show(result: Mapping[str, Any], *, title: str, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names are anybody's, and addresses have brackets: [fe80::1]
     parts = {title: {"value": {name: value for name, value in result.items() if not _is_matrix(value)}}}
     parts |= {name: value for name, value in result.items() if _is_matrix(value)}
     for name, columns in parts.items():

@@ -22,8 +22,9 @@ from cairn.config.schema import Config
 from cairn.errors import ConfigError
 
 _OVERRIDE = ""
-#: What the parser raises: of its own, and of what looks like a date or a number and is none (2026-02-30, 0x_).
-_UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
+#: What the parser raises: of its own, and of what looks like, or is tagged as, a date or a number and is none
+#: (2026-02-30, 0x_, !!int "", !!timestamp x).
+UNREADABLE = (yaml.YAMLError, ValueError, RecursionError, IndexError, AttributeError)
 #: Variables that may be written shorter; the long form wins.
 _SHORT: dict[str, KeyPath] = {"CAIRN_LOG_LEVEL": ("engine", "log_level")}
 #: Keys that have another name now.
@@ -106,7 +107,7 @@ def _read(path: Path) -> Mapping[Any, Any]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: must be UTF-8 text in YAML") from None
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ConfigError(f"{path}: must be YAML: {_yaml_problem(error)}") from None
     if tree is None:
         return {}
@@ -133,7 +134,7 @@ def _from_environ(environ: Mapping[str, str]) -> Iterator[tuple[KeyPath, _Value]
 def _parse_value(name: str, text: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ConfigError(
             f"{name}={text!r}: must be a value in YAML, quoted if need be: {_yaml_problem(error)}"
         ) from None

@@ -17,7 +17,10 @@ def parse_size(value: object) -> int:
     if match is None:
         raise ValueError(RULE)
     number, unit = match[1], _UNITS[match[2]]
-    return int(float(number) * unit) if "." in number else int(number) * unit
+    try:
+        return int(float(number) * unit) if "." in number else int(number) * unit
+    except OverflowError:  # of more digits than there are bytes
+        raise ValueError(RULE) from None
 
 
 def format_size(size: int) -> str:

@@ -117,8 +117,11 @@ class CairnCache(Cache):  # type: ignore[misc]
         self._settle()
         length = int(self.get_seq_length())
         kept = min(length, tokens_to_remove) if tokens_to_remove > 0 else max(0, length + tokens_to_remove)
-        if kept < length:
-            super().crop(kept - length)
+        # A pass that was interrupted has been through some of the layers only: what the others lack is no token.
+        kept = min(kept, *(layer.get_seq_length() for layer in self.layers))
+        for layer in self.layers:
+            if kept < layer.get_seq_length():
+                layer.crop(kept - layer.get_seq_length())
         self._history.crop(kept)
 
     def reset(self) -> None:
@@ -161,6 +164,7 @@ class CairnCache(Cache):  # type: ignore[misc]
             self._past = 0
         history = self._history
         if not history.trusted:
+            self._distrust("a prompt after it was refused, or after its prefix did not come")
             return
         wrong = history.add(arguments, self._past)
         if wrong:
@@ -259,6 +263,7 @@ class CairnCache(Cache):  # type: ignore[misc]
         there = load.wait(layer, LAYER_TIMEOUT_S)
         self._waited_s += time.perf_counter() - started
         if not there:
+            self._history.trusted = False  # whoever goes on all the same would go on behind nothing
             self._release()
             raise CairnError(f"layer {layer} of the prefix did not come within {LAYER_TIMEOUT_S:.0f} s; ask again")
         if layer == len(self.layers) - 1:

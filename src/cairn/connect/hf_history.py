@@ -1,9 +1,12 @@
 """Which tokens the KV in a Transformers cache belongs to: learnt from what the model is given."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
+
+#: Tensors that a pass may be given and that are looked at here. What others do to KV (token types) nobody knows.
+_KNOWN: Final = frozenset({"input_ids", "attention_mask", "position_ids", "cache_position"})
 
 
 class History:
@@ -45,7 +48,7 @@ class History:
         self._parts.append(ids[0].detach().clone())
         # Behind the prompt nobody looks before something is stored: on an accelerator a look is a wait.
         if len(expected) and not plain:
-            return "another prompt than it was made for, or with padding or positions of its own"
+            return "another prompt than it was made for, or with padding, positions or other inputs of its own"
         return None
 
     def crop(self, length: int) -> None:
@@ -62,8 +65,12 @@ class History:
 
 
 def _is_plain(arguments: Mapping[str, Any], past: int, total: int) -> torch.Tensor:
-    """Whether tokens past..total stand at positions past..total behind nothing but each other (a bool tensor)."""
+    """Whether tokens past..total stand at positions past..total behind nothing but each other (a bool tensor), and are
+    all that the pass is given.
+    """
     plain = torch.ones((), dtype=torch.bool)
+    if any(isinstance(value, torch.Tensor) and name not in _KNOWN for name, value in arguments.items()):
+        return ~plain
     positions, mask = arguments.get("position_ids"), arguments.get("attention_mask")
     if positions is not None:
         expected = torch.arange(past, total, device=positions.device)

@@ -17,6 +17,8 @@ def draft(path: Path) -> Iterator[BinaryIO]:
     What a killed process left is overwritten. Raises LockedError while another writes it, StorageError if the system
     refuses.
     """
+    if not path.name:
+        raise StorageError(f"{path}: a directory; name a file that can be written")
     beside = path.with_name(path.name + ".new")
     try:
         file = _locked(beside)

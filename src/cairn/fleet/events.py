@@ -47,6 +47,7 @@ _FULL: Final = frozenset({"full_attention", "mla_attention", "sink_full_attentio
 
 _CLEARED: Final = Cleared()
 _NIL: Final = b"\xc0"
+_MOST_NILS: Final = 1 << 16
 _TIME: Final = struct.Struct(">d")
 
 _Decode = Callable[[bytes], MapBatch | ArrayBatch]
@@ -262,7 +263,7 @@ def _tokens(wire: WireStored, blocks: int) -> Sequence[int]:
 
 
 def _separation(wire: WireStored, blocks: int) -> tuple[bytes, tuple[bytes | None, ...]]:
-    if bytes(wire.extra_keys) in (_NIL, _nils(blocks)) and bytes(wire.lookahead_token_ids) == _NIL:
+    if _is_nils(bytes(wire.extra_keys), blocks) and bytes(wire.lookahead_token_ids) == _NIL:
         lora = wire.lora_name if wire.lora_name is not None else wire.lora_id
         return namespace_digest(lora), ()
     try:
@@ -277,7 +278,13 @@ def _separation(wire: WireStored, blocks: int) -> tuple[bytes, tuple[bytes | Non
         raise _SkipError(Skip.MALFORMED) from None
 
 
+def _is_nils(raw: bytes, blocks: int) -> bool:
+    """Whether these are the usual extra keys: none, told as nil or as one for each block. What is longer than any
+    prompt is left to the decoder: here it would be kept.
+    """
+    return raw == _NIL or (blocks <= _MOST_NILS and raw == _nils(blocks))
+
+
 @lru_cache(maxsize=256)
 def _nils(blocks: int) -> bytes:
-    """The usual extra keys: there are none."""
     return msgspec.msgpack.encode([None] * blocks)

@@ -49,13 +49,17 @@ class Feed:
     def __init__(self, context: zmq.asyncio.Context, track: Track, limits: Limits, inbox: Inbox) -> None:
         """track: where it goes on; what it holds already must be proved by the publisher before anything is added.
         inbox: may be shared by the feeds of a loop. Opens the sockets. Raises InputError where an endpoint cannot be
-        used.
+        used, or there are too many.
         """
         self.instance = instance = track.instance
         self._context, self._track, self._limits, self._metrics = context, track, limits, track.metrics
         self._inbox = inbox
         self._live = make_socket(context, zmq.SUB, limits.queue)
-        self._monitor = watch(self._live)
+        try:
+            self._monitor = watch(self._live)
+        except InputError:
+            self._live.close(linger=0)
+            raise
         self._events: zmq.Socket[bytes] = zmq.Socket.shadow(self._monitor.underlying)
         self._live.setsockopt(zmq.SUBSCRIBE, instance.topic.encode())
         try:

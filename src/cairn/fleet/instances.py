@@ -45,6 +45,7 @@ def parse_instance(text: str) -> Instance:
     usable = name.strip() and "://" in endpoint and len(given) == len(options) and given.keys() <= _OPTIONS
     usable = usable and "://" in (given.get("replay") or "://")  # or it would fail at the first connection, for ever
     usable = usable and bind in ("", "true") and copies in ("yes", "no") and rank.isascii() and rank.isdigit()
+    usable = usable and len(rank) < 6  # more is no rank, and at some length no number for `int`
     if not usable:
         raise InputError(f"instance {text!r}: must be {_FORM}, as in a=tcp://10.0.0.1:5557,replay=tcp://10.0.0.1:5558")
     replay, topic, model = given.get("replay") or None, given.get("topic", ""), given.get("model", "")

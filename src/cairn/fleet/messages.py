@@ -24,6 +24,9 @@ _ROUND_BYTES: Final = 1 << 18
 #: Frames of the longest message that says anything: an answer of the replay.
 _FRAMES: Final = 4
 
+#: In a sequence's place: what ends a replay. Behind it there is no next one.
+END: Final = b"\xff" * 8
+
 _MORE, _NOBLOCK = int(zmq.RCVMORE), int(zmq.NOBLOCK)
 
 
@@ -77,9 +80,9 @@ class Messages:
         return [self._memory[first:stop].tobytes() for first, stop in pairwise(bounds)]
 
     def framed(self, i: int) -> Framed | None:
-        """A batch: topic, sequence and payload; None: something else."""
+        """A batch: topic, sequence and payload; None: something else, as what ends a replay (sequence -1)."""
         parts = self.parts(i)
-        if len(parts) != 3 or len(parts[1]) != 8:
+        if len(parts) != 3 or len(parts[1]) != 8 or parts[1] == END:
             return None
         return Framed(parts[0], int.from_bytes(parts[1], "big"), parts[2])
 

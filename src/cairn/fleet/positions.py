@@ -71,7 +71,12 @@ class WarmStart:
         self.outcome: Final = outcome
         self.sources: Final = len(stands)
         self.worker_blocks: Final = worker_blocks
-        self._stands = {position.key: Stand(source, position) for source, position in stands.items()}
+        self._stands = dict[Key, Stand]()
+        for source, position in stands.items():
+            # Two ranks in turn at one place, of which copies are left: it has one stream, so one of them is gone.
+            if position.key in self._stands:
+                sink.drop(self._stands[position.key].source)
+            self._stands[position.key] = Stand(source, position)
 
     @property
     def stands(self) -> dict[Source, Position]:

@@ -7,15 +7,12 @@ payload. The ROUTER drops what the connection cannot take, so an answer may have
 
 import asyncio
 from collections.abc import AsyncGenerator
-from typing import Final
 
 import zmq
 import zmq.asyncio
 
-from cairn.fleet.messages import Framed, Inbox
+from cairn.fleet.messages import END, Framed, Inbox
 from cairn.fleet.sockets import attach, make_socket
-
-_END: Final = b"\xff" * 8
 
 
 class ReplayTimeoutError(Exception):
@@ -52,7 +49,7 @@ async def replay(
                 frames = messages.parts(i)
                 if len(frames) not in (3, 4) or len(frames[-2]) != 8:
                     continue
-                if frames[-2] == _END:
+                if frames[-2] == END:
                     return
                 topic = frames[1] if len(frames) == 4 else b""
                 yield Framed(topic, int.from_bytes(frames[-2], "big"), frames[-1])

@@ -23,8 +23,13 @@ _WATCHED: Final = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 
 
 def make_socket(context: zmq.asyncio.Context, kind: int, queue_messages: int) -> zmq.asyncio.Socket:
-    """A socket that queues at most `queue_messages` and takes no message beyond MAX_PAYLOAD."""
-    socket = context.socket(kind)
+    """A socket that queues at most `queue_messages` and takes no message beyond MAX_PAYLOAD. Raises InputError where
+    there are too many.
+    """
+    try:
+        socket = context.socket(kind)
+    except zmq.ZMQError as error:
+        raise _too_many(error) from None
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.RCVHWM, queue_messages)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_PAYLOAD)
@@ -35,8 +40,17 @@ def make_socket(context: zmq.asyncio.Context, kind: int, queue_messages: int) ->
 
 
 def watch(socket: zmq.asyncio.Socket) -> zmq.asyncio.Socket:
-    """A socket that tells when peers of `socket` come and go, for `comings`: from now on, so before it is attached."""
-    return socket.get_monitor_socket(_WATCHED)
+    """A socket that tells when peers of `socket` come and go, for `comings`: from now on, so before it is attached.
+    Raises as `make_socket`.
+    """
+    try:
+        return socket.get_monitor_socket(_WATCHED)
+    except zmq.ZMQError as error:
+        raise _too_many(error) from None
+
+
+def _too_many(error: zmq.ZMQError) -> InputError:
+    return InputError(f"no socket for one more publisher: {error.strerror}; raise `ulimit -n`")
 
 
 def attach(socket: zmq.asyncio.Socket, endpoint: str, *, bind: bool) -> None:

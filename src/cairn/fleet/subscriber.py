@@ -16,6 +16,7 @@ from cairn.fleet.messages import Inbox
 from cairn.fleet.metrics import FleetMetrics, Resync
 from cairn.fleet.positions import Position, WarmStart
 from cairn.fleet.track import Track
+from cairn.fleet.wire import RANKS
 
 _CLOSE_S: Final = 5.0
 
@@ -53,15 +54,21 @@ class Subscriber:
         self._warm = warm
         self._expiry: asyncio.Task[None] | None = None
         self._context, self._inbox = zmq.asyncio.Context(), Inbox()
+        # A publisher takes three, and ZeroMQ has room for 1,023 unless told otherwise.
+        self._context.set(zmq.MAX_SOCKETS, self._context.get(zmq.SOCKET_LIMIT))
         self._feeds: dict[tuple[str, str], tuple[Feed, asyncio.Task[None]]] = {}
         self._gone = OrderedDict[str, None]()  # the latest last
         self._closed = False
 
     def add(self, instance: Instance) -> None:
-        """Begins to follow a publisher. Raises InputError if it is followed already or its endpoint cannot be used."""
+        """Begins to follow a publisher. Raises InputError if it is followed already, or its endpoint or rank cannot
+        be used.
+        """
         if self._closed:
             raise ClosedError("the subscriber is closed; make a new one")
         key = instance.name, instance.endpoint
+        if not 0 <= instance.rank < RANKS:
+            raise InputError(f"{instance.name} at {instance.endpoint}: rank={instance.rank}: must be below {RANKS}")
         if key in self._feeds:
             raise InputError(f"{instance.name} at {instance.endpoint}: followed already; remove it first")
         track = Track(instance, self._sink, self.metrics, self._tap)

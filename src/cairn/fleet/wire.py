@@ -13,6 +13,9 @@ import msgspec
 #: takes is bounded by a small multiple of it: msgspec does not trust a length that the payload cannot hold.
 MAX_PAYLOAD = 16 << 20
 
+#: Data-parallel ranks of an instance.
+RANKS = 1 << 16
+
 Hash = Annotated[bytes, msgspec.Meta(min_length=1, max_length=64)] | int
 Text = Annotated[str, msgspec.Meta(max_length=1024)]
 Group = Annotated[int, msgspec.Meta(ge=0, le=255)]
@@ -78,19 +81,19 @@ class _Batch(msgspec.Struct, array_like=True, gc=False):
 
 class MapBatch(_Batch):
     events: list[_MapStored | _MapRemoved | _MapCleared]
-    data_parallel_rank: Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)] | None = None
+    data_parallel_rank: Annotated[int, msgspec.Meta(ge=0, lt=RANKS)] | None = None
 
 
 class ArrayBatch(_Batch):
     events: list[_ArrayStored | _ArrayRemoved | _ArrayCleared]
-    data_parallel_rank: Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)] | None = None
+    data_parallel_rank: Annotated[int, msgspec.Meta(ge=0, lt=RANKS)] | None = None
 
 
 class RawBatch(_Batch):
     """A batch whose events are looked at one by one, because one of them is not as expected."""
 
     events: list[msgspec.Raw]
-    data_parallel_rank: Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)] | None = None
+    data_parallel_rank: Annotated[int, msgspec.Meta(ge=0, lt=RANKS)] | None = None
 
 
 class _MapTag(msgspec.Struct):

@@ -21,7 +21,7 @@ def show(diagnosis: Diagnosis, *, as_json: bool) -> None:
         findings = [one._asdict() for one in diagnosis.findings]
         typer.echo(json.dumps({"sound": diagnosis.sound, "findings": findings, "skipped": diagnosis.skipped}, indent=2))
         return
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     for one in diagnosis.findings:
         console.print(_lines(one))
     console.print(_summary(diagnosis))

@@ -28,7 +28,7 @@ def amount(size: float) -> str:
 
 
 def show_plan(result: Mapping[str, Any]) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     console.width = max(console.width, _WIDTH)
     demand = result["demand"]
     console.print(
