@@ -283,7 +283,7 @@ def test_nothing_is_kept_of_events_of_very_many_blocks(nils: bool) -> None:
     decode(1)
     tracemalloc.start()
     try:
-        assert [decode(1_000_000 + 4 * nils + more) for more in range(4)] == [1] * 4
-        assert tracemalloc.get_traced_memory()[0] < 1_000_000
+        assert [decode(100_000 + more) for more in range(2)] == [1] * 2
+        assert tracemalloc.get_traced_memory()[0] < 100_000
     finally:
         tracemalloc.stop()
