@@ -328,6 +328,21 @@ def test_a_slow_sync_asked_for_again_leaves_workers_to_the_reads(tmp_path: Path)
         assert synced >= 2  # one that began after it was asked for
 
 
+def test_a_sync_that_fails_in_a_way_nobody_knows_is_not_the_last(tmp_path: Path) -> None:
+    with opened(tmp_path, threads=1) as tier:
+        sync, failed = tier._slots.sync, Event()
+
+        def broken() -> None:
+            failed.set()
+            raise ArithmeticError
+
+        tier._slots.sync = broken  # type: ignore[method-assign]
+        assert not tier.sync(0.05)
+        assert failed.wait(30)
+        tier._slots.sync = sync  # type: ignore[method-assign]
+        assert any(tier.sync(1.0) for _ in range(30))
+
+
 class StuckDevice:
     """Holds up every read of a tier until it is released."""
 

@@ -276,6 +276,10 @@ class DiskTier(Tier):
             except OSError as error:
                 log.error("%s: sync failed: %s", self._directory.path, error)
                 self._sync_failed = True
+            except BaseException:
+                with self._syncing:
+                    self._sync_runs = False  # or nothing would be synced any more
+                raise
             for done in awaiting:
                 done.set_result(not self._sync_failed)
 

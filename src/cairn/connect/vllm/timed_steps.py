@@ -1,7 +1,7 @@
 """What steps take, which the planner learns from: the scheduler says which are timed, the worker times them."""
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Final
 
 from cairn.connect.vllm.movers import Timer
@@ -31,20 +31,16 @@ class TimedSteps:
         bare = max(scheduled.values()) <= self._block
         if bare and not self._bare_is_due:
             return None
-        chunks: list[tuple[int, int]] = []
+        chunks: list[tuple[int, int]] = []  # new tokens, and those before them
         for request, tokens in scheduled.items():
             upto = computed(request)
             if upto is None:
                 return None
             chunks.append((tokens, upto - tokens))
-        if bare and _attended(chunks) > _BARE_CONTEXT:
+        if bare and sum(map(sum, chunks)) > _BARE_CONTEXT:
             return None
         self._bare_is_due = not bare
         return Work.of(chunks)
-
-
-def _attended(chunks: Iterable[tuple[int, int]]) -> int:
-    return sum(tokens + context for tokens, context in chunks)
 
 
 class StepTimers:
