@@ -11,7 +11,7 @@ import yaml
 
 from cairn.config import load_config
 from cairn.config.keys import settings
-from cairn.config.load import UNREADABLE
+from cairn.config.load import UNREADABLE, yaml_problem
 from cairn.config.sizes import format_size
 from cairn.config.urls import mask_url
 from cairn.errors import InputError
@@ -49,8 +49,10 @@ def read_lmcache(path: Path | None, environ: Mapping[str, str]) -> dict[str, Any
         path = Path(environ[f"{_PREFIX}CONFIG_FILE"])
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) if path else {}
-    except (OSError, *UNREADABLE) as error:
-        raise InputError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except UNREADABLE as error:
+        raise InputError(f"{path}: cannot be read: {yaml_problem(error)}") from None
     if not isinstance(tree or {}, dict):
         raise InputError(f"{path}: must be LMCache's configuration: names and values, in YAML")
     values = {str(name): value for name, value in (tree or {}).items()}

@@ -108,7 +108,7 @@ def _read(path: Path) -> Mapping[Any, Any]:
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: must be UTF-8 text in YAML") from None
     except UNREADABLE as error:
-        raise ConfigError(f"{path}: must be YAML: {_yaml_problem(error)}") from None
+        raise ConfigError(f"{path}: must be YAML: {yaml_problem(error)}") from None
     if tree is None:
         return {}
     if not isinstance(tree, Mapping):
@@ -136,11 +136,14 @@ def _parse_value(name: str, text: str) -> Any:
         return yaml.load(text, _Loader)
     except UNREADABLE as error:
         raise ConfigError(
-            f"{name}={text!r}: must be a value in YAML, quoted if need be: {_yaml_problem(error)}"
+            f"{name}={text!r}: must be a value in YAML, quoted if need be: {yaml_problem(error)}"
         ) from None
 
 
-def _yaml_problem(error: Exception) -> str:
+def yaml_problem(error: Exception) -> str:
+    """What is wrong, in one line; error: one of UNREADABLE."""
+    if isinstance(error, (IndexError, AttributeError)):
+        return "what is tagged as a number or a date is none"
     if not isinstance(error, yaml.YAMLError):
         return str(error)
     mark = getattr(error, "problem_mark", None)
