@@ -139,6 +139,38 @@ def store_word(typingctx: Any, address: Any, value: Any) -> Any:
     return types.void(types.int64, types.uint64), _storing(64)
 
 
+def _load_acquire(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
+    return builder.load_atomic(_pointer(builder, arguments[0], 64), "acquire", 8)
+
+
+def _store_release(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
+    builder.store_atomic(arguments[1], _pointer(builder, arguments[0], 64), "release", 8)
+    return context.get_dummy_value()
+
+
+def _fence(context: Any, builder: ir.IRBuilder, _signature: Any, _arguments: Any) -> Any:
+    builder.fence("seq_cst")
+    return context.get_dummy_value()
+
+
+@intrinsic
+def load_acquire(typingctx: Any, address: Any) -> Any:
+    """The int64 at an 8-aligned address; what is read after it is not older than what `store_release` made visible."""
+    return types.int64(types.int64), _load_acquire
+
+
+@intrinsic
+def store_release(typingctx: Any, address: Any, value: Any) -> Any:
+    """Writes an int64 to an 8-aligned address; whoever reads it by `load_acquire` sees all that was written before."""
+    return types.void(types.int64, types.int64), _store_release
+
+
+@intrinsic
+def fence(typingctx: Any) -> Any:
+    """All reads and writes before it are done, streamed ones too, before any after it."""
+    return types.void(), _fence
+
+
 @intrinsic
 def call_c(typingctx: Any, function: Any, first: Any, second: Any, third: Any, fourth: Any) -> Any:
     """Calls the C function at an address, which takes four words (integers, pointers) and returns an int."""

@@ -31,7 +31,7 @@ class Rig:
     def __init__(self, home: Path) -> None:
         self.gate = Gate(home / "gate")
         self.entrance = Entrance(home / "gate")
-        self.life = Life(home / "life", 7, process_token(), make=True)
+        self.life = Life(home / "life", 7, process_token(), 2, make=True)
         self.source = Source(7, open_device("stand-in").take(2, SLOT), self.life, own=False)
         self.mapped: Future[Source] = Future()
         self.copies: list[Future[float]] = []

@@ -13,7 +13,7 @@ _OWNER = """
 import sys
 from pathlib import Path
 from cairn.node.life import Life
-life = Life(Path({path!r}), 5, {token!r})
+life = Life(Path({path!r}), 5, {token!r}, 1)
 life.hold()
 print("held", flush=True)
 sys.stdin.read()
@@ -23,7 +23,7 @@ TOKEN = b"somebody else's."
 
 @pytest.fixture
 def page(tmp_path: Path) -> Life:
-    return Life(tmp_path / "life", 5, TOKEN, make=True)
+    return Life(tmp_path / "life", 5, TOKEN, 1, make=True)
 
 
 def owner(page: Life) -> "subprocess.Popen[str]":
@@ -35,7 +35,7 @@ def owner(page: Life) -> "subprocess.Popen[str]":
 
 
 def test_it_lives_as_long_as_its_owner(page: Life) -> None:
-    reader = Life(page.path, 5, TOKEN)
+    reader = Life(page.path, 5, TOKEN, 1)
     assert not reader.sound(), "nobody holds it yet"
     process = owner(page)
     assert reader.sound()
@@ -50,7 +50,7 @@ def test_it_lives_as_long_as_its_owner(page: Life) -> None:
 
 def test_who_ends_it_is_believed(page: Life) -> None:
     process = owner(page)
-    reader, other = Life(page.path, 5, TOKEN), Life(page.path, 6, TOKEN)
+    reader, other = Life(page.path, 5, TOKEN, 1), Life(page.path, 6, TOKEN, 1)
     assert not other.sound(), "another generation"
     page.remove()
     assert reader.over()
@@ -60,7 +60,7 @@ def test_who_ends_it_is_believed(page: Life) -> None:
 
 
 def test_a_process_of_its_own(tmp_path: Path) -> None:
-    page = Life(tmp_path / "life", 9, process_token(), make=True)
+    page = Life(tmp_path / "life", 9, process_token(), 1, make=True)
     assert page.sound(), "this process lives"
     page.end()
     assert not page.sound()
@@ -73,7 +73,7 @@ def test_a_process_of_its_own(tmp_path: Path) -> None:
 
 def test_no_page(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        Life(tmp_path / "none", 1, TOKEN)
+        Life(tmp_path / "none", 1, TOKEN, 1)
     (tmp_path / "other").write_bytes(b"x")
     with pytest.raises(OSError, match="no page"):
-        Life(tmp_path / "other", 1, TOKEN)
+        Life(tmp_path / "other", 1, TOKEN, 1)

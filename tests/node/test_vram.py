@@ -4,6 +4,7 @@ owner dies, is taken for dead, comes back, or overwrites it.
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -373,7 +374,7 @@ def test_another_session_writes_to_a_donation_and_pins_it(node: ThreadNode, tmp_
     keys = wire.raw_of(keys_of(1, 4))
     given = worker.ask(wire.Donate, 4, 4096, b"h", process_token())
     assert isinstance(given, wire.Donated)
-    life = Life(path_of(given.life), given.donation, process_token())
+    life = Life(path_of(given.life), given.donation, process_token(), 4)
     life.hold()
     assert scheduler.ask(wire.ReserveVram, 1, keys).rows == b"", "its own session has donated nothing"
     assert len(wire.rows_of(scheduler.ask(wire.ReserveVram, 2, keys, given.donation).rows)) == 4
@@ -399,20 +400,115 @@ def test_another_session_writes_to_a_donation_and_pins_it(node: ThreadNode, tmp_
         one.close()
 
 
-def test_a_hit_that_is_all_in_vram_is_one_call(engines: Callable[..., CacheEngine]) -> None:
-    engine = engines()
-    tokens = prompt(1, 40)
-    assert stored(engine, tokens) == 40
-    assert engine.flush(10)
+def asked_by(engine: CacheEngine) -> list[str]:
+    """What its store asks the node for from now on."""
     asked: list[str] = []
     link = engine._store._link()  # type: ignore[attr-defined]
     call = link.call
     link.call = lambda request: (asked.append(type(request).__name__), call(request))[1]
+    return asked
+
+
+def test_a_hit_that_is_all_in_vram_is_one_call_or_none(engines: Callable[..., CacheEngine]) -> None:
+    engine = engines()
+    tokens = prompt(1, 40)
+    assert stored(engine, tokens) == 40
+    assert engine.flush(10)
+    asked = asked_by(engine)
+    assert retrieved(engine, tokens) == 40
+    assert asked == [], "who copies at once looks by himself"
+    with engine.stage(engine.chain(tokens)):
+        assert asked == ["Match"], "who may take his time has it pinned"
+    assert retrieved(engine, prompt(2, 40)) == 0
+    assert asked == ["Match", "Match"], "what he does not find he asks for"
+    assert hits(engine, "vram") == 40
+    assert figures(engine)["pinned_blocks"] == 0
+
+
+def test_who_follows_what_is_asked_for_asks(engines: Callable[..., CacheEngine]) -> None:
+    engine = engines()
+    tokens = prompt(1, 40)
+    assert stored(engine, tokens) == 40
+    assert engine.flush(10)
+    engine.watch()
+    asked = asked_by(engine)
     assert retrieved(engine, tokens) == 40
     assert asked == ["Match"]
-    assert hits(engine, "vram") == 40
-    del link.call
-    assert figures(engine)["pinned_blocks"] == 0
+
+
+def test_a_peers_vram_is_read_while_the_node_is_stopped(tmp_path: Path) -> None:
+    node = ProcessNode(address_in(tmp_path), **{"storage.cpu.size": DRAM * SLOT})
+    with vram_engine(address_in(tmp_path), 10) as owner, vram_engine(address_in(tmp_path), 10) as reader:
+        tokens = prompt(1, 40)
+        assert stored(owner, tokens) == 40
+        assert owner.flush(10)
+        assert retrieved(reader, tokens) == 40
+        node.process.send_signal(signal.SIGSTOP)
+        assert retrieved(reader, tokens) == 40
+        assert hits(reader, "vram") == 80
+        node.process.send_signal(signal.SIGCONT)
+    node.stop()
+
+
+def test_what_is_overwritten_in_a_copy_is_a_miss(engines: Callable[..., CacheEngine]) -> None:
+    owner, reader = engines(10), engines(10)
+    assert stored(owner, prompt(1, 40)) == 40
+    assert owner.flush(10)
+    assert retrieved(reader, prompt(1, 40)) == 40, "mapped from now on"
+    scatter = reader._copier.scatter
+
+    def overwritten(*arguments: Any) -> None:
+        assert stored(owner, prompt(2, 40)) == 40
+        assert owner.contains(owner.chain(prompt(2, 40)).key(9)) == 0
+        scatter(*arguments)
+
+    reader._copier.scatter = overwritten  # type: ignore[method-assign]
+    assert loaded_at_least(reader, prompt(1, 40)) == 0
+    assert misses(reader, "evicted") == 40
+    reader._copier.scatter = scatter  # type: ignore[method-assign]
+    assert retrieved(reader, prompt(1, 40)) == 40
+    assert hits(reader, "dram") == 40
+
+
+def test_an_owner_waits_for_who_reads_without_a_pin(engines: Callable[..., CacheEngine], tmp_path: Path) -> None:
+    owner, reader = engines(10), engines(10)
+    assert stored(owner, prompt(1, 40)) == 40
+    assert owner.flush(10)
+    assert retrieved(reader, prompt(1, 40)) == 40
+    scatter = reader._copier.scatter
+    closing = threading.Thread(target=owner.close, args=(TIMEOUT_S,))
+
+    donated = owner._store._vram._own[1]  # type: ignore[attr-defined]
+
+    def closed(*arguments: Any) -> None:
+        closing.start()
+        deadline = time.monotonic() + TIMEOUT_S
+        while not donated.over() and time.monotonic() < deadline:
+            pass  # until the owner has taken it out of the pool
+        assert donated.readers == 1
+        scatter(*arguments)
+        assert closing.is_alive(), "it waits until the reader has gone"
+
+    reader._copier.scatter = closed  # type: ignore[method-assign]
+    assert loaded_at_least(reader, prompt(1, 40)) == 0
+    assert misses(reader, "owner_gone") == 40
+    closing.join(TIMEOUT_S)
+    assert not closing.is_alive()
+
+
+def test_the_own_segment_leads_and_a_peers_follows(engines: Callable[..., CacheEngine]) -> None:
+    owner, reader = engines(10), engines(10)
+    tokens = prompt(1, 40)
+    assert stored(owner, tokens) == 40
+    assert stored(reader, tokens[:16]) == 16
+    assert owner.flush(10)
+    assert reader.flush(10)
+    assert retrieved(reader, tokens) == 40, "mapped from now on"
+    asked, copied = asked_by(reader), []
+    scatter = reader._copier.scatter
+    reader._copier.scatter = lambda *arguments: (copied.append(len(arguments[3])), scatter(*arguments))[1]  # type: ignore[method-assign]
+    assert retrieved(reader, tokens) == 40
+    assert (asked, copied) == ([], [4, 6])
 
 
 @pytest.mark.parametrize("partly", [False, True])
@@ -425,6 +521,8 @@ def test_what_peers_read_is_what_the_policy_keeps(tmp_path: Path, partly: bool) 
             assert owner.flush(10)
         assert retrieved(reader, prompt(1, 44 if partly else 40)) == 40
         assert hits(reader, "vram") == 40
+        assert retrieved(reader, prompt(1, 44 if partly else 40)) == 40, "now without a question, if it is whole"
+        assert figures(reader), "behind what it has said of that"
         assert stored(owner, prompt(3, 40)) == 40
         keys = [owner.chain(prompt(seed, 40)).key(9) for seed in (1, 2, 3)]
         assert [owner.contains(key) for key in keys] == [0, 1, 0]
@@ -437,7 +535,7 @@ def test_the_next_node_gets_the_segment_anew(tmp_path: Path) -> None:
         tokens = prompt(1, 40)
         assert stored(engine, tokens) == 40
         old = engine._store._vram._own[1]  # type: ignore[attr-defined]
-        watched = Life(old._life.path, old.number, bytes(16))
+        watched = Life(old._life.path, old.number, bytes(16), 10)
         first.kill()
         assert retrieved(reader, tokens) == 0
         for one in (engine, reader):

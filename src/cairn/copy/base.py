@@ -1,6 +1,7 @@
 """The contract of a copier: paged KV cache <-> rows of block memory."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +25,9 @@ class DeviceRows(NamedTuple):
 
 #: Where rows stand: host memory, uint8 [rows, stride], or a device's.
 RowMemory = npt.NDArray[np.uint8] | DeviceRows
+
+
+def _nothing() -> None: ...
 
 
 class Copier(ABC):
@@ -62,6 +66,20 @@ class Copier(ABC):
         layers: range | None = None,
     ) -> None:
         """Rows -> paged cache. Raises InputError for slots outside the cache."""
+
+    def start_scatter(
+        self,
+        kv: PagedKV,
+        slots: TokenSlots,
+        memory: RowMemory,
+        rows: npt.NDArray[np.int32],
+        layers: range | None = None,
+    ) -> Callable[[], None]:
+        """As `scatter`, but where a device copies, the bytes have moved only when what this returns has returned: it
+        must be called, and may raise StorageError.
+        """
+        self.scatter(kv, slots, memory, rows, layers)
+        return _nothing
 
     def register(self, memory: npt.NDArray[np.uint8]) -> None:  # noqa: B027 - as below: a CPU has nothing to do
         """Makes copies from and to this host memory fast, where there is a way; until `release` or `close`."""

@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cairn.copy.base import Copier, DeviceRows, RowMemory
-from cairn.copy.memory import fence, move_bytes, stream_lines
+from cairn.copy.memory import move_bytes, stream_lines
 from cairn.copy.paged import PagedKV, TokenSlots
 from cairn.errors import InputError
-from cairn.jit import kernel
+from cairn.jit import fence, kernel
 from cairn.kv import KVGeometry
 
 #: Below this a piece is copied through the caches: streaming would not pay for its ragged ends.

@@ -183,8 +183,18 @@ class CudaCopier(Copier):
         rows: npt.NDArray[np.int32],
         layers: range | None = None,
     ) -> None:
+        self.start_scatter(kv, slots, memory, rows, layers)()
+
+    def start_scatter(
+        self,
+        kv: PagedKV,
+        slots: TokenSlots,
+        memory: RowMemory,
+        rows: npt.NDArray[np.int32],
+        layers: range | None = None,
+    ) -> Callable[[], None]:
         after = self._torch.cuda.current_stream(self._device).record_event()
-        self.scatter_async(kv, slots, memory, rows, layers, after).synchronize()
+        return self.scatter_async(kv, slots, memory, rows, layers, after).synchronize
 
     def gather_async(
         self,

@@ -73,17 +73,6 @@ def stream_lines(typingctx: Any, target: Any, source: Any, count: Any) -> Any:
 
 
 @intrinsic
-def fence(typingctx: Any) -> Any:
-    """fence(): all stores before it, streamed ones too, are visible before any after it."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        builder.fence("seq_cst")
-        return context.get_dummy_value()
-
-    return types.void(), codegen
-
-
-@intrinsic
 def atomic_add(typingctx: Any, address: Any, amount: Any) -> Any:
     """atomic_add(address, amount): adds to the int64 at an 8-aligned address, sequentially consistent with whatever
     other processes do to it; returns what it was."""

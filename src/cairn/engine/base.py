@@ -52,8 +52,11 @@ class BlockStore(ABC):
     def ask(self, keys: Keys, *, deadline: float, worth_s: float) -> "Future[None] | None":
         """Finds out in the background what `match` does not know; None if it knows all. See `Tier.ask`."""
 
-    def find(self, keys: Keys) -> tuple[Held, Hold | None]:
-        """As `match`; and where that took a hold on all of them (VRAM has them), this, which is the caller's then."""
+    def find(self, keys: Keys, *, briefly: bool = False) -> tuple[Held, Hold | None]:  # noqa: ARG002 - the contract
+        """As `match`; and where that took a hold on all of them (VRAM has them), this, which is the caller's then.
+
+        briefly: he copies at once, and gives it back: what is evicted until then need not be kept for him.
+        """
         return self.match(keys), None
 
     @abstractmethod

@@ -231,7 +231,7 @@ class EngineCore:
         slots = slot_array(slot_mapping, chain.tokens, offset)
         start = max(mask_start(mask, chain.tokens), offset)
         self.seek(chain, timeout=timeout)
-        with self.stage(chain, first_token=start, timeout=timeout) as stage:
+        with self.stage(chain, first_token=start, timeout=timeout, briefly=True) as stage:
             loaded = stage.copy_to(kv, slots[start - offset :])
         result = np.zeros(chain.tokens, np.bool_)
         result[start:loaded] = True
@@ -283,19 +283,22 @@ class EngineCore:
         stop_block: int | None = None,
         timeout: float | None = None,
         vram: bool = True,
+        briefly: bool = False,
     ) -> Stage:
         """Plans a prompt's load and starts it: pins what DRAM holds, brings up what lower tiers are known to hold (see
         `ask`). Returns at once.
 
         first_token: tokens before it the caller has. stop_block: blocks from there on are not wanted. vram: False: what
-        VRAM has is not there, for who reads DRAM alone. The stage must be released (use it as a context manager);
-        `wait` on it for blocks that are on their way.
+        VRAM has is not there, for who reads DRAM alone. briefly: see `BlockStore.find`. The stage must be released (use
+        it as a context manager); `wait` on it for blocks that are on their way.
         """
         self._check_open()
         keys, deadline = chain.keys[:stop_block], self.deadline(timeout)
         loading = begin("cairn.load", prompt_tokens=chain.tokens, first_token=first_token)
         block, start = self.geometry.block_tokens, min(first_token, len(keys) * self.geometry.block_tokens)
-        held, hold = self._store.find(keys) if vram else (self._store.match(keys)._replace(vram=0), None)
+        held, hold = (
+            self._store.find(keys, briefly=briefly) if vram else (self._store.match(keys)._replace(vram=0), None)
+        )
         total, done = max(start, held.total * block), start
         segments = []
         for tier, blocks in (("vram", held.vram), ("dram", held.dram), *held.below):

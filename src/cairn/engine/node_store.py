@@ -77,8 +77,9 @@ class NodeHold(Hold):
             if self._released:
                 return
             self._released = True
-        if self._link:
-            self._link.end(*self._numbers())
+        numbers = self._numbers()
+        if self._link and numbers:
+            self._link.end(*numbers)
 
     def told(self, reply: wire.Reply | None) -> None:
         """What the node says of this hold, in any order; None: it will say no more."""

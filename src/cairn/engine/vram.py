@@ -6,9 +6,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
+
 from cairn.config import Config
 from cairn.copy import RowMemory
 from cairn.errors import ConfigError
+from cairn.index import IndexReader, shared_bytes
 from cairn.kv import KVGeometry
 from cairn.node import wire
 from cairn.node.client import Link
@@ -32,31 +35,44 @@ _LOOK_S = 0.005
 class Source:
     """A donation whose rows can be read here, and written where it is this process's own.
 
-    What was copied out of it is right only if `sound` says so afterwards. Thread-safe.
+    What was copied out of it is right only if `sound` says so afterwards, and, where its rows were noted from `index`
+    and are not pinned, that too. Thread-safe.
     """
 
     def __init__(self, number: int, segment: Segment, life: Life, *, own: bool) -> None:
         self.number = number
         self.segment = segment
+        self.own = own
+        self.index = IndexReader(life.index, segment.slots)
         self._life = life
-        self._own = own
         self._users = 0
         self._over = False
         self._changed = threading.Condition()
 
+    @property
+    def readers(self) -> int:
+        """How many processes' threads read there now, of those that do without pins."""
+        return self._life.readers()
+
     @contextmanager
-    def using(self) -> Iterator[RowMemory | None]:
-        """A context in which the memory stays mapped; None: it is over."""
+    def using(self, *, pinned: bool = True) -> Iterator[RowMemory | None]:
+        """A context in which the memory stays mapped, and its owner's; None: it is over. pinned: whether rows are."""
         with self._changed:
-            usable = not self._over and not self._life.over()
+            usable = not self._over
             self._users += usable
+        if not usable:
+            yield None
+            return
+        if not pinned:
+            self._life.enter()
         try:
-            yield self.segment.memory if usable else None
+            yield None if self._life.over() else self.segment.memory
         finally:
-            if usable:
-                with self._changed:
-                    self._users -= 1
-                    self._settle()
+            if not pinned:
+                self._life.leave()
+            with self._changed:
+                self._users -= 1
+                self._settle()
 
     def sound(self) -> bool:
         """Whether all that was copied until now was what the directory says: see `Life`."""
@@ -68,7 +84,7 @@ class Source:
     def retire(self) -> None:
         """Nobody can use it any more; it is unmapped as soon as nobody does. The own segment stays. Idempotent."""
         with self._changed:
-            if self._own:
+            if self.own:
                 self._life.end()
             self._over = True
             self._settle()
@@ -81,7 +97,7 @@ class Source:
     def _settle(self) -> None:
         if self._over and not self._users:
             self._life.close()
-            if not self._own:
+            if not self.own:
                 self.segment.close()
             self._changed.notify_all()
 
@@ -95,6 +111,7 @@ class SharedVram:
 
     def __init__(self, device: Device, slots: int, stride: int) -> None:
         """Raises StorageError where the device has not that much."""
+        _rehearse()
         self._device = device
         self._segment = device.take(slots, stride)
         self._lock = threading.Lock()
@@ -137,6 +154,11 @@ class SharedVram:
             self._retired(link, number)  # the node's word may have come before
         return found
 
+    def sources(self, link: Link) -> list[Source]:
+        """What can be read now under this session, the own segment first. Waits for nobody."""
+        own, mapped = self._own, list(self._mapped.values())
+        return [own[1], *mapped] if own and own[0] is link else mapped
+
     def close(self, link: Link | None, timeout: float) -> None:
         """Takes the segment out of the pool, waits until nobody reads it, `timeout` or a second at most, and gives it
         back.
@@ -166,7 +188,7 @@ class SharedVram:
             return None
         life = None
         try:
-            life = Life(path_of(reply.life), reply.donation, process_token())
+            life = Life(path_of(reply.life), reply.donation, process_token(), segment.slots)
             life.hold()
         except OSError as error:
             if life:
@@ -178,7 +200,7 @@ class SharedVram:
     def _map(self, part: wire.VramPart) -> Source | None:
         life = None
         try:
-            life = Life(path_of(part.life), part.donation, part.owner)
+            life = Life(path_of(part.life), part.donation, part.owner, part.slots)
             segment = self._device.map(part.handle, part.slots, part.stride)
         except OSError as error:
             log_once(log, "map", f"a peer's VRAM cannot be mapped: {error}")
@@ -197,6 +219,13 @@ class SharedVram:
             source = self._mapped.pop(number, None)
         if source:
             source.retire()
+
+
+def _rehearse() -> None:
+    """Has compiled what reading without a pin takes."""
+    reader, none = IndexReader(np.zeros(shared_bytes(1), np.uint8), 1), np.zeros((1, 2), np.uint64)
+    reader.has(none)
+    reader.unchanged(reader.note(none))
 
 
 def open_segment(config: Config, geometry: KVGeometry) -> tuple[Device, SharedVram]:

@@ -17,6 +17,7 @@ from cairn.engine.hold import Hold, Run
 from cairn.engine.node_store import NodeHold, NodeStore
 from cairn.engine.vram import Source
 from cairn.errors import StorageError
+from cairn.index import Noted
 from cairn.kv import Keys
 from cairn.node import wire
 from cairn.node.base import Home, VramHome
@@ -29,13 +30,17 @@ log = logging.getLogger(__name__)
 
 
 class VramRows(NamedTuple):
-    """Blocks first..stop of a chain are these rows of `source`, or, where another process copies them, of `home`."""
+    """Blocks first..stop of a chain are these rows of `source`, or, where another process copies them, of `home`.
+
+    noted: how they were found, where they are not pinned.
+    """
 
     first: int
     stop: int
     rows: npt.NDArray[np.int32]
     source: Source | None
     home: VramHome | None = None
+    noted: Noted | None = None
 
 
 class VramHold(NodeHold):
@@ -45,17 +50,17 @@ class VramHold(NodeHold):
         self,
         keys: Keys,
         link: Link,
-        numbers: tuple[int, int],
+        numbers: tuple[int, int] | None,
         landed: Callable[[str, int, float], None],
         lead: list[VramRows],
     ) -> None:
-        """numbers: of the hold in DRAM, and of that in VRAM."""
-        super().__init__(keys, link, numbers[0], landed)
+        """numbers: of the hold in DRAM, and of that in VRAM; None: nothing is pinned, and all there is is in VRAM."""
+        super().__init__(keys, link, numbers[0] if numbers else 0, landed)
         self.lead = lead
         self.ready = lead[-1].stop
         self._settled = self.ready == len(keys)
         self._session = link
-        self._in_vram = numbers[1]
+        self._held = numbers
 
     def blocks_by_tier(self, start: int, stop: int) -> dict[str, int]:
         end = self.lead[-1].stop
@@ -81,12 +86,14 @@ class VramHold(NodeHold):
         assert part.source
         _, rows = self.placed(blocks)
         try:
-            with self._session.passage() as inside, part.source.using() as memory:
+            with self._session.passage() as inside, part.source.using(pinned=part.noted is None) as memory:
                 if inside is None:
                     self.stop_short(Reason.NODE_AWAY)
                     return False
                 if memory is not None:
-                    copier.scatter(kv, slots, memory, rows, layers)
+                    finish = copier.start_scatter(kv, slots, memory, rows, layers)
+                    self._mention(part)
+                    finish()
                 if memory is None or not part.source.sound():
                     self.stop_short(Reason.OWNER_GONE)
                     return False
@@ -94,10 +101,19 @@ class VramHold(NodeHold):
             log_once(log, "scatter", f"a copy from VRAM failed: {error}")
             self.stop_short(Reason.IO_ERROR)
             return False
+        if part.noted and not part.source.index.unchanged(part.noted):
+            self.stop_short(Reason.EVICTED)
+            return False
         return True
 
+    def _mention(self, part: VramRows) -> None:
+        """Of what is not pinned the node does not know otherwise that it is used, and would sooner evict it."""
+        if part.noted and part.source:
+            keys = raw_of(self.keys[: part.stop])
+            self._session.tell(wire.Used(self._session.welcome.session, part.source.number, keys))
+
     def _numbers(self) -> tuple[int, ...]:
-        return (*super()._numbers(), self._in_vram)
+        return self._held or ()
 
     def _part(self, block: int) -> VramRows | None:
         return next((part for part in self.lead if block < part.stop), None)
@@ -114,7 +130,7 @@ class VramReader(NodeStore):
     def match(self, keys: Keys) -> Held:
         return self._match(self._link(), keys, 0)[0]
 
-    def find(self, keys: Keys) -> tuple[Held, Hold | None]:
+    def find(self, keys: Keys, *, briefly: bool = False) -> tuple[Held, Hold | None]:  # noqa: ARG002 - the contract
         link, numbers = self._link(), (self._client.number(), self._client.number())
         held, parts = self._match(link, keys, numbers[1])
         lead = self._lead(link, parts) if link else []

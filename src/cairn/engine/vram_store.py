@@ -13,10 +13,12 @@ import numpy.typing as npt
 
 from cairn.config import Config
 from cairn.copy import Copier, RowMemory
+from cairn.engine.base import Held
+from cairn.engine.hold import Hold
 from cairn.engine.node_store import NodeWriting
 from cairn.engine.vram import SharedVram, Source, open_segment
 from cairn.engine.vram_behind import VramBehind
-from cairn.engine.vram_pool import VramReader, VramRows
+from cairn.engine.vram_pool import VramHold, VramReader, VramRows
 from cairn.errors import StorageError
 from cairn.kv import Keys, KVGeometry, Layout
 from cairn.node import wire
@@ -73,6 +75,15 @@ class VramStore(VramReader):
             self._pinning.shutdown()
             raise
 
+    def find(self, keys: Keys, *, briefly: bool = False) -> tuple[Held, Hold | None]:
+        lead = self._noted(keys) if briefly else []
+        link = self._link()
+        if link is None or not lead:
+            return super().find(keys)
+        own = lead[0].source
+        held = Held(0, own=lead[0].stop if own and own.own else 0, vram=len(keys))
+        return held, VramHold(keys, link, None, self._landed, lead)
+
     def write(self, keys: Keys, *, namespace: bytes) -> NodeWriting:
         link = self._link()
         source = self._vram.donated(link) if link else None
@@ -101,6 +112,26 @@ class VramStore(VramReader):
         super().close(timeout)
         self._pinning.shutdown(wait=True)
 
+    def _noted(self, keys: Keys) -> list[VramRows]:
+        """Where all of a chain is in segments that are mapped, unpinned and without a question; none if it is not, or
+        if somebody follows what is asked for.
+        """
+        link = self._link()
+        if link is None or self._journals:
+            return []
+        sources = self._vram.sources(link)
+        whole = [source for source in sources if source.index.has(keys) and source.sound()]
+        if not whole:
+            return []
+        lead: list[VramRows] = []
+        upto = 0
+        for source in (*(one for one in sources if one.own), min(whole, key=_busy)):
+            noted = source.index.note(keys[upto:])
+            if len(noted.rows):
+                upto, first = upto + len(noted.rows), upto
+                lead.append(VramRows(first, upto, noted.rows, source, noted=noted))
+        return lead if upto == len(keys) else []
+
     def _found(self, link: Link, part: wire.VramPart, first: int, rows: npt.NDArray[np.int32]) -> VramRows | None:
         source = self._vram.source(link, part)
         return VramRows(first, first + len(rows), rows, source) if source else None
@@ -125,6 +156,11 @@ class VramStore(VramReader):
         if new:
             self._metrics.stored_tokens.add(new * self._geometry.block_tokens, tier="vram")
         self._behind.offer(keys[:upto], namespace)
+
+
+def _busy(source: Source) -> tuple[bool, int]:
+    """What is read last: a peer's, and where others read."""
+    return not source.own, source.readers
 
 
 def open_vram_store(

@@ -16,6 +16,7 @@ from cairn.errors import InputError
 from cairn.index.base import EvictionPolicy
 from cairn.index.journal import Journal
 from cairn.index.restore import restore_forest
+from cairn.index.shared import Arrays, Generations, new_arrays, renew
 from cairn.index.slots import (
     DOOMED,
     FREE,
@@ -90,10 +91,12 @@ def _unpin(slots: Slots, ids: SlotIds, doomed: SlotIds) -> tuple[int, int]:
 
 
 @kernel
-def _take(slots: Slots, free: SlotIds, top: int, ids: SlotIds) -> None:
+def _take(slots: Slots, free: SlotIds, top: int, ids: SlotIds, generations: Generations) -> None:
     for i in range(len(ids)):
         ids[i] = free[top - 1 - i]
         slots[ids[i]].state = RESERVED
+        if len(generations):
+            renew(slots, generations, ids[i])
 
 
 @kernel
@@ -179,10 +182,16 @@ class PrefixIndex:
     it is asked, only for broken contracts of its caller (freeing a slot it does not own).
     """
 
-    def __init__(self, capacity: int, policy: type[EvictionPolicy]) -> None:
+    def __init__(
+        self, capacity: int, policy: type[EvictionPolicy], memory: npt.NDArray[np.uint8] | None = None
+    ) -> None:
+        """memory: zeros, uint8 [shared_bytes(capacity)], for other processes to read (`IndexReader`)."""
         self.capacity = capacity
-        self._slots = new_slots(capacity)
-        self._table = new_table(capacity)
+        self._slots, self._table, self._generations = (
+            Arrays(new_slots(capacity), new_table(capacity), np.empty(0, np.int64))
+            if memory is None
+            else new_arrays(memory, capacity)
+        )
         self._free: SlotIds = np.arange(capacity - 1, -1, -1, dtype=np.int32)
         self._top = capacity
         self._pinned = 0
@@ -255,7 +264,7 @@ class PrefixIndex:
             if short > 0:
                 self._evict(short, _clock(now))
             ids = np.empty(min(count, self._top), np.int32)
-            _take(self._slots, self._free, self._top, ids)
+            _take(self._slots, self._free, self._top, ids, self._generations)
             self._top -= len(ids)
         return ids
 

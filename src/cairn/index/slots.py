@@ -43,8 +43,9 @@ SlotIds = npt.NDArray[np.int32]
 Keys = npt.NDArray[np.uint64]
 
 
-def new_slots(capacity: int) -> Slots:
-    slots = np.zeros(capacity, SLOT)
+def new_slots(capacity: int, memory: npt.NDArray[np.uint8] | None = None) -> Slots:
+    """Records of free slots. memory: zeros, where they are to stand."""
+    slots: Slots = np.zeros(capacity, SLOT) if memory is None else memory.view(SLOT)
     for link in ("parent", "child", "left", "right", "older", "newer"):
         slots[link] = NONE
     return slots

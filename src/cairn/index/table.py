@@ -17,9 +17,14 @@ _HIGH = np.uint64(0xFFFFFFFF00000000)
 _EMPTY = np.uint64(0)
 
 
+def table_size(capacity: int) -> int:
+    """How many entries make room for `capacity` keys at a load of at most 2/3."""
+    return 1 << max(4, (capacity * 3 // 2).bit_length())
+
+
 def new_table(capacity: int) -> Table:
-    """Room for `capacity` keys at a load of at most 2/3."""
-    return np.zeros(1 << max(4, (capacity * 3 // 2).bit_length()), np.uint64)
+    """Room for `capacity` keys."""
+    return np.zeros(table_size(capacity), np.uint64)
 
 
 @kernel

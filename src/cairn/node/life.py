@@ -7,6 +7,10 @@ closes the dead process's devices, which is when VRAM goes back to the driver. R
 closed, and not with the last reference to it, as flock's do: that gives the order.
 
 So whoever has copied out of a segment, and then finds the word unchanged and the lock held, has copied what was there.
+
+Behind the page stands what the node knows of the segment's blocks (`cairn.index.shared`), for those who read without
+asking it. The page's second word counts who does so now: their owner waits for them before he takes the memory back. A
+reader that was killed is waited for until time is up.
 """
 
 import fcntl
@@ -20,12 +24,21 @@ from typing import Final
 
 import numpy as np
 
+from cairn.copy.memory import atomic_add
 from cairn.errors import StorageError
+from cairn.index import shared_bytes
+from cairn.jit import kernel
 
-_BYTES: Final = 4096
+_PAGE: Final = 4096
 _FLOCK: Final = "hhqqi4x"  # struct flock: type, whence, start, length, pid
 
 _token: tuple[int, bytes] = (0, b"")
+
+
+@kernel
+def _count(word: int, readers: int) -> int:
+    before: int = atomic_add(word, readers)
+    return before
 
 
 def process_token() -> bytes:
@@ -37,25 +50,30 @@ def process_token() -> bytes:
 
 
 class Life:
-    """One mapping of a donation's page. owner: the `process_token` of the process that has made the donation.
+    """One mapping of a donation's page, and of the index of its `slots` blocks, which is `index`. owner: the
+    `process_token` of the process that has made the donation.
 
     Thread-safe, but for `close`. Raises StorageError or OSError where there is no such page.
     """
 
-    def __init__(self, path: Path, number: int, owner: bytes, *, make: bool = False) -> None:
+    def __init__(self, path: Path, number: int, owner: bytes, slots: int, *, make: bool = False) -> None:
         self.path = path
         self.number = number
         self._own = owner == process_token()
+        size = _PAGE + shared_bytes(slots)
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if make else 0), 0o600)
         try:
             if make:
-                os.posix_fallocate(self._fd, 0, _BYTES)
-            elif os.fstat(self._fd).st_size != _BYTES:
+                os.posix_fallocate(self._fd, 0, size)
+            elif os.fstat(self._fd).st_size != size:
                 raise StorageError(f"{path}: is no page of a node")
-            self._word = np.frombuffer(mmap.mmap(self._fd, _BYTES), np.int64)
+            mapped = mmap.mmap(self._fd, size)
         except BaseException:
             os.close(self._fd)
             raise
+        self._word = np.frombuffer(mapped, np.int64, 1)
+        self._readers = int(self._word.ctypes.data) + 8
+        self.index = np.frombuffer(mapped, np.uint8, offset=_PAGE)
         if make:
             self._word[0] = number
 
@@ -74,6 +92,17 @@ class Life:
     def over(self) -> bool:
         """Whether the donation is known to be over."""
         return int(self._word[0]) != self.number
+
+    def enter(self) -> None:
+        """Somebody reads without a pin, until `leave`: to be said before it is looked whether it is over."""
+        _count(self._readers, 1)
+
+    def leave(self) -> None:
+        _count(self._readers, -1)
+
+    def readers(self) -> int:
+        """How many read without a pin."""
+        return _count(self._readers, 0)
 
     def _held(self) -> bool:
         asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)

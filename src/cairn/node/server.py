@@ -97,6 +97,7 @@ class Node:
             wire.Withdraw: self._withdraw,
             wire.TakeVram: self._take_vram,
             wire.ReserveVram: self._reserve_vram,
+            wire.Used: self._used,
             wire.Follow: self._follow,
             wire.Silence: self._silence,
         }
@@ -355,7 +356,7 @@ class Node:
         session = self._session(sender, request)
         if session:
             session.withdrawn = session.pool.vram.retire(session.number) or session.withdrawn
-            pins = session.withdrawn.index.pinned if session.withdrawn else 0
+            pins = session.withdrawn.readers if session.withdrawn else 0
             self._send(sender, wire.Withdrawn(request.call, pins))
 
     def _take_vram(self, sender: Caller, request: wire.TakeVram) -> None:
@@ -364,6 +365,12 @@ class Node:
             found = session.pool.vram.find(session.number, keys_of(request.keys), request.own)
             parts = self._pinned(session, request.number, found)
             self._send(sender, wire.TakenVram(request.call, parts))
+
+    def _used(self, _: Caller, request: wire.Used) -> None:
+        session = self._sessions.get(request.session)
+        if session:
+            session.seen = time.monotonic()
+            session.pool.vram.used(request.donation, keys_of(request.keys))
 
     @staticmethod
     def _pinned(session: Session, number: int, found: VramFound) -> list[wire.VramPart]:

@@ -2,7 +2,8 @@
 
 Every process may donate one segment. Each has an index of its own, so each is prefix-closed by itself: what a process
 had is gone in one step when it dies, and takes nobody else's blocks along. A chain is found in at most two places, the
-asker's own segment and the peer's that reaches furthest.
+asker's own segment and the peer's that reaches furthest. Who copies at once looks by himself (`cairn.index.shared`),
+and tells what he has used.
 """
 
 from collections.abc import Callable
@@ -23,8 +24,13 @@ class Donation:
         """Raises OSError where its page cannot be made."""
         self.number = number
         self.given = given
-        self.index = PrefixIndex(given.slots, policy)
-        self.life = Life(life, number, given.owner, make=True)
+        self.life = Life(life, number, given.owner, given.slots, make=True)
+        self.index = PrefixIndex(given.slots, policy, self.life.index)
+
+    @property
+    def readers(self) -> int:
+        """How many slots are pinned, and how many readers do without."""
+        return self.index.pinned + self.life.readers()
 
     def part(self, rows: SlotIds) -> VramPart:
         given = self.given
@@ -119,6 +125,12 @@ class VramDirectory:
                 peer, furthest = donation, there
         return VramFound(keys, mine, held, peer, furthest)
 
+    def used(self, number: int, keys: Keys) -> None:
+        """Counts a use of what a donation has of a chain."""
+        donation = self._donated(number)
+        if donation:
+            donation.index.touch(keys)
+
     def reserve(self, session: int, keys: Keys, own: int = 0) -> Reservation | None:
         """Slots of the own segment; None if there is none, or it cannot take all that it lacks."""
         donation = self._own(session, own)
@@ -151,6 +163,7 @@ class VramDirectory:
         }
 
     def _own(self, session: int, number: int) -> Donation | None:
-        if not number:
-            return self._donations.get(session)
+        return self._donated(number) if number else self._donations.get(session)
+
+    def _donated(self, number: int) -> Donation | None:
         return next((one for one in self._donations.values() if one.number == number), None)

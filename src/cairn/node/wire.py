@@ -19,7 +19,7 @@ from cairn.kv import CANONICAL, Keys, KVGeometry, Layout
 from cairn.kv.keys import KEY_BYTES
 from cairn.kv.namespace import DIGEST_BYTES
 
-VERSION: Final = 2
+VERSION: Final = 3
 
 Buffer = bytes | memoryview
 
@@ -175,6 +175,14 @@ class ReserveVram(_Call, tag=33):
     own: _Number = 0
 
 
+class Used(_Message, tag=34):
+    """Counts a use of the chain's blocks in a donation, which were read there without asking. Not answered."""
+
+    session: _Number
+    donation: _Number
+    keys: _Keys
+
+
 class Follow(_Message, tag=40):
     """Asks for the next `Changed` about a tier of the session's pool. Under another number than the last time it begins
     anew: what is there now is silent (`cairn.index.journal`). What the session matches and reserves is mentioned. Not
@@ -210,6 +218,7 @@ Request = (
     | Withdraw
     | TakeVram
     | ReserveVram
+    | Used
     | Follow
     | Silence
 )

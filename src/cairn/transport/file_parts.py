@@ -13,8 +13,19 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from cairn.codec.xxh3 import ALIGNMENT, CHECKSUM_BYTES, SHORT, absorb, begin, finish, units
-from cairn.copy.memory import fence
-from cairn.jit import clock_gettime, close_file, kernel, map_file, open_file, pread, preadv2, pwritev, statx, unmap
+from cairn.jit import (
+    clock_gettime,
+    close_file,
+    fence,
+    kernel,
+    map_file,
+    open_file,
+    pread,
+    preadv2,
+    pwritev,
+    statx,
+    unmap,
+)
 from cairn.transport.moving import NOTHING, PIECE, Extents, Octets, deliver, extents_of
 
 #: Files are written by so many bytes at a time, if they have them: the system then keeps them in huge pages, which are

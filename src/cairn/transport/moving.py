@@ -26,8 +26,8 @@ from cairn.codec.xxh3 import (
     units,
     xxh3_128,
 )
-from cairn.copy.memory import fence, move_bytes
-from cairn.jit import kernel, prefetch_far
+from cairn.copy.memory import move_bytes
+from cairn.jit import fence, kernel, prefetch_far
 
 Octets = npt.NDArray[np.uint8]
 Extents = npt.NDArray[np.int64]
