@@ -341,8 +341,7 @@ class CudaCopier(Copier):
         """
         tokens, layer_bytes = self.geometry.block_tokens, self.row_geometry.layer_bytes
         width = len(span) * layer_bytes
-        holes = (slots.reshape(-1, tokens) < 0).any(axis=1)
-        if into_rows and holes.any():
+        if into_rows and (holes := (slots.reshape(-1, tokens) < 0).any(axis=1)).any():
             # A staged row arrives whole: it would overwrite the bytes of tokens that are to be left as they are.
             left_out = slots.reshape(-1, tokens)[holes].reshape(-1)
             self._pieces(lane, kv, left_out, starts[holes], span, pinned, into_rows=True, begin=sizes[0])
