@@ -425,6 +425,20 @@ def test_a_hit_that_is_all_in_vram_is_one_call_or_none(engines: Callable[..., Ca
     assert figures(engine)["pinned_blocks"] == 0
 
 
+def test_a_use_of_more_than_a_call_takes_is_told_up_to_there(
+    engines: Callable[..., CacheEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engines()
+    assert stored(engine, prompt(1, 40)) == 40
+    assert engine.flush(10)
+    monkeypatch.setattr("cairn.engine.vram_pool.MAX_BLOCKS", 4)
+    link, told = engine._store._link(), []  # type: ignore[attr-defined]
+    tell = link.tell
+    link.tell = lambda message: (told.append(message), tell(message))
+    assert retrieved(engine, prompt(1, 40)) == 40
+    assert [(type(one).__name__, len(one.keys)) for one in told] == [("Used", 4 * 16)]
+
+
 def test_who_follows_what_is_asked_for_asks(engines: Callable[..., CacheEngine]) -> None:
     engine = engines()
     tokens = prompt(1, 40)

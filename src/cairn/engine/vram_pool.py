@@ -109,7 +109,7 @@ class VramHold(NodeHold):
     def _mention(self, part: VramRows) -> None:
         """Of what is not pinned the node does not know otherwise that it is used, and would sooner evict it."""
         if part.noted and part.source:
-            keys = raw_of(self.keys[: part.stop])
+            keys = raw_of(self.keys[: part.stop][:MAX_BLOCKS])
             self._session.tell(wire.Used(self._session.welcome.session, part.source.number, keys))
 
     def _numbers(self) -> tuple[int, ...]:
