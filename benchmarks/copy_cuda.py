@@ -173,7 +173,8 @@ def measure(piece: int, path: str, arena: np.ndarray) -> dict[str, Any]:
     """GB/s of 1 GiB of permuted rows and slots: gather, scatter, both at once; enqueueing seconds.
 
     both: two calls each way, one behind the other, as an engine makes them under load. both_once: one call each way,
-    with its beginning and end, when not all of the bus is busy.
+    with its beginning and end, when not all of the bus is busy. in_order: two calls each way, enqueued by one thread,
+    all loads before all stores.
     """
     g = geometry_for(piece)
     blocks = GIB // g.block_bytes
@@ -205,6 +206,11 @@ def measure(piece: int, path: str, arena: np.ndarray) -> dict[str, Any]:
         for other in others:
             other.result()
 
+    def in_order(i: int) -> None:
+        for copy in (scatter, gather):
+            for n in range(2):
+                copy(2 * (copy is scatter) + (i + n) % 2)
+
     moved = blocks * g.block_bytes
     found: dict[str, Any] = {
         "piece_bytes": piece,
@@ -215,6 +221,7 @@ def measure(piece: int, path: str, arena: np.ndarray) -> dict[str, Any]:
     with ThreadPoolExecutor(1) as loader:
         found["both"] = gbps([partial(both, 2, i) for i in range(2)], 4 * moved)
         found["both_once"] = gbps([partial(both, 1, i) for i in range(2)], 2 * moved)
+    found["in_order"] = gbps([partial(in_order, i) for i in range(2)], 4 * moved)
     torch.cuda.synchronize()
     start = time.perf_counter()
     gather(0)
@@ -252,7 +259,9 @@ def main() -> None:
         "runs": [],
     }
     lines = [f"ceilings GB/s: h2d {limits['h2d']:.1f}  d2h {limits['d2h']:.1f}  both {limits['both']:.1f}"]
-    lines.append(f"{'piece':>8} {'path':>7} {'gather':>7} {'scatter':>8} {'both':>6} {'once':>6} {'enqueue ms':>11}")
+    lines.append(
+        f"{'piece':>8} {'path':>7} {'gather':>7} {'scatter':>8} {'both':>6} {'once':>6} {'order':>6} {'enqueue ms':>11}"
+    )
     for path in args.paths:  # the shortest pieces last: what comes late is lost when time is up
         for piece in reversed(PIECES):
             if time.perf_counter() - began > args.seconds:
@@ -264,9 +273,10 @@ def main() -> None:
                 and run["both"] >= BAR_BOTH
             )
             result["runs"].append(run)
-            figures = f"{run['gather']:7.1f} {run['scatter']:8.1f} {run['both']:6.1f} {run['both_once']:6.1f}"
+            names = ("gather", "scatter", "both", "both_once", "in_order")
+            figures = "".join(f"{run[name]:8.1f}" for name in names)
             figures += f" {run['enqueue_ms']:11.1f}"
-            lines.append(f"{piece >> 10:>4} KiB {path:>7} {figures}{'' if run['meets_bars'] else '  below the bar'}")
+            lines.append(f"{piece >> 10:>4} KiB {path:>7}{figures}{'' if run['meets_bars'] else '  below the bar'}")
             args.out.write_text(json.dumps(result, indent=1))
     owner.close()
     print("\n".join(lines))

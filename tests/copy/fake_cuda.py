@@ -168,6 +168,10 @@ class FakeCuda:
         self.streams[stream.value - 1].push(copy)
 
 
+def _enqueued(fake: FakeCuda, kernel: Callable[..., None]) -> Callable[..., None]:
+    return lambda *arguments, **named: fake.enqueue(lambda: kernel(*arguments, **named))
+
+
 def install(monkeypatch: Any, seed: int = 0) -> FakeCuda:
     """Puts a fake device in the place of torch's CUDA, the driver and the kernels (Triton's interpreter)."""
     import importlib
@@ -180,7 +184,6 @@ def install(monkeypatch: Any, seed: int = 0) -> FakeCuda:
     fake = FakeCuda(torch, seed)
     monkeypatch.setitem(sys.modules, "torch", fake.torch)
     monkeypatch.setattr(driver, "_library", lambda: fake)
-    for kernel in kernels:
-        enqueued = lambda *a, move=kernel.move, **k: fake.enqueue(lambda: move(*a, **k))  # noqa: E731
-        monkeypatch.setattr(kernel, "move", enqueued)
+    for kernel, name in [*((one, "move") for one in kernels), (kernels[0], "fetch")]:
+        monkeypatch.setattr(kernel, name, _enqueued(fake, getattr(kernel, name)))
     return fake

@@ -207,6 +207,25 @@ def test_calls_under_way_keep_their_tables(device: FakeCuda) -> None:
     copier.close()
 
 
+def test_a_store_waits_for_no_copy_to_the_device(device: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They go one after the other, whatever their streams: its kernels would wait for every load before it."""
+    tensors, slots, memory, rows = case(4)
+    copier = cuda.CudaCopier(G, path="staged")
+    kv = on_device(tensors)
+    copier.prepare(kv)
+    copier.register(memory)
+    streams, copy = [], FakeCuda._copy
+
+    def noted(fake: FakeCuda, stream: Any, pieces: Any) -> None:
+        streams.append(stream.value)
+        copy(fake, stream, pieces)
+
+    monkeypatch.setattr(FakeCuda, "_copy", noted)
+    copier.gather_async(kv, slots, memory, rows).synchronize()
+    assert set(streams) == {copier._store.copies.cuda_stream}
+    copier.close()
+
+
 @pytest.mark.parametrize("path", ["pieces", "staged"])
 @pytest.mark.parametrize("name", ["gather_async", "scatter_async"])
 def test_a_call_that_fails_half_way_leaves_nothing_under_way(

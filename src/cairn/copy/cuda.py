@@ -54,12 +54,12 @@ class Enqueued(NamedTuple):
 class _Lane:
     """One direction: a stream for copies, one for kernels, and a ring of staging buffers between them."""
 
-    def __init__(self, torch: Any, device: Any) -> None:
+    def __init__(self, torch: Any, device: Any, *, into_rows: bool) -> None:
         self.lock = Lock()
         self.copies, self.kernels = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self.filled = [torch.cuda.Event() for _ in range(_STAGING_BUFFERS)]
         self.freed = [torch.cuda.Event() for _ in range(_STAGING_BUFFERS)]
-        self.uploads = Uploads(torch, device, self.kernels)
+        self.uploads = Uploads(torch, device, self.kernels, fetched=into_rows)
         self._ring: Any = None
         self._next = 0
         self._torch, self._device = torch, device
@@ -116,7 +116,7 @@ class CudaCopier(Copier):
         with torch.cuda.device(self._device):
             self._context = driver.current_context()
         self._path = path
-        self._store, self._load = _Lane(torch, self._device), _Lane(torch, self._device)
+        self._store, self._load = (_Lane(torch, self._device, into_rows=stores) for stores in (True, False))
         self._pinned: dict[int, tuple[npt.NDArray[np.uint8], bool]] = {}
 
     def register(self, memory: npt.NDArray[np.uint8]) -> None:

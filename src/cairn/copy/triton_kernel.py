@@ -63,6 +63,20 @@ def _move(
         job += tl.num_programs(0)
 
 
+@triton.jit(do_not_specialize=["source", "count"], do_not_specialize_on_alignment=["target"])
+def _fetch(target, source, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(source.to(tl.pointer_type(tl.int64)) + at, mask=at < count)
+    tl.store(target + at, value, mask=at < count)
+
+
+def fetch(target: Any, source: int) -> None:
+    """Enqueues on the current stream that a tensor on the device, int64 [n], gets what stands at an address of pinned
+    host memory, which must stay as it is until then.
+    """
+    _fetch[(triton.cdiv(target.numel(), _BLOCK),)](target, source, target.numel(), BLOCK=_BLOCK)
+
+
 def move(
     bases: Any,
     slots: Any,

@@ -17,12 +17,15 @@ _BUFFERS = 2
 class Uploads:
     """One stream's tables of int64 on the device, the latest alone. For who holds the lane's lock.
 
+    fetched: a kernel reads them out of host memory. A copy would wait for loads of gigabytes that were enqueued before,
+    as all copies to the device wait for one another, and what is stored would wait with it.
+
     torch takes pinned memory anew for each length, and whenever the last piece of it is still on its way; that costs
     the model's thread up to 3 ms each time (an H200's host). Here it is taken by `prepare`, and again only for more.
     """
 
-    def __init__(self, torch: Any, device: Any, stream: Any) -> None:
-        self._torch, self._device, self._stream = torch, device, stream
+    def __init__(self, torch: Any, device: Any, stream: Any, *, fetched: bool) -> None:
+        self._torch, self._device, self._stream, self._fetched = torch, device, stream, fetched
         self._buffers: list[tuple[Any, Any]] = []  # pinned tensor, event behind its last copy
         self._table: Any = None
 
@@ -41,10 +44,17 @@ class Uploads:
             with self._torch.cuda.stream(self._stream):
                 self._table = self._torch.empty((len(pinned),), dtype=self._torch.int64, device=self._device)
         np.concatenate(parts, out=pinned.numpy()[:size])
-        run = (np.array([number], np.int64) for number in (self._table.data_ptr(), pinned.data_ptr(), 8 * size))
-        driver.copy_batch(Pieces(*run), self._stream.cuda_stream, into_rows=False, pinned=True)
+        table = self._table[:size]
+        if self._fetched:
+            from cairn.copy import triton_kernel
+
+            with self._torch.cuda.stream(self._stream):
+                triton_kernel.fetch(table, pinned.data_ptr())
+        else:
+            run = (np.array([number], np.int64) for number in (table.data_ptr(), pinned.data_ptr(), 8 * size))
+            driver.copy_batch(Pieces(*run), self._stream.cuda_stream, into_rows=False, pinned=True)
         sent.record(self._stream)
-        return self._table[:size]
+        return table
 
     def _take(self, size: int) -> tuple[Any, Any]:
         """More pinned memory, in the place of what is too short and has arrived."""
