@@ -92,8 +92,10 @@ class VramHold(NodeHold):
                     return False
                 if memory is not None:
                     finish = copier.start_scatter(kv, slots, memory, rows, layers)
-                    self._mention(part)
-                    finish()
+                    try:
+                        self._mention(part)
+                    finally:
+                        finish()  # whatever happens: until then the slots are written to
                 if memory is None or not part.source.sound():
                     self.stop_short(Reason.OWNER_GONE)
                     return False

@@ -76,8 +76,8 @@ class VramStore(VramReader):
             raise
 
     def find(self, keys: Keys, *, briefly: bool = False) -> tuple[Held, Hold | None]:
-        lead = self._noted(keys) if briefly else []
         link = self._link()
+        lead = self._noted(link, keys) if link and briefly else []
         if link is None or not lead:
             return super().find(keys)
         own = lead[0].source
@@ -112,12 +112,11 @@ class VramStore(VramReader):
         super().close(timeout)
         self._pinning.shutdown(wait=True)
 
-    def _noted(self, keys: Keys) -> list[VramRows]:
+    def _noted(self, link: Link, keys: Keys) -> list[VramRows]:
         """Where all of a chain is in segments that are mapped, unpinned and without a question; none if it is not, or
         if somebody follows what is asked for.
         """
-        link = self._link()
-        if link is None or self._journals:
+        if self._journals:
             return []
         sources = self._vram.sources(link)
         whole = [source for source in sources if source.index.has(keys) and source.sound()]
