@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from cairn.engine.turns import Turns
 from cairn.kv import Keys
 from cairn.observe.metrics import Metrics
 from cairn.observe.reasons import Reason
@@ -25,14 +26,15 @@ _GROWTH = 64
 
 
 class _Waiting(NamedTuple):
-    """A chain of which something is still to be written, not before `due` (monotonic). growing: it has grown since it
-    was first offered, so what ends it is likely to be replaced soon.
+    """A chain of which something is still to be written, not before `due` (monotonic). turn: of its first offer.
+    growing: it has grown since, so what ends it is likely to be replaced soon.
     """
 
     keys: Keys
     namespace: bytes
     missing: int
     due: float
+    turn: int
     growing: bool = False
 
 
@@ -74,6 +76,7 @@ class WriteBehind:
         self._waiting: OrderedDict[bytes, _Waiting] = OrderedDict()
         self._waiting_blocks = 0
         self._writing = 0
+        self._turns = Turns()
         self._pumping = False
         self._cancel = threading.Event()
         self._changed = threading.Condition()
@@ -85,33 +88,17 @@ class WriteBehind:
 
     def offer(self, keys: Keys, namespace: bytes) -> None:
         """Writes the blocks of a chain that DRAM holds and the lower tier does not. Returns at once."""
-        missing = len(keys) - self._lower.write_start(keys)
-        if missing <= 0:
-            return
-        tip = keys[-1].tobytes()
-        with self._changed:
-            if tip in self._waiting or not self._limit or self._cancel.is_set():
-                return
-            shorter = self._shorter(keys) if self._linger_s else None
-            if shorter is not None:
-                self._waiting_blocks -= shorter.missing
-            if self._waiting_blocks + missing > self._dram.index.capacity:
-                self._skip(missing, Reason.BACKPRESSURE)
-                return
-            # A copy: the caller's array grows with its request.
-            due = shorter.due if shorter else time.monotonic() + self._linger_s
-            self._waiting[tip] = _Waiting(keys.copy(), namespace, missing, due, growing=shorter is not None)
-            self._waiting_blocks += missing
-        self.pump()
+        self._offer(keys, namespace, None)
 
     def drain(self, timeout: float) -> bool:
-        """Waits until nothing waits or is being written; False if the timeout came first."""
+        """Waits until what was offered before is written, or skipped; False if the timeout came first."""
         with self._changed:
             self._draining += 1
+            latest = self._turns.latest
         try:
             self.pump()
             with self._changed:
-                return self._changed.wait_for(lambda: not self._waiting and not self._writing, timeout)
+                return self._changed.wait_for(lambda: self._turns.over(latest), timeout)
         finally:
             with self._changed:
                 self._draining -= 1
@@ -120,6 +107,8 @@ class WriteBehind:
         """What has not started is given up."""
         self._cancel.set()
         with self._changed:
+            for chain in self._waiting.values():
+                self._turns.end(chain.turn)
             self._waiting.clear()
             self._waiting_blocks = 0
             self._changed.notify_all()
@@ -145,17 +134,55 @@ class WriteBehind:
                 first = min(self._lower.write_start(chain.keys), len(chain.keys))
                 if first < len(chain.keys) and not self._draining and not self._worth(first, len(chain.keys)):
                     self._skip(len(chain.keys) - first, Reason.CHEAPER_TO_RECOMPUTE)
-                    self._changed.notify_all()
+                    self._over(chain)
                     continue
                 wanted = min(len(chain.keys) - first, room)
                 ids = self._dram.index.pin(chain.keys[first : first + wanted], use=False)
                 self._writing += len(ids)
-                self._changed.notify_all()
+                if not len(ids):
+                    self._over(chain)
             if len(ids) < wanted:
                 self._skip(len(chain.keys) - first - len(ids), Reason.EVICTED)
                 chain = chain._replace(keys=chain.keys[: first + len(ids)])  # what has gone waits for no other turn
             if len(ids):
                 self._write(chain, first, ids)
+
+    def _offer(self, keys: Keys, namespace: bytes, turn: int | None) -> None:
+        """turn: which it belongs to; None: a new one, or that of the shorter offer whose place it takes."""
+        missing = len(keys) - self._lower.write_start(keys)
+        if missing <= 0:
+            return
+        tip = keys[-1].tobytes()
+        with self._changed:
+            if not self._limit or self._cancel.is_set():
+                return
+            same = self._waiting.get(tip)
+            if same:
+                if turn is not None and turn < same.turn:
+                    self._turns.end(same.turn)
+                    self._waiting[tip] = same._replace(turn=self._turns.begin(turn))
+                return
+            shorter = self._shorter(keys) if self._linger_s else None
+            due = time.monotonic() + self._linger_s
+            if shorter is not None:
+                self._waiting_blocks -= shorter.missing
+                due = shorter.due
+                turn = shorter.turn if turn is None else min(turn, shorter.turn)
+            if self._waiting_blocks + missing > self._dram.index.capacity:
+                self._skip(missing, Reason.BACKPRESSURE)
+            else:
+                # A copy: the caller's array grows with its request.
+                turn = self._turns.begin(turn)
+                self._waiting[tip] = _Waiting(keys.copy(), namespace, missing, due, turn, growing=shorter is not None)
+                self._waiting_blocks += missing
+            if shorter is not None:
+                self._over(shorter)
+        self.pump()
+
+    def _over(self, chain: _Waiting) -> None:
+        """Nothing more is to be done of it, but for what was offered anew. Under the lock."""
+        self._turns.end(chain.turn)
+        self._changed.notify_all()
 
     def _due(self) -> bool:
         """Whether the chain that has waited longest may be written now."""
@@ -182,6 +209,7 @@ class WriteBehind:
             return chain
         rest = chain._replace(missing=len(chain.keys) - whole, due=time.monotonic() + self._linger_s, growing=False)
         self._waiting[chain.keys[-1].tobytes()] = rest
+        self._turns.begin(rest.turn)
         self._waiting_blocks += rest.missing
         return chain._replace(keys=chain.keys[:whole])
 
@@ -212,10 +240,10 @@ class WriteBehind:
             self._metrics.stored_tokens.add(written * self._block_tokens, tier=self._lower.name)
         if written == len(ids) and first + len(ids) < len(chain.keys):
             # The tier takes a chain's blocks in order: the rest of it waits for another turn.
-            self.offer(chain.keys, chain.namespace)
+            self._offer(chain.keys, chain.namespace, chain.turn)
         with self._changed:
             self._writing -= len(ids)
-            self._changed.notify_all()
+            self._over(chain)
         self.pump()
 
     def _skip(self, blocks: int, reason: Reason) -> None:
