@@ -7,6 +7,7 @@ line on stderr, `cairn: <what, and how to mend it>`, and never in a traceback.
 import errno
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, cast
 
 import typer
@@ -100,7 +101,7 @@ def main() -> None:
 
 def _forget_output() -> None:
     """What waits to be written would fail once more at the end, in the interpreter's own words."""
-    with open(os.devnull, "wb") as nowhere:
+    with Path(os.devnull).open("wb") as nowhere:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
