@@ -323,6 +323,21 @@ def test_a_match_that_nobody_launches_gives_its_blocks_back() -> None:
         at_rest(engine)
 
 
+def test_what_cannot_be_launched_keeps_nothing() -> None:
+    """Its caller has no number to cancel it by, and a lease is long."""
+    with make_engine(64) as engine:
+        tokens = prompt(0, 32)
+        stored(engine, tokens)
+        with pytest.raises(InputError, match="kvcaches is missing"):
+            engine.get_async(tokens, np.arange(32))
+        registered(engine, tokens)
+        for call in (engine.get_async, engine.put_async):
+            with pytest.raises(InputError, match="slot_mapping of shape"):
+                call(tokens, np.arange(8))
+        at_rest(engine)
+        assert not engine._tasks
+
+
 def test_bad_calls_end_in_one_clear_line() -> None:
     with make_engine(64) as engine:
         tokens = prompt(0, 8)
