@@ -1,7 +1,7 @@
 """The asynchronous face: statuses, deadlines, cancellation, leases; slots are never touched after `wait`."""
 
 import time
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -243,6 +243,18 @@ def test_prefetch_brings_the_disks_blocks_up(tmp_path: Path) -> None:
         assert engine._store.match(engine.chain(tokens).keys)[:2] == (16, (("disk", 16),))
         assert "hit_tokens" not in engine.get_stats() or engine.get_stats()["hit_tokens"] == {}
         at_rest(engine)
+
+
+def test_a_prefetch_whose_question_is_not_answered_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It touches no slots, so nothing is to be certain of when its time is up."""
+    with make_engine(64, **{"storage.remote.lookup_timeout_s": 4, "engine.timeout_s": 4}) as engine:
+        monkeypatch.setattr(engine._store, "asks", True)
+        monkeypatch.setattr(engine._store, "ask", lambda *_, **__: Future())
+        task = engine.prefetch_async(prompt(0, 32))
+        time.sleep(0.1)  # until it waits
+        began = time.monotonic()
+        assert engine.wait([task], timeout=0.1)[task].status is TaskStatus.TIMEOUT
+        assert time.monotonic() - began < 2
 
 
 def test_cpu_only_leaves_the_disk_alone(tmp_path: Path) -> None:

@@ -291,7 +291,7 @@ class CacheEngine(EngineCore):
     def _stop(task: Task) -> TaskResult:
         """Stops a task whose time is up; returns once it is certain that nothing touches its slots any more."""
         task.abandon()
-        if task.future.cancelled():
+        if task.future.cancelled() or task.slots is None:  # a prefetch has none, and may still ask a remote store
             return task.result(TaskStatus.TIMEOUT)
         # Not a wait without a bound: the task ends at its next step, which is one piece of a copy.
         return TaskResult(TaskStatus.TIMEOUT, task.future.result().mask)
