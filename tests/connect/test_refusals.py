@@ -192,6 +192,7 @@ def test_connectors_of_one_model_leave_it_as_it_was() -> None:
         check(model, third, ids)
         third.close()
     assert not model._forward_pre_hooks
+    assert "prepare_inputs_for_generation" not in vars(model)
 
 
 def test_a_prefix_is_not_lent_on_asking_again(connector: CairnConnector) -> None:

@@ -128,10 +128,13 @@ class CairnConnector:
             hook.remove()
         self._closed = True
         if self._looks is not None and vars(self._model).get(_PREPARE) is self._looks:
-            if self._before is None:
+            before = self._before
+            while (other := getattr(before, "connector", None)) and other._closed:  # it was closed first
+                before = other._before
+            if before is None:
                 delattr(self._model, _PREPARE)
             else:
-                setattr(self._model, _PREPARE, self._before)  # another connector's
+                setattr(self._model, _PREPARE, before)
         if self._owns_engine:
             self.engine.close()
 
@@ -154,6 +157,7 @@ class CairnConnector:
                 cache.begin_generation(input_ids)
             return prepare(input_ids, *args, **kwargs)
 
+        vars(looking)["connector"] = self
         return looking
 
     def _before_pass(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
