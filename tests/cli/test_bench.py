@@ -48,6 +48,26 @@ def test_paths_that_are_not_there(run: Run, tmp_path: Path) -> None:
     assert run("bench", "disk", "--dir", tmp_path / "nothing").returncode == 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("disk", "--dir", "/proc"), 1, "--dir /proc: No such file or directory; name one that can be written"),
+        (("remote", "file:///proc/x"), 1, "/proc/x: No such file or directory; name a directory that can be written"),
+        (("machine", "--model", "{}"), 2, "{}: no model in Hugging Face format"),
+        (("autopilot", "--model", "{}"), 2, "{}: no model in Hugging Face format"),
+        (("fleet-sim", "{}/trace.jsonl", "--rate", "inf"), 2, "Invalid value for '--rate'"),
+    ],
+    ids=lambda one: one[0] if isinstance(one, tuple) else "",
+)
+def test_what_cannot_be_measured_is_one_line(
+    run: Run, trace: Path, arguments: tuple[str, ...], code: int, says: str
+) -> None:
+    ended = run("bench", *(one.format(trace.parent) for one in arguments))
+    assert (ended.returncode, ended.stdout) == (code, "")
+    assert ended.stderr.startswith(f"cairn: {says.format(trace.parent)}")
+    assert ended.stderr.count("\n") == 1
+
+
 def test_fleet_sim_compares_every_scheduler_with_and_without_the_shared_tier(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     row = {"input_length": 1000, "output_length": 5}

@@ -217,3 +217,20 @@ def test_a_closed_pipe_is_no_traceback() -> None:
     done = subprocess.run([*CAIRN, "config", "docs"], stdout=writer, stderr=subprocess.PIPE, check=False, timeout=60)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", ["version", "config docs", "--help"])
+def test_an_output_that_takes_nothing_is_one_line(command: str, unbuffered: str) -> None:
+    """As a full disk behind `> cairn.yaml`: it must not pass for a file that was written."""
+    with Path("/dev/full").open("wb") as full:
+        ended = subprocess.run(
+            [*CAIRN, *command.split()],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+            check=False,
+        )
+    said = "cairn: the output cannot be written: No space left on device; send it elsewhere\n"
+    assert (ended.returncode, ended.stderr) == (1, said)

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from tests.fleet.peers import free_endpoint
 
+from cairn.cli.events import _paced
 from cairn.fleet.base import Source
 from cairn.fleet.recording import Message, Recorder, Recording
 
@@ -97,3 +98,16 @@ def test_the_recordings_own_speed(run: Run, tmp_path: Path) -> None:
     begun = time.monotonic()
     assert run(*command).stdout == "2 messages published\n"
     assert time.monotonic() - begun >= 0.1
+
+
+def test_pauses_that_no_system_makes(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, slept = tmp_path / "events.kv", list[float]()
+    with Recorder(file) as recorder:
+        for i in range(2):
+            recorder.write(Message(1.0 + i, Source("a", 0), b"", i, b""))
+    ended = run("events", "replay", file, "--endpoint", free_endpoint(), "--stay", "inf")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("cairn: Invalid value for '--stay'")
+    monkeypatch.setattr(time, "sleep", slept.append)
+    assert len(list(_paced(Recording(file), 1e-300))) == 2
+    assert slept[-1] == 1e9

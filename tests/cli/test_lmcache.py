@@ -130,6 +130,21 @@ def test_a_file_that_looks_like_one(tmp_path: Path, text: str) -> None:
         read_lmcache(tmp_path / "lmcache.yaml", {})
 
 
+def test_names_that_yaml_takes_for_dates(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "lmcache.yaml").write_text("extra_config: {2024-01-01: {2024-01-02: 3}}\nmine: [{2024-01-03: 4}]")
+    told = run("config", "import-lmcache", tmp_path / "lmcache.yaml")
+    assert (told.returncode, told.stderr) == (0, "")
+    assert '# mine: [{"2024-01-03": 4}] has no counterpart' in told.stdout
+    shown = json.loads(run("config", "import-lmcache", tmp_path / "lmcache.yaml", "--json").stdout)
+    assert {one["name"]: one["value"] for one in shown["settings"]}["extra_config"] == {"2024-01-01": {"2024-01-02": 3}}
+
+
+def test_a_file_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "lmcache.yaml").write_text("mine: &a [1, *a]")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_lmcache(tmp_path / "lmcache.yaml", {})
+
+
 texts = st.text(st.characters(codec="utf-8"), max_size=20)
 
 

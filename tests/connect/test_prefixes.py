@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache
+from transformers import DynamicCache, FalconConfig, FalconForCausalLM, OPTConfig, OPTForCausalLM
 
 from cairn.connect.hf_cache import ROOM_TOKENS
 from cairn.connect.transformers import CairnConnector
@@ -118,6 +118,24 @@ def test_other_ways_to_generate(connector: CairnConnector, mode: dict[str, Any])
         assert cache.reused_tokens == (0 if assisted else reused)
     # What those ways have stored is right for the plain way too, and the answer of a single sequence is stored.
     check(MODEL, connector, expected[:1])
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        OPTForCausalLM(
+            OPTConfig(vocab_size=96, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4)
+        ),
+        FalconForCausalLM(FalconConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)),
+    ],
+    ids=["a head that calls the decoder past its base model", "one head for keys under another name"],
+)
+def test_models_of_other_makes(model: Any) -> None:
+    ids = prompt(25, 60)
+    model.eval().generation_config.eos_token_id = None
+    with open_engine(model) as engine, CairnConnector(model, engine) as connector:
+        assert [check(model, connector, ids).reused_tokens for _ in range(2)] == [0, 48]
+        assert model(ids, use_cache=True).past_key_values.layers[0].keys.shape[1] == engine.geometry.kv_heads
 
 
 def test_samples_of_one_prompt_differ_and_store_the_prompt(connector: CairnConnector) -> None:

@@ -12,10 +12,15 @@ from transformers import (
     DeepseekV2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    RoFormerConfig,
+    RoFormerForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -49,11 +54,40 @@ def test_models_whose_kv_is_not_the_prefix_alone_are_refused() -> None:
         (MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=96)), "recurrent"),
         (DeepseekV2ForCausalLM(DeepseekV2Config(**SMALL, kv_lora_rank=8, n_routed_experts=4)), "MLA"),
         (BertLMHeadModel(BertConfig(**SMALL)), "both ways"),
+        (RoFormerForCausalLM(RoFormerConfig(**SMALL)), "both ways, as is_decoder=False in its config says"),
+        (OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=96, n_embd=32, n_layer=1, n_head=2)), "no KV cache"),
     ]
     for model, reason in models:
         with pytest.raises(GeometryError, match=reason) as caught:
             namespace_of(model)
         assert "\n" not in str(caught.value)
+
+
+def test_a_model_whose_layers_differ_is_refused() -> None:
+    """Its config raises where it is asked for what differs."""
+
+    class Differing(LlamaConfig):  # type: ignore[misc]
+        is_heterogeneous = True
+
+        @property
+        def kv_lora_rank(self) -> int:
+            raise RuntimeError("'kv_lora_rank' is a per-layer attribute")
+
+    model = tiny_model()
+    model.config = Differing(**model.config.to_dict())
+    with pytest.raises(GeometryError, match="its layers differ"):
+        namespace_of(model)
+
+
+def test_a_model_with_other_heads_than_its_config_says_is_served_plainly() -> None:
+    """CPMAnt has a name of its own for the width of a head."""
+    model = tiny_model(head_dim=16)
+    model.config.head_dim = 8
+    ids = prompt(13, 40)
+    with open_engine(model) as engine, CairnConnector(model, engine) as connector:
+        for _ in range(2):
+            assert check(model, connector, ids).reused_tokens == 0
+        assert engine.lookup(ids[0]) == 0
 
 
 def test_a_model_that_does_not_fit_the_engine_is_refused(connector: CairnConnector) -> None:
@@ -113,6 +147,52 @@ def test_a_prefix_is_not_lent_to_another_prompt(connector: CairnConnector) -> No
         MODEL(ids[:, 32:], position_ids=torch.arange(8)[None], past_key_values=connector.cache(ids))
     with pytest.raises(InputError, match="embeddings"):
         MODEL(inputs_embeds=torch.zeros(1, 8, 32), past_key_values=connector.cache(ids))
+
+
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 2, "output_logits": False}], ids=["greedy", "beams"])
+def test_a_prefix_is_not_lent_to_another_prompt_that_ends_alike(
+    connector: CairnConnector, mode: dict[str, object]
+) -> None:
+    """Of which the model itself is given the same tokens; chat templates end alike always."""
+    ids = prompt(1, 40)
+    check(MODEL, connector, ids)
+    other = ids.clone()
+    other[0, 3] += 1
+    cache = connector.cache(ids)
+    for wrong in (other, torch.cat([ids, other]), other):
+        with pytest.raises(InputError, match="another prompt"):
+            generate(MODEL, wrong, cache, **mode)
+    for wrong in (other, torch.cat([ids, other])):
+        with pytest.raises(InputError, match="another prompt"):
+            generate(MODEL, wrong, connector.cache(ids), **mode)
+
+
+def test_a_next_turn_with_another_history_is_refused(connector: CairnConnector) -> None:
+    ids = prompt(1, 40)
+    check(MODEL, connector, ids)
+    cache = connector.cache(ids)
+    answer, _ = generate(MODEL, ids, cache)
+    turn = torch.cat([answer, prompt(2, 10)], dim=1)
+    turn[0, 41] = (turn[0, 41] + 1) % 96
+    with pytest.raises(InputError, match="another prompt"):
+        generate(MODEL, turn, cache)
+
+
+def test_connectors_of_one_model_leave_it_as_it_was() -> None:
+    model, ids = tiny_model(), prompt(3, 40)
+    with open_engine(model) as engine:
+        first, second = CairnConnector(model, engine), CairnConnector(model, engine)
+        for one in (first, second):
+            check(model, one, ids)
+        first.close()
+        check(model, second, ids)
+        second.close()
+        generate(model, ids)
+        third = CairnConnector(model, engine)
+        check(model, third, ids)
+        third.close()
+    assert not model._forward_pre_hooks
+    assert "prepare_inputs_for_generation" not in vars(model)
 
 
 def test_a_prefix_is_not_lent_on_asking_again(connector: CairnConnector) -> None:

@@ -319,6 +319,7 @@ def test_a_layer_that_cannot_be_copied_is_not_stored(monkeypatch: pytest.MonkeyP
             layers.put(1, kv, np.arange(8))
         assert layers.commit() == 0
         assert engine.lookup(tokens) == 0
+        assert engine.metrics.skipped_tokens.value(tier="dram", reason="io_error") == 8
         at_rest(engine)
 
 

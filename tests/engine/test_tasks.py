@@ -1,7 +1,7 @@
 """The asynchronous face: statuses, deadlines, cancellation, leases; slots are never touched after `wait`."""
 
 import time
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -245,6 +245,18 @@ def test_prefetch_brings_the_disks_blocks_up(tmp_path: Path) -> None:
         at_rest(engine)
 
 
+def test_a_prefetch_whose_question_is_not_answered_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It touches no slots, so nothing is to be certain of when its time is up."""
+    with make_engine(64, **{"storage.remote.lookup_timeout_s": 4, "engine.timeout_s": 4}) as engine:
+        monkeypatch.setattr(engine._store, "asks", True)
+        monkeypatch.setattr(engine._store, "ask", lambda *_, **__: Future())
+        task = engine.prefetch_async(prompt(0, 32))
+        time.sleep(0.1)  # until it waits
+        began = time.monotonic()
+        assert engine.wait([task], timeout=0.1)[task].status is TaskStatus.TIMEOUT
+        assert time.monotonic() - began < 2
+
+
 def test_cpu_only_leaves_the_disk_alone(tmp_path: Path) -> None:
     with make_engine(16, tmp_path) as engine:
         gate = gated(engine, prompt(0, 64))
@@ -321,6 +333,21 @@ def test_a_match_that_nobody_launches_gives_its_blocks_back() -> None:
             engine._tasks[task].future.result(10)
         assert engine.try_wait([task])[task].status is TaskStatus.CANCELLED
         at_rest(engine)
+
+
+def test_what_cannot_be_launched_keeps_nothing() -> None:
+    """Its caller has no number to cancel it by, and a lease is long."""
+    with make_engine(64) as engine:
+        tokens = prompt(0, 32)
+        stored(engine, tokens)
+        with pytest.raises(InputError, match="kvcaches is missing"):
+            engine.get_async(tokens, np.arange(32))
+        registered(engine, tokens)
+        for call in (engine.get_async, engine.put_async):
+            with pytest.raises(InputError, match="slot_mapping of shape"):
+                call(tokens, np.arange(8))
+        at_rest(engine)
+        assert not engine._tasks
 
 
 def test_bad_calls_end_in_one_clear_line() -> None:

@@ -284,6 +284,30 @@ def test_another_rank_on_the_same_stream_is_not_taken_in() -> None:
         following(body, publisher)
 
 
+def test_two_publishers_of_one_rank_are_not_mixed() -> None:
+    """As ranks are that nobody has numbered: the one that tells first counts, and the other once that is gone."""
+    with Publisher() as first, Publisher() as second:
+        first.publish()
+
+        async def body(subscriber: Subscriber, holder: Holder) -> None:
+            await connected(subscriber)
+            subscriber.add(second.instance)
+            await connected(subscriber)
+            second.send(encode([stored([98, 99], [1, 2], 1)], rank=0))
+            skipped = subscriber.metrics.fleet_skipped_batches
+            await until(lambda: skipped.value(reason=Skip.TAKEN_RANK) > 1, "the other's")
+            first.publish()
+            await until(holds(holder, first), "the first's")
+            assert holder.drops == []
+            first.kill()
+            await until(lambda: holder.drops == [first.source], "the drop of one that is gone")
+            second.send(encode([stored([97], [1], 1)], rank=0))
+            await until(lambda: holder.hashes(first.source) == {97}, "the other's turn")
+
+        second.publish()
+        following(body, first)
+
+
 def test_a_publisher_that_connects() -> None:
     with Publisher(bind=False) as publisher:
         publisher.publish(lost=True)

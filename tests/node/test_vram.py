@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 
 from cairn.config import load_config
+from cairn.copy import Copier
 from cairn.engine import CacheEngine
+from cairn.engine.node_store import NodeWriting
 from cairn.errors import ConfigError
 from cairn.node import wire
 from cairn.node.life import Life, process_token
@@ -346,6 +348,52 @@ def test_a_silent_readers_pins_are_taken_back(tmp_path: Path) -> None:
             silent.close()
     finally:
         node.close()
+
+
+def test_an_arena_that_is_still_being_pinned_does_not_keep_who_closes(
+    node: ThreadNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a second a GiB is minutes for a large host; once pinned it is given back."""
+    begun, pinned, given_back = (threading.Event() for _ in range(3))
+
+    def register(_: object, memory: object) -> None:
+        begun.set()
+        assert pinned.wait(30)
+
+    monkeypatch.setattr(Copier, "register", register)
+    monkeypatch.setattr(Copier, "release", lambda *_: given_back.set())
+    engine = vram_engine(address_in(tmp_path), BLOCKS)
+    assert begun.wait(30)
+    closing = threading.Thread(target=engine.close, args=(0.1,))
+    closing.start()
+    closing.join(10)
+    late = closing.is_alive()
+    pinned.set()
+    closing.join(30)
+    assert not late
+    assert given_back.wait(30)
+
+
+def test_what_a_node_that_went_has_not_taken_is_counted(engines: Callable[..., CacheEngine]) -> None:
+    """Of what goes from VRAM to DRAM: also the piece that it did not commit."""
+    engine, tokens = engines(), prompt(1, 40)
+    store: Any = engine._store
+    write = store.write_dram
+
+    def losing(*arguments: Any, **named: Any) -> NodeWriting:
+        writing: NodeWriting = write(*arguments, **named)
+
+        def commit(_: int) -> int:
+            writing.lost = True
+            return 0
+
+        writing.commit = commit  # type: ignore[method-assign]
+        return writing
+
+    store.write_dram = losing
+    stored(engine, tokens)
+    assert store._behind.drain(10)
+    assert engine.metrics.skipped_tokens.value(tier="dram", reason="node_away") == 40
 
 
 def test_rules_of_calls(node: ThreadNode, tmp_path: Path) -> None:

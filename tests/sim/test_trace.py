@@ -44,6 +44,9 @@ def test_seconds_and_limit(tmp_path: Path) -> None:
         ('{"timestamp": 1}', "hash_ids"),
         ('{"timestamp": "x", "hash_ids": []}', "timestamp"),
         ('{"timestamp": 1, "hash_ids": [0, -1]}', "negative"),
+        (f'{{"timestamp": 1, "hash_ids": [{1 << 63}]}}', "hash_ids"),
+        (f'{{"timestamp": 1, "hash_ids": [0], "input_length": {1 << 63}}}', "input_length"),
+        ('{"timestamp": 1, "hash_ids": [0], "output_length": -1}', "output_length"),
         ('{"timestamp": 1, "hash_ids": [1]}', "follows -1 here and 0 earlier"),
     ],
 )

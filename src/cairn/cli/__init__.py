@@ -4,7 +4,10 @@ Exit codes: 0 done; 1 a resource failed; 2 bad input (value, key, file, option);
 line on stderr, `cairn: <what, and how to mend it>`, and never in a traceback.
 """
 
+import errno
+import os
 import sys
+from pathlib import Path
 from typing import Annotated, cast
 
 import typer
@@ -34,6 +37,8 @@ from cairn.errors import CairnError, ConfigError, GeometryError, InputError
 _UsageError = cast(type[typer.BadParameter], typer.BadParameter.__bases__[0])
 _EXTRA = dict.fromkeys(("accelerate", "gguf", "torch", "transformers"), "demo") | {"matplotlib": "plot"}
 _EXTRA |= {"zmq": "fleet"} | dict.fromkeys(("fastapi", "grpc", "google", "httptools", "uvicorn", "jinja2"), "index")
+#: What a write to the standard output ends with where its disk is full, or it is none that can be written.
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 _BAD_INPUT = (ConfigError, GeometryError, InputError)
 
 app = typer.Typer(name="cairn", rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -73,6 +78,8 @@ def main() -> None:
     """Runs `cairn` on sys.argv and exits."""
     try:
         code = app(prog_name="cairn", standalone_mode=False)
+        if sys.stdout:
+            sys.stdout.flush()  # or the interpreter tells of it, after this
     except CairnError as error:
         code = _complain(str(error), 2 if isinstance(error, _BAD_INPUT) else 1)
     except _UsageError as error:
@@ -84,7 +91,18 @@ def main() -> None:
         code = _complain(f"{error.name} is not installed; pip install 'cairn-kv[{_EXTRA[error.name]}]' brings it", 1)
     except typer.Abort:
         code = _complain("aborted", 130)
+    except OSError as error:
+        if error.filename is not None or error.errno not in _UNWRITABLE:
+            raise
+        code = _complain(f"the output cannot be written: {error.strerror}; send it elsewhere", 1)
+        _forget_output()
     sys.exit(code)
+
+
+def _forget_output() -> None:
+    """What waits to be written would fail once more at the end, in the interpreter's own words."""
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _complain(message: str, code: int) -> int:

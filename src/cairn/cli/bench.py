@@ -136,7 +136,9 @@ def policy(
 @app.command()
 def fleet_sim(
     trace: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Requests, a JSON object a line.")],
-    rate: Annotated[list[float] | None, typer.Option(min=0.001, help="Requests a second; may be repeated.")] = None,
+    rate: Annotated[
+        list[float] | None, typer.Option(min=0.001, max=1e6, help="Requests a second; may be repeated.")
+    ] = None,
     instances: Annotated[int, typer.Option(min=1, help="Of the fleet.")] = 64,
     as_json: AsJson = False,
 ) -> None:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from cairn.codec.base import Octets
 from cairn.codec.frame import checksum_of
+from cairn.errors import StorageError
 from cairn.kv import KeyChain, Keys, KVGeometry, Namespace
 from cairn.tier.arena import Arena
 from cairn.tier.base import Outcomes, Rows
@@ -49,7 +50,7 @@ def run_disk(directory: Path | None = None, *, threads: int = DEFAULT_THREADS, r
     """
     gc.collect()
     gc.freeze()  # what the imports left behind is not to be collected while something is timed
-    with tempfile.TemporaryDirectory(prefix="cairn-bench-", dir=directory) as place:
+    with _room(directory) as place:
         large = _bench(Path(place) / "large", LARGE, threads, rounds)
         small = _bench(Path(place) / "small", SMALL, threads, rounds)
     return {
@@ -60,6 +61,13 @@ def run_disk(directory: Path | None = None, *, threads: int = DEFAULT_THREADS, r
         "block_2mib": large,
         "block_384kib": small,
     }
+
+
+def _room(directory: Path | None) -> "tempfile.TemporaryDirectory[str]":
+    try:
+        return tempfile.TemporaryDirectory(prefix="cairn-bench-", dir=directory)
+    except OSError as error:
+        raise StorageError(f"--dir {directory}: {error.strerror}; name one that can be written") from None
 
 
 def _bench(place: Path, geometry: KVGeometry, threads: int, rounds: int) -> dict[str, Any]:

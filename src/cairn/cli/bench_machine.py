@@ -18,10 +18,9 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
-from cairn.cli.demo.model import NAME, default_cache_dir, fetch_model
+from cairn.cli.demo.model import NAME, default_cache_dir, fetch_model, open_model
 from cairn.cli.demo.show import Screen
 from cairn.connect.transformers import CairnCache, CairnConnector
 from cairn.kv import KVGeometry
@@ -192,7 +191,7 @@ def _features(visit: Visit, token_bytes: int) -> tuple[float, ...]:
 def load_model(directory: Path | None) -> Any:
     """SmolLM2-135M-Instruct, or the model in a directory in Hugging Face format; float32, on the CPU."""
     home = directory or fetch_model(default_cache_dir(), Screen(quiet=True))
-    return AutoModelForCausalLM.from_pretrained(home, dtype=torch.float32, local_files_only=True).eval()
+    return open_model(home)[0]
 
 
 def run_machine(directory: Path | None, rounds: int, seed: int = 0) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 import xxhash
 
-from cairn.errors import InputError
+from cairn.errors import InputError, StorageError
 
 
 class BareClient(ABC):
@@ -161,7 +161,10 @@ def bare_client(url: str, threads: int) -> Iterator[BareClient]:
     client: BareClient
     if scheme == "file":
         root = Path(unquote(urlsplit(url).path))
-        root.mkdir(parents=True, exist_ok=True)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{root}: {error.strerror}; name a directory that can be written") from None
         client = _Files(threads, root)
     elif scheme in ("valkey", "valkeys", "redis", "rediss"):
         client = _Valkey(threads, url)

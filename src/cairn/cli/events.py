@@ -22,6 +22,9 @@ app = typer.Typer(
     help="Record, replay and show the KV events of engines.",
 )
 
+#: More than that no system sleeps at a time, seconds.
+_LONGEST_S = 1e9
+
 _File = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A recording.")]
 _Json = Annotated[bool, typer.Option("--json", help="For machines.")]
 
@@ -62,7 +65,7 @@ def replay(
     connect: Annotated[bool, typer.Option("--connect", help="Connect instead of bind.")] = False,
     source: Annotated[str | None, typer.Option(help="Which source, as engine/0, if there are several.")] = None,
     speed: Annotated[float, typer.Option(min=0, help="Times the recording's own speed; 0: as fast as possible.")] = 1.0,
-    stay: Annotated[float, typer.Option(min=0, help="Seconds to stay for replays afterwards.")] = 1.0,
+    stay: Annotated[float, typer.Option(min=0, max=_LONGEST_S, help="Seconds to stay for replays afterwards.")] = 1.0,
 ) -> None:
     """Publish a recording again, under sequences of its own from 0 on.
 
@@ -134,5 +137,6 @@ def _paced(messages: "Iterable[Message]", speed: float) -> "Iterator[Message]":
     for message in messages:
         first = message.time if first is None else first
         if speed:
-            time.sleep(max(0.0, begun + (message.time - first) / speed - time.monotonic()))
+            pause_s = begun + (message.time - first) / speed - time.monotonic()
+            time.sleep(min(max(0.0, pause_s), _LONGEST_S))
         yield message

@@ -48,14 +48,14 @@ def read_lmcache(path: Path | None, environ: Mapping[str, str]) -> dict[str, Any
     if path is None and f"{_PREFIX}CONFIG_FILE" in environ:
         path = Path(environ[f"{_PREFIX}CONFIG_FILE"])
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) if path else {}
+        tree = _named(yaml.safe_load(path.read_text(encoding="utf-8"))) if path else {}
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except UNREADABLE as error:
         raise InputError(f"{path}: cannot be read: {yaml_problem(error)}") from None
     if not isinstance(tree or {}, dict):
         raise InputError(f"{path}: must be LMCache's configuration: names and values, in YAML")
-    values = {str(name): value for name, value in (tree or {}).items()}
+    values = tree or {}
     given = {name.removeprefix(_PREFIX).lower(): text for name, text in environ.items() if name.startswith(_PREFIX)}
     return values | {name: _parse(text) for name, text in given.items() if name not in _NO_FIELDS}
 
@@ -110,6 +110,13 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return f"{{{', '.join(map(repr, value))}}}"
     return json.dumps(mask_url(value) if isinstance(value, str) else value, default=str)
+
+
+def _named(value: Any) -> Any:
+    """What YAML has read, with names that are text, as JSON has them: YAML also makes dates of some."""
+    if isinstance(value, dict):
+        return {str(name): _named(one) for name, one in value.items()}
+    return [_named(one) for one in value] if isinstance(value, list) else value
 
 
 def _parse(text: str) -> Any:

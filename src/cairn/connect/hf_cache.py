@@ -151,6 +151,12 @@ class CairnCache(Cache):  # type: ignore[misc]
 
     # --- what the connector's hooks call -------------------------------------------------------------------------
 
+    def begin_generation(self, ids: torch.Tensor) -> None:
+        """Of these tokens [batch, all] the model is about to be given those behind the cached ones: the only moment
+        at which the others are seen."""
+        if self._history.began_with and not self._history.begins(ids):
+            self._distrust("another prompt than it was made for")
+
     def begin_pass(self, arguments: Mapping[str, Any]) -> None:
         """A forward pass with these arguments begins: learns which tokens it adds, and opens a store for those whole
         blocks of the prompt that it completes."""

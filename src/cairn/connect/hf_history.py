@@ -33,6 +33,17 @@ class History:
             return False
         return bool((ids[:, : len(self.prompt)] == self.prompt.to(ids.device)).all())
 
+    def begins(self, ids: torch.Tensor) -> bool:
+        """Whether these tokens [batch, all], of which a pass is to be given what is not cached, begin with what is.
+
+        Looks at a pass of several tokens or at the first one; where one token follows another, nothing is new.
+        """
+        known = self.length if self.single else min(self.length, self.began_with)
+        if (len(self._parts) > 1 and ids.shape[1] <= self.length + 1) or ids.shape[1] <= self.length:
+            return True
+        held = torch.cat(self._parts)[:known].to(ids.device)
+        return bool((ids[:, :known] == held).all())
+
     def add(self, arguments: Mapping[str, Any], past: int) -> str | None:
         """A forward pass with these arguments begins, behind `past` cached tokens; what is wrong with it, or None."""
         ids = arguments.get("input_ids")

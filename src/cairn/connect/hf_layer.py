@@ -49,9 +49,12 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     def _fits(self, key_states: torch.Tensor, value_states: torch.Tensor, total: int) -> bool:
         keys, values = self.buffers
         in_place = self.get_seq_length() == 0 or self.keys.data_ptr() == keys.data_ptr()
-        same_batch = keys.shape[0] == key_states.shape[0]
+        # Other heads than the geometry's would be broadcast into the buffers, or not fit at all.
+        same_shape = keys.shape[:2] == key_states.shape[:2] == value_states.shape[:2] and (
+            (keys.shape[3], values.shape[3]) == (key_states.shape[3], value_states.shape[3])
+        )
         same_dtypes = (keys.dtype, values.dtype) == (key_states.dtype, value_states.dtype)
-        return bool(in_place and same_batch and same_dtypes and total <= keys.shape[2])
+        return bool(in_place and same_shape and same_dtypes and total <= keys.shape[2])
 
     def _grow(self, key_states: torch.Tensor, value_states: torch.Tensor, past: int, total: int) -> None:
         room = max(self.buffers[0].shape[2], total + total // 4)

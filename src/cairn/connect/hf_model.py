@@ -1,5 +1,6 @@
 """What a Transformers model is to Cairn: which models its prefix cache can serve, and what tells their KV apart."""
 
+import inspect
 import json
 from typing import Any
 
@@ -27,16 +28,27 @@ def geometry_of(model: Any, block_tokens: int = 16) -> KVGeometry:
     return KVGeometry.from_hf(config, dtype=str(model.dtype).removeprefix("torch."), block_tokens=block_tokens)
 
 
+def decoder_of(model: Any) -> Any:
+    """The module that is given token ids and the cache: what a head calls, which OPT's does past its base model."""
+    return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+
+
 def refuse_model(model: Any) -> None:
     """Raises GeometryError for a model that the Transformers connector cannot serve, saying why."""
     config = model.config
     name = type(model).__name__
+    if getattr(config, "is_heterogeneous", False):  # what differs may not be asked of the config itself
+        raise GeometryError(f"{name}: its layers differ from one another; serve this model without Cairn")
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    ways = {getattr(part, "is_causal", None) for part in model.modules()}
     reasons = {
         "its cache also holds encoder states": config.is_encoder_decoder,
         "what it computes depends on more than token ids": config.get_text_config(decoder=True) is not config,
-        "its attention looks both ways": any(getattr(part, "is_causal", True) is False for part in model.modules()),
+        "its attention looks both ways": any(way is False for way in ways),
+        "its attention looks both ways, as is_decoder=False in its config says; set it to true where that is wrong": (
+            getattr(config, "is_decoder", True) is False and True not in ways
+        ),
         "its state is recurrent": getattr(model, "_is_stateful", False),
         "Transformers keeps MLA expanded, not as a latent": bool(getattr(config, "kv_lora_rank", None)),
         "some of its layers share the KV of others": bool(getattr(config, "num_kv_shared_layers", None)),
@@ -44,6 +56,7 @@ def refuse_model(model: Any) -> None:
         "an adapter is loaded, which changes its KV; merge it first": bool(
             getattr(model, "_hf_peft_config_loaded", False) or getattr(model, "peft_config", None)
         ),
+        "it keeps no KV cache": "past_key_values" not in inspect.signature(decoder_of(model).forward).parameters,
         f"its weights are on {', '.join(devices)}, and this connector copies CPU tensors": devices != ["cpu"],
     }
     for reason, holds in reasons.items():

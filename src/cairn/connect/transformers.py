@@ -4,11 +4,15 @@
         model.generate(**inputs, past_key_values=cache)
 
 Nothing of Transformers is patched: the connector registers two of torch's own module hooks on the model, through which
-a cache learns which tokens the model is given. So KV is stored under no other tokens than those it was computed from,
-and a cache that was made for another prompt is refused instead of answering for it.
+a cache learns which tokens the model is given, and looks at what `generate` is about to give this one model. So KV is
+stored under no other tokens than those it was computed from, and a cache that was made for another prompt is refused
+instead of answering for it. (Who calls the model himself, with what follows the cached tokens alone, or `generate` with
+`prefill_chunk_size`, answers for the tokens before.)
 """
 
+import functools
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,10 +24,13 @@ from cairn.config import Config
 from cairn.config.schema import Blending, Cpu, Disk, Storage
 from cairn.connect.hf_blend import Blender
 from cairn.connect.hf_cache import CairnCache
-from cairn.connect.hf_model import namespace_of, refuse_model
+from cairn.connect.hf_model import decoder_of, namespace_of, refuse_model
 from cairn.engine import CacheEngine
 from cairn.errors import CairnError, GeometryError, InputError
 from cairn.kv import as_tokens
+
+#: By this method of a model `generate` takes what is cached off its tokens.
+_PREPARE = "prepare_inputs_for_generation"
 
 __all__ = ["CairnCache", "CairnConnector", "namespace_of"]
 
@@ -47,12 +54,18 @@ class CairnConnector:
         self._owns_engine = False
         self._dtype = model.dtype
         self.blender = Blender(model, engine, tokenizer) if engine.config.blending.enabled else None
-        body = model.base_model
+        body = decoder_of(model)
         self._parameters = inspect.signature(body.forward)
         self._hooks = (
             body.register_forward_pre_hook(self._before_pass, with_kwargs=True),
             body.register_forward_hook(self._after_pass, with_kwargs=True),
         )
+        self._model = model
+        self._closed = False
+        self._looks = self._before = None
+        if hasattr(model, _PREPARE):
+            self._before = vars(model).get(_PREPARE)
+            self._looks = model.prepare_inputs_for_generation = self._looking(getattr(model, _PREPARE))
 
     @classmethod
     def open(
@@ -113,6 +126,15 @@ class CairnConnector:
         """Takes the hooks off the model, and closes the engine if it is the connector's own. Idempotent."""
         for hook in self._hooks:
             hook.remove()
+        self._closed = True
+        if self._looks is not None and vars(self._model).get(_PREPARE) is self._looks:
+            before = self._before
+            while (other := getattr(before, "connector", None)) and other._closed:  # it was closed first
+                before = other._before
+            if before is None:
+                delattr(self._model, _PREPARE)
+            else:
+                setattr(self._model, _PREPARE, before)
         if self._owns_engine:
             self.engine.close()
 
@@ -123,6 +145,20 @@ class CairnConnector:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _looking(self, prepare: Callable[..., Any]) -> Callable[..., Any]:
+        """As `prepare`, but the cache sees all tokens before."""
+
+        @functools.wraps(prepare)
+        def looking(input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+            cache = kwargs.get("past_key_values")
+            cut = kwargs.get("next_sequence_length") is not None
+            if cut and isinstance(cache, CairnCache) and cache.owner is self and not self._closed:
+                cache.begin_generation(input_ids)
+            return prepare(input_ids, *args, **kwargs)
+
+        vars(looking)["connector"] = self
+        return looking
 
     def _before_pass(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache, arguments = self._cache_of(args, kwargs)

@@ -22,7 +22,7 @@ from cairn.engine.hold import Hold
 from cairn.engine.leases import Leases
 from cairn.engine.stage import Stage
 from cairn.engine.task import Task, TaskResult, TaskStatus
-from cairn.errors import ClosedError, InputError
+from cairn.errors import CairnError, ClosedError, InputError
 from cairn.kv import Namespace
 from cairn.observe.log import log_once
 from cairn.observe.reasons import Reason
@@ -85,16 +85,14 @@ class CacheEngine(EngineCore):
     ) -> int:
         """`get_match` and `launch` in one. slot_mapping: integers [n], the slot of each token."""
         task, _ = self.get_match(token_ids, token_mask, namespace=namespace)
-        self.launch([task], [slot_mapping])
-        return task
+        return self._launched(task, slot_mapping)
 
     def put_async(
         self, token_ids: Any, slot_mapping: Any, token_mask: Any = None, namespace: Namespace | None = None
     ) -> int:
         """`put_match` and `launch` in one. slot_mapping: integers [n], the slot of each token."""
         task, _ = self.put_match(token_ids, token_mask, namespace=namespace)
-        self.launch([task], [slot_mapping])
-        return task
+        return self._launched(task, slot_mapping)
 
     def prefetch_async(self, token_ids: Any, namespace: Namespace | None = None) -> int:
         """Brings a prompt's blocks up to DRAM, so that the request that follows finds them there."""
@@ -195,6 +193,18 @@ class CacheEngine(EngineCore):
             raise ClosedError("the engine was closed")
         return number
 
+    def _launched(self, number: int, slot_mapping: Any) -> int:
+        """A task that nobody has heard of yet; where it cannot be launched, nobody ever will."""
+        try:
+            self.launch([number], [slot_mapping])
+        except CairnError:
+            with self._tasks_lock:
+                task = self._tasks.pop(number)
+            self._leases.end(task.lease)
+            task.abandon()
+            raise
+        return number
+
     def _task(self, number: int) -> Task:
         task = self._tasks.get(number)
         if task is None:
@@ -281,7 +291,7 @@ class CacheEngine(EngineCore):
     def _stop(task: Task) -> TaskResult:
         """Stops a task whose time is up; returns once it is certain that nothing touches its slots any more."""
         task.abandon()
-        if task.future.cancelled():
+        if task.future.cancelled() or task.slots is None:  # a prefetch has none, and may still ask a remote store
             return task.result(TaskStatus.TIMEOUT)
         # Not a wait without a bound: the task ends at its next step, which is one piece of a copy.
         return TaskResult(TaskStatus.TIMEOUT, task.future.result().mask)

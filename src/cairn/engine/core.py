@@ -358,7 +358,7 @@ class EngineCore:
         """
         self._check_open()
         writing = self.reserve(chain, first_block, stop_block)
-        return LayerStore(writing, self._copier) if writing else None
+        return LayerStore(writing, self._copier, self._skipped) if writing else None
 
     def observe_prefill(self, tokens: int, context: int, seconds: float) -> None:
         """Tells the planner what computing `tokens` behind `context` others took."""

@@ -12,6 +12,7 @@ from cairn.engine.writing import Writing
 from cairn.errors import ClosedError, InputError, StorageError
 from cairn.observe.layers import LayerTimes
 from cairn.observe.log import log_once
+from cairn.observe.reasons import Reason
 from cairn.observe.trace import NO_SPAN, Span
 
 logger = logging.getLogger(__name__)
@@ -107,17 +108,19 @@ class LayerLoad:
 class LayerStore:
     """Blocks that fill layer by layer; nothing of them can be found before `commit`.
 
-    Owned by one request. After `commit` or `abort` it is over; `abort` after `commit` does nothing.
+    Owned by one request. After `commit` or `abort` it is over; `abort` after `commit` does nothing. skipped: told of
+    blocks that were put and could not be kept, and why.
     """
 
-    def __init__(self, writing: Writing, copier: Copier) -> None:
+    def __init__(self, writing: Writing, copier: Copier, skipped: Callable[[int, Reason], None]) -> None:
         self.first_block = writing.first
         self.blocks = len(writing.rows)
         self._writing = writing
         self._copier = copier
         self._missing = set(range(copier.geometry.layers))
         self._over = False
-        self._lost = False
+        self._lost: Reason | None = None
+        self._skipped = skipped
 
     def put(self, layer: int, kv: PagedKV, slots: TokenSlots) -> None:
         """Copies one layer; slots: int64 [blocks * block_tokens], where the tokens from first_block on stand in
@@ -131,12 +134,12 @@ class LayerStore:
         try:
             with self._writing.access() as memory:
                 if memory is None:
-                    self._lost = True
+                    self._lost = Reason.NODE_AWAY
                 else:
                     self._copier.gather(kv, slots, memory, self._writing.rows, range(layer, layer + 1))
         except StorageError as error:
             log_once(logger, "gather", f"a copy failed: {error}")
-            self._lost = True
+            self._lost = Reason.IO_ERROR
         self._missing.discard(layer)
 
     def commit(self) -> int:
@@ -146,6 +149,8 @@ class LayerStore:
         if self._missing:
             raise InputError(f"layer {min(self._missing)} was not put: every layer must be before commit")
         new = 0 if self._lost else self._writing.commit(self.blocks)
+        if lost := self._lost or (Reason.NODE_AWAY if self._writing.lost else None):
+            self._skipped(self.blocks, lost)
         self.abort()
         return new
 

@@ -140,6 +140,8 @@ class VramBehind:
             size = len(rows) * self._geometry.block_bytes
             self._metrics.transferred("dram", "store", size, time.monotonic() - started)
             writing.commit(len(rows))
+            if writing.lost:
+                return done, Reason.NODE_AWAY
             done += len(rows)
         return done, Reason.CLOSED
 

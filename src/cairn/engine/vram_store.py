@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
 from time import monotonic
@@ -67,6 +67,8 @@ class VramStore(VramReader):
         self._copier = copier
         self._arena: Memory | None = None
         self._pinning = ThreadPoolExecutor(1, "cairn-vram-pin")
+        self._pinned: Future[None] | None = None
+        self._closing = False
         self._behind = VramBehind(self, copier, geometry, device.index, settings["metrics"])
         try:
             super().__init__(address, geometry, **settings)
@@ -104,13 +106,18 @@ class VramStore(VramReader):
         return super().flush(max(0.0, deadline - monotonic())) and drained
 
     def close(self, timeout: float) -> None:
-        """What is in VRAM alone goes to DRAM, as far as `timeout` allows; then the segment is taken back."""
+        """What is in VRAM alone goes to DRAM, as far as `timeout` allows; then the segment is taken back. A pinning
+        that takes longer ends by itself.
+        """
         deadline = monotonic() + timeout
         self._behind.drain(timeout)
         self._behind.stop()
         self._vram.close(self._link(), max(0.0, deadline - monotonic()))
         super().close(timeout)
-        self._pinning.shutdown(wait=True)
+        self._closing = True
+        self._pinning.shutdown(wait=False, cancel_futures=True)
+        if self._pinned:
+            wait([self._pinned], max(0.0, deadline - monotonic()))
 
     def _noted(self, link: Link, keys: Keys) -> list[VramRows]:
         """Where all of a chain is in segments that are mapped, unpinned and without a question; none if it is not, or
@@ -137,7 +144,7 @@ class VramStore(VramReader):
 
     def _linked(self, link: Link) -> None:
         super()._linked(link)
-        self._pinning.submit(self._pin, link.memory)
+        self._pinned = self._pinning.submit(self._pin, link.memory)
 
     def _pin(self, arena: Memory) -> None:
         """Has copies from and to this arena made fast; half a second a GiB on CUDA, and until then they are slow."""
@@ -148,6 +155,8 @@ class VramStore(VramReader):
                 self._copier.release(self._arena)
             self._copier.register(arena)
             self._arena = arena
+            if self._closing:
+                self._copier.release(arena)  # whoever closed it did not wait for this
         except StorageError as error:
             log_once(log, "pin", f"the node's arena cannot be pinned: {error}")
 

@@ -12,6 +12,7 @@ class Skip(StrEnum):
     NOT_A_BATCH = "not_a_batch"  # not msgpack, or not [time, events, rank]
     FRAMES = "frames"  # a message that is not (topic, sequence, payload)
     FOREIGN_RANK = "foreign_rank"  # another data-parallel rank on the stream of one
+    TAKEN_RANK = "taken_rank"  # a rank that another endpoint of the instance tells of already
     STALE = "stale"  # of a process that has been replaced meanwhile
     UNKNOWN_TAG = "unknown_tag"  # a kind of event that this version does not know
     MALFORMED = "malformed"  # a known kind with a field of another type or out of bounds

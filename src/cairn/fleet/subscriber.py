@@ -71,7 +71,7 @@ class Subscriber:
             raise InputError(f"{instance.name} at {instance.endpoint}: rank={instance.rank}: must be below {RANKS}")
         if key in self._feeds:
             raise InputError(f"{instance.name} at {instance.endpoint}: followed already; remove it first")
-        track = Track(instance, self._sink, self.metrics, self._tap)
+        track = Track(instance, self._sink, self.metrics, self._tap, self._is_free)
         stand = self._warm.take(key) if self._warm else None
         if self._warm and stand:
             track.resume(stand, self._warm.sink)
@@ -82,6 +82,9 @@ class Subscriber:
             raise
         self._gone.pop(instance.name, None)
         self._feeds[key] = feed, asyncio.get_running_loop().create_task(feed.run(), name=f"cairn feed {instance.name}")
+
+    def _is_free(self, source: Source) -> bool:
+        return all(feed.source != source for feed, _ in self._feeds.values())
 
     async def remove(self, name: str) -> None:
         """Stops following all ranks of an instance and drops what came from them. An unknown name is no error."""

@@ -3,7 +3,9 @@
 It outlives whoever brings the batches: a feed, or a snapshot.
 """
 
+import logging
 import time
+from collections.abc import Callable
 from typing import Final
 
 from cairn.fleet.base import Sink, Source
@@ -13,6 +15,9 @@ from cairn.fleet.messages import Messages
 from cairn.fleet.metrics import FleetMetrics, Resync, Skip
 from cairn.fleet.positions import Position, ShowingSink, Stand, payload_digest
 from cairn.fleet.recording import Message
+from cairn.observe.log import log_once
+
+logger = logging.getLogger(__name__)
 
 #: As much as a lag may count, seconds.
 _LONGEST_LAG_S: Final = 3600.0
@@ -25,11 +30,19 @@ class Track:
     is begun anew.
     """
 
-    def __init__(self, instance: Instance, sink: Sink, metrics: FleetMetrics, tap: Tap | None = None) -> None:
+    def __init__(
+        self,
+        instance: Instance,
+        sink: Sink,
+        metrics: FleetMetrics,
+        tap: Tap | None = None,
+        is_free: Callable[[Source], bool] = lambda _: True,
+    ) -> None:
+        """is_free: whether nobody else tells of a source."""
         self.instance: Final = instance
         self.metrics: Final = metrics
         self.life = 0
-        self._sink, self._tap = sink, tap
+        self._sink, self._tap, self._is_free = sink, tap, is_free
         self._held_back_in: ShowingSink | None = None
         self._begin()
 
@@ -95,6 +108,9 @@ class Track:
     def _decoded(self, batch: Batch | None, told_by: Messages) -> None:
         rank = self.instance.rank if batch is None or batch.rank is None else batch.rank
         source = self.source or Source(self.instance.name, rank)
+        if self.source is None and not self._is_free(source):
+            self._refuse(source, len(told_by))
+            return
         if self._tap is not None:
             for framed in map(told_by.framed, range(len(told_by))):
                 assert framed is not None
@@ -112,3 +128,9 @@ class Track:
         self.metrics.fleet_event_lag.observe(lag, len(told_by), instance=source.instance)
         if batch.events:
             self._sink.apply(source, batch.events)
+
+    def _refuse(self, source: Source, batches: int) -> None:
+        """Two caches in one would be a third, which nobody has: names of blocks are each publisher's own."""
+        self.metrics.fleet_skipped_batches.add(batches, reason=Skip.TAKEN_RANK)
+        what = f"{source.instance} at {self.instance.endpoint}: tells of rank {source.rank}, as another endpoint does"
+        log_once(logger, f"rank {self.instance.endpoint}", f"{what}, and is left out; give each its own rank or name")

@@ -60,6 +60,8 @@ class KVGeometry(msgspec.Struct, frozen=True, kw_only=True):
             )
         heads = int(config.num_attention_heads)
         kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+        if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+            kv_heads = 1  # Falcon, GPTBigCode
         head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
         return cls(layers=layers, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, block_tokens=block_tokens)
 

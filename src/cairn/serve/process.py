@@ -22,6 +22,10 @@ from cairn.observe.http import address
 SWITCH_S: Final = 0.0005
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+#: How long a process that does not serve yet may live on after a signal, seconds, and its exit code then: what it waits
+#: for (kernels that are compiled, a tokenizer) hears of no signal, and nobody's request is lost.
+_STARTING_S: Final = 1.0
+_INTERRUPTED: Final = 130
 _CONNECTIONS: Final = 4096
 #: Bytes of a body that wait for whoever reads it, a connection: one with 131,072 token ids.
 _WAITING: Final = 1 << 20
@@ -112,14 +116,21 @@ async def until_begun(http: uvicorn.Server, serving: asyncio.Task[None]) -> None
         await serving
 
 
+class Ended(asyncio.Event):
+    """Set by a signal. serving: said by whoever serves, once he does."""
+
+    serving = False
+
+
 @contextmanager
-def ended_by_signals(patience_s: float) -> Iterator[asyncio.Event]:
+def ended_by_signals(patience_s: float) -> Iterator[Ended]:
     """An event that a signal sets, and a bound on how long the process lives on then."""
-    ended, loop = asyncio.Event(), asyncio.get_running_loop()
+    ended, loop = Ended(), asyncio.get_running_loop()
 
     def end() -> None:
         if not ended.is_set():
-            timer = threading.Timer(patience_s, os._exit, (1,))
+            left_s, code = (patience_s, 1) if ended.serving else (min(_STARTING_S, patience_s), _INTERRUPTED)
+            timer = threading.Timer(left_s, os._exit, (code,))
             timer.daemon = True
             timer.start()
         ended.set()

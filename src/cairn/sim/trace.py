@@ -9,6 +9,7 @@ prompt tokens. An id stands for its block and all before it, so equal ids mean e
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -19,11 +20,15 @@ from cairn.errors import InputError
 Keys = npt.NDArray[np.uint64]
 
 
+_Id = Annotated[int, msgspec.Meta(le=(1 << 63) - 1)]
+_Length = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
+
+
 class _Row(msgspec.Struct):
     timestamp: float
-    hash_ids: list[int]
-    input_length: int = 0
-    output_length: int = 0
+    hash_ids: list[_Id]
+    input_length: _Length = 0
+    output_length: _Length = 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -118,6 +118,25 @@ def test_tokens_that_bring_no_text_count(path: str) -> None:
     assert body["max_tokens"] == 50 - 15
 
 
+@pytest.mark.parametrize("usage", [[1], 7, {"completion_tokens": "x"}, {"completion_tokens": 3, "prompt_tokens": "x"}])
+def test_a_usage_that_is_none_goes_on_as_it_came(usage: object) -> None:
+    asked = Asked(PATHS[0], b'{"prompt": "x", "stream": true}')
+    transcript = Transcript()
+    transcript.add(encode({"choices": [{"index": 0, "text": "a"}]}))
+    transcript.read()
+    event = encode({"choices": [{"index": 0, "text": "a b"}], "usage": usage})
+    said = Continuation(asked, transcript).rewritten(event)
+    assert json.loads(said.removeprefix(b"data: "))["usage"] == usage
+
+
+def test_a_text_that_is_none_is_found_out() -> None:
+    asked = Asked(PATHS[0], b'{"prompt": "x", "stream": true}')
+    transcript = Transcript()
+    transcript.read()
+    with pytest.raises(DivergedError):
+        Continuation(asked, transcript).rewritten(encode({"choices": [{"index": 0, "text": 7}]}))
+
+
 def test_another_text_is_found_out() -> None:
     asked_for = {"prompt": "x", "max_tokens": 20, "stream": True, "temperature": 0}
     asked = Asked(PATHS[0], json.dumps(asked_for).encode())
@@ -151,6 +170,8 @@ def test_what_is_not_gone_on_with(more: dict[str, Any]) -> None:
         b'data: {"choices": [{"index": 1, "text": "hm"}]}',
         b'data: {"choices": [{"index": 0, "text": "hm", "logprobs": {"tokens": ["hm"], "text_offset": [0]}}]}',
         b'data: {"choices": [7]}',
+        b'data: {"choices": [{"index": 0, "text": 7}]}',
+        b'data: {"choices": [{"index": 0, "delta": {"content": ["hm"]}}]}',
         b"data: 7",
         b"event: said\ndata: {}",
     ],

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from transformers import AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 
 from cairn.cli.autopilot.verdict import AUTOPILOT, NO_CACHE, verdict
 from cairn.cli.autopilot.workload import Request, Workload, lengths
-from cairn.cli.bench_machine import Visit, load_model, visit
-from cairn.cli.demo.model import NAME, default_cache_dir, fetch_model
+from cairn.cli.bench_machine import Visit, visit
+from cairn.cli.demo.model import NAME, default_cache_dir, fetch_model, open_model
 from cairn.cli.demo.show import Screen
 from cairn.cli.output import machine
 from cairn.config import load_config
@@ -76,7 +76,7 @@ def run_autopilot(directory: Path | None, count: int, out: Path | None, tick: Ti
     """
     torch.set_num_threads(1)  # two would wait for each other, and copies have a core of their own
     home = directory or fetch_model(default_cache_dir(), Screen(quiet=True))
-    model, tokenizer = load_model(home), AutoTokenizer.from_pretrained(home, local_files_only=True)
+    model, tokenizer = open_model(home)
     with (
         tempfile.TemporaryDirectory(prefix="cairn-autopilot-") as work,
         contenders(model, tokenizer, Path(work)) as every,

@@ -12,7 +12,7 @@ def plan(
     trace: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Mooncake trace, request log, KV events.")],
     machine: Annotated[str, typer.Option(help="A preset, or a JSON file (`cairn bench machine`).")] = "h200-llama-8b",
     rate: Annotated[
-        float | None, typer.Option(min=0.001, help="Requests a second; the trace's own if left out.")
+        float | None, typer.Option(min=0.001, max=1e6, help="Requests a second; the trace's own if left out.")
     ] = None,
     instances: Annotated[list[int] | None, typer.Option(min=1, help="Engines; repeatable.")] = None,
     per_host: Annotated[int, typer.Option(min=1, help="Instances that share a host's DRAM and disk.")] = 8,

@@ -66,9 +66,10 @@ class Continuation:
         """Changes an event; False: nothing of it is new."""
         value |= {name: self._head[name] for name in ("id", "created", "model") if name in self._head}
         usage = value.get("usage")
-        if usage and usage.get("completion_tokens") is not None:
+        if isinstance(usage, dict) and isinstance(usage.get("completion_tokens"), int):
             usage["completion_tokens"] += self._before
-            usage["prompt_tokens"] = usage.get("prompt_tokens", 0) - self._before
+            if isinstance(usage.get("prompt_tokens"), int):
+                usage["prompt_tokens"] -= self._before
         choices = choices_of(value)
         new = [self._choice(choice) for choice in choices]
         return not choices or any(new)

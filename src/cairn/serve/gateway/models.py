@@ -44,7 +44,7 @@ class Models:
         async with self._lock:
             if time.monotonic() >= self._until:
                 lists = await asyncio.gather(*map(_models_of, self._members.members.values()))
-                self._known = {model["id"]: model for models in lists for model in models if "id" in model}
+                self._known = {model["id"]: model for models in lists for model in models}
                 self._until = time.monotonic() + _FRESH_S
             return self._known
 
@@ -60,6 +60,7 @@ async def _models_of(member: Member) -> list[dict[str, Any]]:
                     told += data
             finally:
                 answer.close()
-            return msgspec.json.decode(bytes(told), type=_Listing).data
-    except (UpstreamError, TimeoutError, ValueError):
+            listed = msgspec.json.decode(bytes(told), type=_Listing).data
+            return [model for model in listed if isinstance(model.get("id"), str)]
+    except (UpstreamError, TimeoutError, ValueError, RecursionError):
         return []

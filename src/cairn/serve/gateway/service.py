@@ -114,6 +114,7 @@ async def _serve(config: Config, started: Callable[[Addresses], None]) -> None:
             http = Server(settings(gateway, serve.shutdown_s / 2, keep_alive_s=_KEEP_ALIVE_S))
             serving = asyncio.create_task(http.serve([listening]))
             await until_begun(http, serving)
+            ended.serving = True
             await stack.enter_async_context(_announced(config, registry, at, rpc_at))
             started(Addresses(at, rpc_at))
             await ended.wait()

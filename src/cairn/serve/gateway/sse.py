@@ -79,7 +79,15 @@ def choices_of(event: dict[str, Any]) -> list[dict[str, Any]]:
     for choice in choices:
         if not isinstance(choice, dict) or not isinstance(choice.get("delta") or {}, dict):
             raise ValueError("a choice that is no object")
+        if not isinstance(text_of(choice), str | None):
+            raise ValueError("a text that is none")
     return choices
+
+
+def text_of(choice: dict[str, Any]) -> Any:
+    """What a choice says, of a chat or a completion."""
+    delta = choice.get("delta")
+    return choice.get("text") if delta is None else delta.get("content")
 
 
 class Transcript:
@@ -121,8 +129,7 @@ class Transcript:
         for choice in choices_of(value):
             if choice.get("index") != 0 or choice.get("logprobs"):
                 self.plain = False
-            delta = choice.get("delta")
-            text = choice.get("text") if delta is None else delta.get("content")
+            delta, text = choice.get("delta"), text_of(choice)
             if delta and any(delta[name] for name in delta.keys() - {"role", "content"}):
                 self.plain = False
             if text or not (delta and delta.get("role")):  # a token may be half a character; who speaks is none

@@ -66,6 +66,7 @@ async def _serve(config: Index, cluster: Cluster, token: str | None, started: Ca
             if rpc is not None:
                 await rpc.start()
             await until_begun(http, serving)
+            ended.serving = True
             at = address(config.host, listening.getsockname()[1])
             started(Addresses(at, None if port is None else address(config.host, port)))
             await ended.wait()
