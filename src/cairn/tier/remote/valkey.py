@@ -27,8 +27,8 @@ Answer = TypeVar("Answer")
 _SLOTS: Final = 16384
 #: Idle connections kept for each server.
 _KEPT: Final = 32
-#: A server that has no room for more says so.
-_FULL: Final = ("OOM",)
+#: What errors mean by their codes: no room for more; somebody else's list or hash under our name.
+_MEANINGS: Final = {"OOM": Reason.NO_SPACE, "WRONGTYPE": Reason.FOREIGN}
 
 
 class Login(NamedTuple):
@@ -246,7 +246,7 @@ class ValkeyStore(ObjectStore):
         if code in ("MOVED", "ASK", "CLUSTERDOWN", "READONLY"):
             self._servers.moved()
         log_once(log, f"{self._name} {code}", f"{self._name} answers {str(reply)[:200]!r}")
-        return Reason.NO_SPACE if code in _FULL else Reason.IO_ERROR
+        return _MEANINGS.get(code, Reason.IO_ERROR)
 
     def _broken(self, error: OSError) -> Reason:
         self._servers.moved()
