@@ -343,3 +343,18 @@ def test_who_asks_a_store_that_never_returns_does_not_wait_for_ever(tmp_path: Pa
         assert asked[2:] == [None] * 3
         assert tier.stats()["breaker_open"] == 1
         store.held.set()
+
+
+class Raising(FileStore):
+    """Breaks the contract of stores."""
+
+    def exists(self, names: Sequence[bytes], *, deadline: float) -> list[bool] | Reason:
+        raise ValueError("an answer that nobody foresaw")
+
+
+def test_a_store_that_raises_keeps_no_rows(tmp_path: Path) -> None:
+    """A write that cannot even be arranged is over, and gives back what it was to store, long before its deadline."""
+    with opened(Raising(tmp_path), LIMITS) as tier:
+        begun = time.monotonic()
+        assert write(tier, fresh(PACK), timeout=20) == [Reason.IO_ERROR] * PACK
+        assert time.monotonic() - begun < 10

@@ -13,8 +13,8 @@ from typing import Any, Final, NamedTuple
 
 _LINE_LIMIT: Final = 1 << 16
 _VECTORS: Final = 512
-#: A value longer than asked for is read away up to this size, the largest that servers hold; beyond it the connection is
-#: dropped instead.
+#: A value longer than asked for is read away up to this size, the largest that servers hold; beyond it the connection
+#: is dropped instead.
 _DRAIN_LIMIT: Final = 512 << 20
 #: Of a number: no sound one has more.
 _DIGITS: Final = 19
