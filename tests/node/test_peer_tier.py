@@ -3,6 +3,7 @@
 import ctypes
 import math
 import random
+import socket
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from cairn.node.pools import Pool, directory_of
 from cairn.observe.metrics import Metrics
 from cairn.observe.reasons import Reason
 from cairn.plan import CostModel
+from cairn.tier import pace
 from cairn.tier.base import Outcomes, Rows
 from cairn.tier.peer import Limits, Peers, PeerTier
 from cairn.tier.peer.wire import Find, Found, Keypair, Lent, decode_reply, encode
@@ -160,6 +162,26 @@ def test_a_peer_that_has_registered_no_address_costs_the_others_nothing(rig: Rig
     assert read(rig.tier, keys) == [None] * 4
     assert rig.tier.stats()["failed_lookups_total"] == 1
     at_rest(rig)
+
+
+def test_a_peer_that_was_slow_once_does_not_end_all_short_questions(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that hangs keeps a lookup until its deadline. When it has gone, peers are asked again for what that is not
+    worth, and nobody waits for it."""
+    tier = rig.make_tier(Limits(10.0, 0.5))
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        rig.peers.replace([rig.service.address, f"tcp://127.0.0.1:{mute.getsockname()[1]}"])
+        ask(tier, prompt(1, 4))
+    rig.peers.replace([rig.service.address])
+    assert tier.ask(prompt(2, 4), deadline=soon(), worth_s=0.05) is None
+    assert tier.stats()["lookups_total"] == 1
+    monkeypatch.setattr(pace, "AGAIN_S", 0.0)
+    tier._pace.asked()  # as long ago as that
+
+    def pays() -> bool:
+        return tier.ask(prompt(random.randrange(1 << 30), 4), deadline=soon(), worth_s=0.05) is not None
+
+    until(pays, "short lookups pay again")
+    tier.close(10)
 
 
 def test_what_went_since_it_was_asked_about_is_a_miss(rig: Rig) -> None:
