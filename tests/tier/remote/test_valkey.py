@@ -92,6 +92,18 @@ def test_a_cluster(cluster: list[servers.Server]) -> None:
         two.close()
 
 
+@pytest.mark.parametrize("endpoint", ["unknown-endpoint", "hostname"])
+def test_a_cluster_that_does_not_name_its_hosts(endpoint: str, tmp_path: Path) -> None:
+    """They are reached as the one was that told."""
+    port, bus = free_ports(2)
+    options = ("--cluster-enabled", "yes", "--cluster-port", str(bus), "--cluster-preferred-endpoint-type", endpoint)
+    with servers.running(servers.valkey(tmp_path, *options, port=port)), valkey.Valkey(port=port) as client:
+        client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+        store = open_store(f"valkey://127.0.0.1:{port}?cluster=true")
+        servers.until(lambda: store.exists([b"a"], deadline=soon()) == [False], "the cluster answers")
+        store.close()
+
+
 @pytest.mark.parametrize("foreign", ["a list", "far too long"])
 def test_what_others_have_put_under_our_name_goes_and_the_store_is_not_to_blame(foreign: str, tmp_path: Path) -> None:
     """It would open the breaker, each time that somebody asks for this one prompt, for all."""

@@ -31,6 +31,11 @@ _KEPT: Final = 32
 _MEANINGS: Final = {"OOM": Reason.NO_SPACE, "WRONGTYPE": Reason.FOREIGN}
 
 
+#: What stands for a host in CLUSTER SLOTS that is to be reached as the one that was asked
+#: (`cluster-preferred-endpoint-type`).
+_NAMELESS: Final = (None, b"?")
+
+
 class Login(NamedTuple):
     """How to greet a server. tls: None for plain TCP."""
 
@@ -276,12 +281,14 @@ class _Reading:
 
 
 def _range_of(entry: Reply) -> tuple[int, int, str, int]:
-    """(first slot, last slot, host, port) of an entry of CLUSTER SLOTS. Raises ProtocolError."""
+    """(first slot, last slot, host, port) of an entry of CLUSTER SLOTS; host "": that which was asked. Raises
+    ProtocolError."""
     with contextlib.suppress(TypeError, ValueError, IndexError, AttributeError):
         assert isinstance(entry, list)
         first, last, master = entry[:3]
         if isinstance(first, int) and isinstance(last, int) and isinstance(master, list):
             host, port = master[:2]
-            if isinstance(host, bytes) and isinstance(port, int) and 0 <= first <= last < _SLOTS:
-                return first, last, host.decode(), port
+            known = b"" if host in _NAMELESS else host
+            if isinstance(known, bytes) and isinstance(port, int) and 0 <= first <= last < _SLOTS:
+                return first, last, known.decode(), port
     raise ProtocolError(f"CLUSTER SLOTS: {entry!r}")
