@@ -319,6 +319,7 @@ def store_of(url: str) -> SharedStore:
 
 def test_secrets_are_not_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert place_of("valkeys://user:hunter2@host:1/2") == "valkeys://host:1/2"
+    assert "hunter2" not in place_of("valkeys://:1/hunter2@host")
     with pytest.raises(InputError) as raised:
         SharedStore("http://user:hunter2@host", "f", timeout_s=1.0, lease_s=1.0, keep_s=1.0)
     assert "hunter2" not in str(raised.value)

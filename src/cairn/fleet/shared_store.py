@@ -227,6 +227,8 @@ def place_of(url: str) -> str:
     """A URL without user and password."""
     try:
         parts = urlsplit(url)
+        if "@" in parts.path:  # a password with a slash
+            return "the shared store"
         host = f"{parts.hostname}:{parts.port}" if parts.port else parts.hostname or ""
         return f"{parts.scheme}://{host}{parts.path}"
     except ValueError:
