@@ -146,6 +146,12 @@ def test_a_codec_that_nobody_knows_is_foreign() -> None:
     assert decoded(streams(EXACT[0]), object_) is Reason.FOREIGN
 
 
+@pytest.mark.parametrize("settings", LOSSY)
+def test_what_has_lost_something_is_foreign_where_nothing_may(settings: dict[str, Any]) -> None:
+    """Also where somebody has stored it under a name of the family without loss."""
+    assert decoded(streams(EXACT[0]), stored(streams(settings), blocks())) is Reason.FOREIGN
+
+
 def test_a_device_that_is_not_there_keeps_nobody_from_reading() -> None:
     """`int` needs none, so nothing has missed it so far; `cachegen`, of the same family, asks for it."""
     object_ = stored(streams(LOSSY[0]), blocks())
