@@ -245,6 +245,9 @@ def test_finds_remote_unreachable(doctor: Doctor, tmp_path: Path) -> None:
     found = doctor(*SMALL, "--set", "storage.remote.url=nonsense://u:secret@host")
     assert found["remote-unreachable"].startswith("nonsense://u:***@host: ")
     assert "secret" not in found["remote-unreachable"]
+    found = doctor(*SMALL, "--set", "storage.remote.url=valkey://u:secret@[::1")
+    assert found["remote-unreachable"].startswith("valkey://***: ")
+    assert "secret" not in found["remote-unreachable"]
 
 
 def test_finds_compressed_hot(doctor: Doctor) -> None:

@@ -270,6 +270,21 @@ def test_copies_that_are_gone_are_struck_off(server: Server) -> None:
     assert all(server.client().ttl(key) > 0 for key in server.client().scan_iter() if not key.endswith(b":token"))
 
 
+def test_an_entry_that_is_none_is_replaced_like_others(server: Server) -> None:
+    one, client = store(server), server.client()
+    assert one.lead()
+    writer = one.write(Source("a", 0))
+    writer.write(b"first")
+    writer.publish()
+    (source,) = client.hkeys("{cairn:f}:sources")
+    client.hset("{cairn:f}:sources", source, b"no entry")
+    assert one.entries() == []
+    writer = one.write(Source("a", 0))
+    writer.write(b"second")
+    writer.publish()
+    assert copies(one) == [b"second"]
+
+
 @pytest.mark.parametrize("harm", ["flip", "cut", "gone", "huge"])
 def test_copies_that_are_damaged_are_not_taken_in(server: Server, harm: str) -> None:
     with Publisher("a") as publisher, Publisher("b") as well:
@@ -304,6 +319,7 @@ def store_of(url: str) -> SharedStore:
 
 def test_secrets_are_not_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert place_of("valkeys://user:hunter2@host:1/2") == "valkeys://host:1/2"
+    assert "hunter2" not in place_of("valkeys://:1/hunter2@host")
     with pytest.raises(InputError) as raised:
         SharedStore("http://user:hunter2@host", "f", timeout_s=1.0, lease_s=1.0, keep_s=1.0)
     assert "hunter2" not in str(raised.value)

@@ -1,10 +1,15 @@
 """The peer tier and who answers it, in one process, over a transport that fails as it is told."""
 
 import ctypes
+import itertools
 import math
 import random
+import socket
+import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +29,7 @@ from cairn.node.pools import Pool, directory_of
 from cairn.observe.metrics import Metrics
 from cairn.observe.reasons import Reason
 from cairn.plan import CostModel
+from cairn.tier import pace
 from cairn.tier.base import Outcomes, Rows
 from cairn.tier.peer import Limits, Peers, PeerTier
 from cairn.tier.peer.wire import Find, Found, Keypair, Lent, decode_reply, encode
@@ -160,6 +166,76 @@ def test_a_peer_that_has_registered_no_address_costs_the_others_nothing(rig: Rig
     assert read(rig.tier, keys) == [None] * 4
     assert rig.tier.stats()["failed_lookups_total"] == 1
     at_rest(rig)
+
+
+@pytest.mark.parametrize("more", [True, False])
+def test_what_a_peer_says_unasked_is_no_answer_to_the_next(more: bool) -> None:
+    """As a second message, or as a second part of the first."""
+
+    def answers(number: int) -> list[list[bytes]]:
+        right, wrong = encode(Found(number)), encode(Found(1_000 + number))
+        return [[right, wrong]] if more else [[right], [wrong]]
+
+    with answering(answers) as peers:
+        (peer,) = peers.all()
+        for number in range(1, 6):
+            assert peers.call(peer, Find(NAME, bytearray()), soon()) == Found(number)
+            time.sleep(0.1)
+
+
+def test_a_peer_that_talks_nonsense_is_left_alone() -> None:
+    with answering(lambda _: [[b"nonsense"]]) as peers:
+        (peer,) = peers.all()
+        said = [peers.call(peer, Find(NAME, bytearray()), soon()) for _ in range(4)]
+        assert said == [Reason.TIMEOUT] * 3 + [Reason.BREAKER_OPEN]
+
+
+@contextmanager
+def answering(answers: Callable[[int], list[list[bytes]]]) -> Iterator[Peers]:
+    """One peer, which sends these messages for the first call, the second, ..."""
+    context = zmq.Context()
+    router = context.socket(zmq.ROUTER)
+    KEYPAIR.guard(router, server=True)
+    port = router.bind_to_random_port("tcp://127.0.0.1")
+
+    def serve() -> None:
+        with suppress(zmq.ContextTerminated):
+            for number in itertools.count(1):
+                who = router.recv_multipart()[0]
+                for message in answers(number):
+                    router.send_multipart([who, *message])
+        router.close(0)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    peers = Peers(KEYPAIR)
+    peers.replace([f"tcp://127.0.0.1:{port}"])
+    try:
+        yield peers
+    finally:
+        peers.close()
+        context.term()
+        thread.join()
+
+
+def test_a_peer_that_was_slow_once_does_not_end_all_short_questions(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that hangs keeps a lookup until its deadline. When it has gone, peers are asked again for what that is not
+    worth, and nobody waits for it."""
+    tier = rig.make_tier(Limits(10.0, 0.5))
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        rig.peers.replace([rig.service.address, f"tcp://127.0.0.1:{mute.getsockname()[1]}"])
+        ask(tier, prompt(1, 4))
+    rig.peers.replace([rig.service.address])
+    assert tier.ask(prompt(2, 4), deadline=soon(), worth_s=0.05) is None
+    assert tier.stats()["lookups_total"] == 1
+    monkeypatch.setattr(pace, "AGAIN_S", 0.0)
+    tier._pace.asked()  # as long ago as that
+
+    def pays() -> bool:
+        return tier.ask(prompt(random.randrange(1 << 30), 4), deadline=soon(), worth_s=0.05) is not None
+
+    until(pays, "short lookups pay again")
+    tier.close(10)
 
 
 def test_what_went_since_it_was_asked_about_is_a_miss(rig: Rig) -> None:

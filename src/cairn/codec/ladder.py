@@ -17,6 +17,7 @@ from cairn.codec.lossless import Lossless
 from cairn.codec.raw import Raw
 from cairn.config.autopilot import Pin
 from cairn.config.schema import Compression
+from cairn.errors import ConfigError
 from cairn.kv import KVGeometry
 from cairn.plan import Coded, Why, choose_codec
 
@@ -88,7 +89,12 @@ class Ladder:
     def reader(self, codec_id: str) -> Codec | None:
         """What decodes the objects of a codec, be it a rung or not; None if there is no such codec."""
         rung = next((rung for rung in self.rungs if rung.codec.id == codec_id), None)
-        return rung.codec if rung else reader_for(self.geometry, codec_id, self._device)
+        if rung:
+            return rung.codec
+        try:
+            return reader_for(self.geometry, codec_id, self._device)
+        except ConfigError:  # no rung needs the device, so nobody has missed it yet
+            return reader_for(self.geometry, codec_id)
 
     def decoded(self, codec_id: str, size: int, seconds: float) -> None:
         """Counts what decoding took: levels of one codec cost the same."""

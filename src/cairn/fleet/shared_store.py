@@ -48,11 +48,11 @@ return 1
 
 _PUBLISH: Final = """
 if redis.call('GET', KEYS[1]) ~= ARGV[1] or redis.call('HLEN', KEYS[2]) ~= tonumber(ARGV[4]) then return 0 end
-local old = redis.call('HGET', KEYS[3], ARGV[2])
+local old = string.match(redis.call('HGET', KEYS[3], ARGV[2]) or '', '^(.*)|')
 redis.call('HSET', KEYS[3], ARGV[2], KEYS[2] .. '|' .. ARGV[4])
 redis.call('PEXPIRE', KEYS[2], ARGV[3])
 redis.call('PEXPIRE', KEYS[3], ARGV[3])
-if old then redis.call('PEXPIRE', string.match(old, '^(.*)|'), ARGV[5]) end
+if old then redis.call('PEXPIRE', old, ARGV[5]) end
 return 1
 """
 
@@ -227,6 +227,8 @@ def place_of(url: str) -> str:
     """A URL without user and password."""
     try:
         parts = urlsplit(url)
+        if "@" in parts.path:  # a password with a slash
+            return "the shared store"
         host = f"{parts.hostname}:{parts.port}" if parts.port else parts.hostname or ""
         return f"{parts.scheme}://{host}{parts.path}"
     except ValueError:

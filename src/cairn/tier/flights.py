@@ -135,6 +135,9 @@ class SteppedBatch(Batch):
                 reasons = self.work(run) if run else []
             except Exception:
                 log.exception("moving blocks failed in a way it should not have; please report this")
+                if not run:  # of those that nobody has claimed nobody may be left to do so
+                    last = self.expire(Reason.IO_ERROR)
+                    break
                 reasons = [Reason.IO_ERROR] * len(run)
             last = self.settle(run, reasons)
             if not run:

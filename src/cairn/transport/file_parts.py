@@ -35,7 +35,8 @@ _VECTOR: Final = 1024
 _EINTR, _ENOSPC, _ETIMEDOUT = errno.EINTR, errno.ENOSPC, errno.ETIMEDOUT
 _READ_ONLY, _MAPPED = mmap.PROT_READ, mmap.MAP_SHARED | mmap.MAP_POPULATE
 _PAGE, _NOWAIT = mmap.PAGESIZE, os.RWF_NOWAIT
-_READING, _MONOTONIC = os.O_RDONLY | os.O_CLOEXEC, time.CLOCK_MONOTONIC
+#: Not to wait, for ever, for whoever writes to what is a pipe and no file.
+_READING, _MONOTONIC = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, time.CLOCK_MONOTONIC
 #: Of statx(2): AT_EMPTY_PATH, STATX_MTIME, and the words of its answer, among them the seconds of that.
 _OF_DESCRIPTOR, _MODIFIED, _STATUS_WORDS, _MODIFIED_WORD = 0x1000, 0x40, 32, 14
 

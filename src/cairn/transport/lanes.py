@@ -64,17 +64,21 @@ class Lane:
         self._calls.put(call)
 
     def memory(self, client: Any, size: int) -> memoryview:
-        """At least `size` bytes, registered with `client`."""
+        """At least `size` bytes, registered with `client`. Raises OSError where there are none to be had."""
         if self._client is not client:
             self._client, self._map = client, None
         if self._map is None or len(self._map) < size:
             if self._map is not None:
                 client.unregister_buffer(self.address)
-            self._map = mmap.mmap(-1, max(1, -(-size // _HUGE)) * _HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                self._map = None  # whatever becomes of the larger one
+            grown = mmap.mmap(-1, max(1, -(-size // _HUGE)) * _HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             with contextlib.suppress(OSError):
-                self._map.madvise(mmap.MADV_HUGEPAGE)  # or each page of 4 KiB is faulted in, and looked up, by itself
-            self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-            client.register_buffer(self.address, len(self._map))
+                grown.madvise(mmap.MADV_HUGEPAGE)  # or each page of 4 KiB is faulted in, and looked up, by itself
+            self.address = ctypes.addressof(ctypes.c_char.from_buffer(grown))
+            code = client.register_buffer(self.address, len(grown))
+            if code != 0:
+                raise OSError(f"the client registers no {len(grown)} bytes ({code})")
+            self._map = grown
         return memoryview(self._map)
 
     def _run(self) -> None:

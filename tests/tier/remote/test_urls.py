@@ -24,7 +24,10 @@ from cairn.tier.remote.valkey import ValkeyStore
         ("file:///tmp?fsnyc=true", "unknown option 'fsnyc'; it knows: fsync"),
         ("file:///tmp?fsync=yes", "fsync=yes must be true or false"),
         ("file:///proc/nothing", "must be a directory to write to"),
-        ("valkey://host:port", "Port could not be cast"),
+        ("valkey://host:port", "no URL whose port is a number"),
+        ("valkey://[::1", "no URL whose port is a number"),
+        ("file:///mnt/kv#1", "# in a path, as %2F %3F %23 %40"),
+        ("file:///mnt/%00", "no URL"),
         ("valkey://host/first", "the path must be the number of a database"),
         ("valkeys://host?ca=/nowhere.pem", "ca=/nowhere.pem"),
         ("mooncake://host", "must be mooncake://HOST:PORT?metadata="),
@@ -89,7 +92,13 @@ def test_third_parties_add_stores_by_entry_point(tmp_path: Path, monkeypatch: py
     ("url", "shown"),
     [
         ("valkey://user:secret@host:6379/0", "valkey://user:***@host:6379/0"),
-        ("s3://KEY:SE/CRET@bucket", "s3://KEY:SE/CRET@bucket"),  # no URL: the key must be quoted
+        ("s3://KEY:SE/CRET@bucket", "s3://KEY:***@bucket"),  # no URL: the key must be quoted
+        ("s3://KEY:SE@CR/ET@bucket/a?endpoint=http://h:1", "s3://KEY:***@bucket/a?endpoint=http://h:1"),
+        ("valkey://:12/secret@host", "valkey://:***@host"),
+        ("valkey://user:sec#ret?@host", "valkey://user:***@host"),
+        ("--storage.remote.url=redis://:secret@host", "--storage.remote.url=redis://:***@host"),
+        ("s3://bucket/a:b@c", "s3://bucket/a:b@c"),
+        ("valkey://user@host:1/0", "valkey://user@host:1/0"),
         ("redis://:secret@host", "redis://:***@host"),
         ("file:///mnt/kv", "file:///mnt/kv"),
         ("valkey://[::1", "valkey://***"),
@@ -107,7 +116,15 @@ def test_a_configuration_for_people_has_no_password_and_one_for_machines_has() -
 
 
 def test_passwords_are_in_no_message() -> None:
-    for url in ("valkey://:secret@host/first", "nobodys://:secret@host", "valkey://:secret@host?nothing=1"):
+    for url in (
+        "valkey://:secret@host/first",
+        "nobodys://:secret@host",
+        "valkey://:secret@host?nothing=1",
+        "valkey://:secret/two@host",
+        "valkey://user:1#secret@host",
+        "s3://KEY:12/secret@bucket",
+        "s3://KEY:secret/two@bucket",
+    ):
         with pytest.raises(ConfigError) as caught:
             open_store(url)
         assert "secret" not in str(caught.value)

@@ -36,8 +36,8 @@ class Peer:
 class Peers:
     """Asks nodes, each over as many connections as there are calls at a time. Thread-safe.
 
-    A connection serves one call after the other, and one that has not answered in time is closed, so that no late
-    answer is taken for another's.
+    A connection serves one call after the other, and one that has not answered in time, or says something unasked, is
+    closed, so that no late answer is taken for another's.
     """
 
     def __init__(self, keypair: Keypair) -> None:
@@ -80,8 +80,12 @@ class Peers:
                 peer = waiting.pop(socket)
                 poller.unregister(socket)
                 answers[peer] = decode_reply(socket.recv())
-                peer.answers.success()
-                self._keep(peer, socket)
+                if answers[peer] is None:
+                    peer.answers.failure()
+                    socket.close(0)
+                else:
+                    peer.answers.success()
+                    self._keep(peer, socket)
         for socket, peer in waiting.items():
             if deadline - begun > FAIR_S:
                 peer.answers.failure()
@@ -108,19 +112,26 @@ class Peers:
         """The connection on which it was sent; None: it could not be, by what the peer has registered as its address,
         by what it has not taken in, or for want of sockets.
         """
-        try:
-            socket = peer.idle.pop()
-        except IndexError:
-            found = self._connected(peer)
-            if found is None:
-                return None
-            socket = found
+        socket = self._quiet(peer) or self._connected(peer)
+        if socket is None:
+            return None
         try:
             socket.send(frame, zmq.DONTWAIT)
         except zmq.ZMQError:
             socket.close(0)
             return None
         return socket
+
+    def _quiet(self, peer: Peer) -> Socket | None:
+        """An idle connection on which nothing has come since it was used."""
+        while True:
+            try:
+                socket = peer.idle.pop()
+            except IndexError:
+                return None
+            if not socket.poll(0):
+                return socket
+            socket.close(0)
 
     def _connected(self, peer: Peer) -> Socket | None:
         try:

@@ -17,6 +17,7 @@ from cairn.kv.keys import KEY_BYTES
 from cairn.observe.reasons import Reason
 from cairn.tier.base import Outcomes, Rows, Tier, check_span
 from cairn.tier.known import ABSENT_S, Known
+from cairn.tier.pace import Pace
 from cairn.tier.peer.peers import FAIR_S, Peer, Peers
 from cairn.tier.peer.wire import MAX_BLOCKS, MAX_LEASE_S, SUM_BYTES, Find, Found, GiveBack, Lend, Lent, sum_of
 from cairn.tier.tally import Tally
@@ -66,7 +67,7 @@ class PeerTier(Tier):
         self._known = Known[Peer | bool](present_s=_PRESENT_S, absent_s=limits.absent_s, limit=_REMEMBERED)
         self._tally = Tally()
         self._tally.add(lookups_total=0, failed_lookups_total=0)
-        self._lookup_s = 0.0
+        self._pace = Pace()
         self._closed = False
         self._scouts = Workers(_SCOUTS, "cairn-peer-ask")
         self._readers = Workers(_READERS, "cairn-peer-read")
@@ -87,14 +88,16 @@ class PeerTier(Tier):
         return low
 
     def ask(self, keys: Keys, *, deadline: float, worth_s: float = math.inf) -> "Future[None] | None":
-        if self._lookup_s > worth_s or self._closed or not any(peer.ready for peer in self._peers.all()):
+        pays = self._pace.pays(worth_s)
+        if not (pays or self._pace.overdue) or self._closed or not any(peer.ready for peer in self._peers.all()):
             return None
         held = self.match(keys)
         if held == len(keys) or self._known.get(keys[held].tobytes()) is False:
             return None
+        self._pace.asked()
         answered: Future[None] = Future()
         self._scouts.submit(partial(self._answer, keys[:MAX_BLOCKS].copy(), deadline, answered), urgent=True)
-        return answered
+        return answered if pays else None
 
     def read(
         self, keys: Keys, first: int, rows: Rows, *, deadline: float, cancel: Event | None = None
@@ -137,7 +140,7 @@ class PeerTier(Tier):
         peers = self._peers.all()
         return {
             **self._tally.read(),
-            "lookup_seconds": self._lookup_s,
+            "lookup_seconds": self._pace.seconds,
             "peers": len(peers),
             "resting_peers": sum(not peer.ready for peer in peers),
         }
@@ -167,8 +170,7 @@ class PeerTier(Tier):
             self._known.note((raw[i * KEY_BYTES : (i + 1) * KEY_BYTES] for i in range(min(blocks, len(keys)))), holder)
             if blocks < len(keys):
                 self._known.note([keys[blocks].tobytes()], False)
-            taken = time.monotonic() - begun
-            self._lookup_s = 0.8 * self._lookup_s + 0.2 * taken if self._lookup_s else taken
+            self._pace.took(time.monotonic() - begun)
         finally:
             answered.set_result(None)
 

@@ -23,7 +23,12 @@ from cairn.transport.file_parts import Read, read_files, rehearse, write_parts
 from cairn.transport.moving import sums_of
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_REASONS: Final = {errno.ENOENT: Reason.ABSENT, errno.ETIMEDOUT: Reason.TIMEOUT}
+_REASONS: Final = {
+    errno.ENOENT: Reason.ABSENT,
+    errno.ETIMEDOUT: Reason.TIMEOUT,
+    # Somebody else's pipe, socket or directory.
+    **dict.fromkeys((errno.ESPIPE, errno.ENXIO, errno.EISDIR), Reason.FOREIGN),
+}
 #: An object's time of use is renewed when it is older than this share of its life, to spare the server.
 _RENEW_SHARE: Final = 8
 

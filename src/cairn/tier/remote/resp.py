@@ -9,12 +9,15 @@ import socket
 import ssl
 import time
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 _LINE_LIMIT: Final = 1 << 16
 _VECTORS: Final = 512
-#: A value longer than asked for is read away up to this size; beyond it the connection is dropped instead.
-_DRAIN_LIMIT: Final = 64 << 20
+#: A value longer than asked for is read away up to this size, the largest that servers hold; beyond it the connection
+#: is dropped instead.
+_DRAIN_LIMIT: Final = 512 << 20
+#: Of a number: no sound one has more.
+_DIGITS: Final = 19
 
 #: A word of a command: bytes, or the parts that it consists of.
 Word = bytes | Sequence[memoryview]
@@ -46,10 +49,11 @@ class Connection:
     """
 
     def __init__(self, address: tuple[str, int], *, tls: ssl.SSLContext | None, deadline: float) -> None:
-        self._socket = socket.create_connection(address, timeout=_left(deadline))
+        self._socket = _connected(address, deadline)
         try:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if tls is not None:
+                self._socket.settimeout(_left(deadline))
                 self._socket = tls.wrap_socket(self._socket, server_hostname=address[0])
         except OSError:
             self._socket.close()
@@ -95,7 +99,8 @@ class Connection:
             return rest
         if kind == b"-":
             return ErrorReply(rest.decode(errors="replace"))
-        if kind not in (b":", b"$", b"*") or not rest.lstrip(b"-").isdigit():
+        digits = rest.removeprefix(b"-")
+        if kind not in (b":", b"$", b"*") or not digits.isdigit() or len(digits) > _DIGITS:
             raise ProtocolError(f"a reply that begins with {line[:16]!r}")
         number = int(rest)
         if kind != b"$" and target is not None:
@@ -196,6 +201,34 @@ class Connection:
             del parts[:done]
             if sent:
                 parts[0] = parts[0][sent:]
+
+
+def _connected(address: tuple[str, int], deadline: float) -> socket.socket:
+    """A connection to the first that answers of the addresses that a name has; each gets its share of the time, where
+    `socket.create_connection` gives all of it to each. Raises OSError.
+    """
+    try:
+        found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+    except UnicodeError:
+        raise OSError(f"{address[0]!r} is no name of a host") from None
+    failure: OSError = OSError(f"{address[0]!r} has no address")
+    for i, (family, kind, protocol, _, place) in enumerate(found):
+        share = _left(deadline) / (len(found) - i)
+        try:
+            return _dialled(socket.socket(family, kind, protocol), place, share)
+        except OSError as error:
+            failure = error
+    raise failure
+
+
+def _dialled(one: socket.socket, place: Any, seconds: float) -> socket.socket:
+    try:
+        one.settimeout(seconds)
+        one.connect(place)
+    except OSError:
+        one.close()
+        raise
+    return one
 
 
 def _encoded(command: Command) -> list[bytes | memoryview]:

@@ -9,6 +9,7 @@ from cairn.kv.keys import KEY_BYTES
 from cairn.observe.reasons import Reason
 from cairn.tier.breaker import Breaker
 from cairn.tier.known import Known
+from cairn.tier.pace import Pace
 from cairn.tier.remote.base import ObjectStore
 from cairn.tier.remote.packing import Packing, Span
 
@@ -31,8 +32,7 @@ class Scout:
         self._breaker = breaker
         self._known = known
         self._lock = threading.Lock()
-        #: What a round trip takes, of late; 0 before the first.
-        self.seconds = 0.0
+        self.pace = Pace()
         self.lookups = 0
         self.round_trips = 0
 
@@ -89,8 +89,7 @@ class Scout:
                 self._breaker.failure()
             return answer
         self._breaker.success()
-        taken = time.monotonic() - begun
-        self.seconds = 0.8 * self.seconds + 0.2 * taken if self.seconds else taken
+        self.pace.took(time.monotonic() - begun)
         self._known.note((end for end, there in zip(ends, answer, strict=True) if there), True)
         self._known.note((end for end, there in zip(ends, answer, strict=True) if not there), False)
         return None

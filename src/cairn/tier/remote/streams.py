@@ -117,10 +117,10 @@ class Streams:
         return True
 
     def _framer(self, codec_id: str) -> Framer | None:
-        """Reads what a codec has stored."""
+        """Reads what a codec has stored; None for one that may not be in this family, whoever has put it there."""
         if codec_id not in self._framers:
             codec = self._ladder.reader(codec_id)
-            if codec is None:
+            if codec is None or not (codec.lossless or self._ladder.lossy):
                 return None
             self._framers[codec_id] = Framer(codec)
         return self._framers[codec_id]

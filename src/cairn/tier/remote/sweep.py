@@ -80,14 +80,15 @@ class Sweeper:
     def _sweep(self, now: float) -> None:
         files: list[tuple[float, int, str]] = []
         for entry in _written(self._root):
-            # Another process may take a file away at any time.
-            with contextlib.suppress(FileNotFoundError):
+            # Another process may take a file away at any time, and one that cannot be removed (NFS keeps what somebody
+            # has open) keeps none of the others.
+            with contextlib.suppress(OSError):
                 stat = entry.stat()
                 if entry.name.startswith(TEMPORARY):
                     if now - stat.st_mtime > DEAD_S:
                         Path(entry.path).unlink()
                 elif self._ttl_s is not None and now - stat.st_mtime > self._ttl_s:
-                    self._remove(entry.path)
+                    self._removed(entry.path)
                 else:
                     files.append((stat.st_mtime, stat.st_size, entry.path))
             if self._closed:
@@ -97,14 +98,18 @@ class Sweeper:
             for _, size, path in sorted(files):
                 if total <= self._capacity * _LOW_WATER or self._closed:
                     break
-                with contextlib.suppress(FileNotFoundError):
-                    self._remove(path)
-                total -= size
+                if self._removed(path):
+                    total -= size
         self._bytes = total
 
-    def _remove(self, path: str) -> None:
-        Path(path).unlink()
+    def _removed(self, path: str) -> bool:
+        """Whether a file has gone, by this process or another."""
+        try:
+            Path(path).unlink()
+        except OSError as error:
+            return isinstance(error, FileNotFoundError)
         self._swept += 1
+        return True
 
     def _run(self) -> None:
         while True:
@@ -124,11 +129,13 @@ def _written(root: Path) -> Iterator["os.DirEntry[str]"]:
 
 
 def _files(directory: Path) -> Iterator["os.DirEntry[str]"]:
-    for entry in _entries(directory):
-        if entry.is_dir(follow_symlinks=False):
-            yield from _files(Path(entry.path))
-        else:
-            yield entry
+    waiting = [directory]
+    while waiting:
+        for entry in _entries(waiting.pop()):
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append(Path(entry.path))
+            else:
+                yield entry
 
 
 def _entries(directory: Path) -> Iterator["os.DirEntry[str]"]:

@@ -144,11 +144,13 @@ class RemoteTier(Tier):
     def ask(self, keys: Keys, *, deadline: float, worth_s: float = math.inf) -> "Future[None] | None":
         scout = self._machine.scout
         self._look_at(self._scouts)
-        if self._closed or not self._breaker.ready() or scout.seconds > worth_s or scout.settled(keys):
+        pays = scout.pace.pays(worth_s)
+        if self._closed or not self._breaker.ready() or not (pays or scout.pace.overdue) or scout.settled(keys):
             return None
+        scout.pace.asked()
         answered: Future[None] = Future()
         self._scouts.submit(partial(self._answer, keys.copy(), deadline, answered), urgent=True)
-        return answered
+        return answered if pays else None
 
     def read(
         self, keys: Keys, first: int, rows: Rows, *, deadline: float, cancel: Event | None = None
@@ -219,7 +221,7 @@ class RemoteTier(Tier):
             "object_blocks": self.pack_blocks,
             "lookups_total": scout.lookups,
             "round_trips_total": scout.round_trips,
-            "lookup_seconds": scout.seconds,
+            "lookup_seconds": scout.pace.seconds,
             "shared_reads_total": self._fetches.shared,
             "held_back_writes_total": self._machine.share.held_back,
             "compression_ratio": self._metrics.compression.value(tier=self.name) or 1.0,

@@ -54,8 +54,15 @@ def open_store(url: str, *, ttl_s: float | None = None, capacity_bytes: int | No
     try:
         parts = urlsplit(url)
         parts.port  # noqa: B018 - says whether it is a number
-    except ValueError as error:
-        raise ConfigError(f"storage.remote.url={mask_url(url)}: {error}") from None
+        cut = ":" in parts.netloc and "@" not in parts.netloc and "@" in parts.path  # in a password, by its slash
+        sound = not cut and not parts.fragment and "\0" not in unquote(url)
+    except ValueError:  # whose text may have a part of the password
+        sound = False
+    if not sound:
+        raise ConfigError(
+            f"storage.remote.url={mask_url(url)}: no URL whose port is a number; "
+            "write / ? # @ in a password, and # in a path, as %2F %3F %23 %40"
+        )
     wanted = StoreUrl(url, parts, dict(parse_qsl(parts.query, keep_blank_values=True)), ttl_s, capacity_bytes)
     opener = _OPENERS.get(parts.scheme)
     if opener is None:

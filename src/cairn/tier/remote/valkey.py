@@ -27,8 +27,13 @@ Answer = TypeVar("Answer")
 _SLOTS: Final = 16384
 #: Idle connections kept for each server.
 _KEPT: Final = 32
-#: A server that has no room for more says so.
-_FULL: Final = ("OOM",)
+#: What errors mean by their codes: no room for more; somebody else's list or hash under our name.
+_MEANINGS: Final = {"OOM": Reason.NO_SPACE, "WRONGTYPE": Reason.FOREIGN}
+
+
+#: What stands for a host in CLUSTER SLOTS that is to be reached as the one that was asked
+#: (`cluster-preferred-endpoint-type`).
+_NAMELESS: Final = (None, b"?")
 
 
 class Login(NamedTuple):
@@ -246,7 +251,7 @@ class ValkeyStore(ObjectStore):
         if code in ("MOVED", "ASK", "CLUSTERDOWN", "READONLY"):
             self._servers.moved()
         log_once(log, f"{self._name} {code}", f"{self._name} answers {str(reply)[:200]!r}")
-        return Reason.NO_SPACE if code in _FULL else Reason.IO_ERROR
+        return _MEANINGS.get(code, Reason.IO_ERROR)
 
     def _broken(self, error: OSError) -> Reason:
         self._servers.moved()
@@ -276,12 +281,14 @@ class _Reading:
 
 
 def _range_of(entry: Reply) -> tuple[int, int, str, int]:
-    """(first slot, last slot, host, port) of an entry of CLUSTER SLOTS. Raises ProtocolError."""
+    """(first slot, last slot, host, port) of an entry of CLUSTER SLOTS; host "": that which was asked. Raises
+    ProtocolError."""
     with contextlib.suppress(TypeError, ValueError, IndexError, AttributeError):
         assert isinstance(entry, list)
         first, last, master = entry[:3]
         if isinstance(first, int) and isinstance(last, int) and isinstance(master, list):
             host, port = master[:2]
-            if isinstance(host, bytes) and isinstance(port, int) and 0 <= first <= last < _SLOTS:
-                return first, last, host.decode(), port
+            known = b"" if host in _NAMELESS else host
+            if isinstance(known, bytes) and isinstance(port, int) and 0 <= first <= last < _SLOTS:
+                return first, last, known.decode(), port
     raise ProtocolError(f"CLUSTER SLOTS: {entry!r}")

@@ -39,7 +39,10 @@ def probe_remote(config: Config) -> Remote | None:
     remote = config.storage.remote
     if remote.url is None:
         return None
-    parts = urlsplit(remote.url)
+    try:
+        parts = urlsplit(remote.url)
+    except ValueError:  # which `open_store` says in our words
+        return Remote(mask_url(remote.url), _why_unreachable(remote, remote.url), False)
     if parts.scheme == "file":  # not opened, which would make the directory, and sweep it
         place = _existing(Path(unquote(parts.path)))
         fault = "" if os.access(place, os.W_OK | os.X_OK) else "cannot be written to"
