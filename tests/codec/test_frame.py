@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cairn.codec import FrameHeader, Raw, Shard
 from cairn.codec.frame import MAGIC, VERSION, Framer, checksum_of, parse
-from cairn.codec.seal import HEADER_LIMIT, seal
+from cairn.codec.seal import HEADER_LIMIT, amend, seal
 from cairn.kv import KVGeometry
 from cairn.observe.reasons import Reason
 
@@ -44,6 +44,14 @@ def test_round_trip(size: int | None) -> None:
     assert (found.codec, found.raw_bytes, found.stored_bytes) == ("raw", len(BLOCK), len(BLOCK))
     assert found.verifies(BLOCK)
     assert size is None or len(page) == size
+
+
+@pytest.mark.parametrize("size", [None, HEADER_LIMIT])
+def test_a_checksum_that_is_filled_in_later_makes_the_same_header(size: int | None) -> None:
+    page = bytearray(framer().pack(KEY, NAMESPACE, len(BLOCK), bytes(16), size=size))
+    for checksum in (b"y" * 16, checksum_of(BLOCK)):
+        amend(page, checksum)
+        assert page == framer().pack(KEY, NAMESPACE, len(BLOCK), checksum, size=size)
 
 
 def test_every_byte_of_a_header_page_counts() -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from cairn.codec.xxh3 import SHORT
 from cairn.transport.file_parts import WINDOW, Came, Read, read_files, write_parts
-from cairn.transport.moving import PIECE, gather, scatter, sum_up, sums_of
+from cairn.transport.moving import PIECE, Scatter, gather, scatter, sum_up, sums_of
 
 #: Sizes of parts: nothing, short, and around a unit and a piece.
 SIZES = st.lists(
@@ -85,6 +85,18 @@ def test_copies_equal_slices(sizes: list[int], longer: int) -> None:
     data, parts = noise(max(0, sum(sizes) + longer)), parts_of(sizes)
     sums = sums_of(parts)
     scatter(memoryview(data), parts, sums)
+    check(parts, sums, data)
+
+
+@given(SIZES, st.integers(-3000, 3000), st.lists(st.integers(0, PIECE + 2000), max_size=20))
+@example([3 * PIECE + 5, 300], 0, [1024, 1023, 1, 2047, 3, 1022, PIECE, 1])
+def test_copies_of_what_comes_by_pieces_equal_slices(sizes: list[int], longer: int, cuts: list[int]) -> None:
+    data, parts = noise(max(0, sum(sizes) + longer)), parts_of(sizes)
+    sums, at = sums_of(parts), 0
+    target = Scatter(parts, sums)
+    for size in [*cuts, len(data)]:
+        target.take(data[at : at + size])
+        at += size
     check(parts, sums, data)
 
 

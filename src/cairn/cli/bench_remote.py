@@ -38,9 +38,10 @@ def run_remote(
 ) -> dict[str, Any]:
     """For each store: MiB/s of loads and stores by object size, the bare client's beside them, and a lookup.
 
-    A third contender loads as the bare client does and makes checksums of what came: where a store is as fast as
-    memory, that is what proving costs. CPU shares compare the time that this process computed, which other work on the
-    machine changes less than what a clock shows.
+    Some bare clients load to where they are told, as the tier does; what others give as bytes of their own is thrown
+    away. A third contender (`landing`) copies that to where it belongs, and a fourth (`summed`) also makes checksums of
+    what came: where a store is as fast as memory, that is what proving costs. CPU shares compare the time that this
+    process computed, which other work on the machine changes less than what a clock shows.
 
     Shares are medians over rounds of the ratio within a round; in each round new objects are stored and loaded by the
     tier and by the bare client, with as many threads, who comes first alternating at random. What the tier does beside
@@ -83,7 +84,7 @@ class _Bench:
         blocks = self._objects * self._pack
         self._bytes = blocks * BLOCK.block_bytes
         self._arena = Arena(blocks, BLOCK.block_bytes)
-        self._spare = Arena(blocks, BLOCK.block_bytes)  # where the bare client loads to, if one can tell it
+        self._spare = Arena(blocks, BLOCK.block_bytes)  # where the bare client loads to
         self._rows = Rows(self._arena.memory, np.arange(blocks, dtype=np.int32))
         self._numbers = np.random.default_rng()
         self._random = random.Random(0)
@@ -104,13 +105,17 @@ class _Bench:
         self._arena.memory[:] = 0
         targets = [part.data for part in self._spare.memory.reshape(self._objects, -1)]
         gets = list(zip(names, targets, strict=True))
-        self._race(
-            {
-                "load": lambda: self._load(keys),
-                "bare_load": lambda: self._bare.get(gets),
-                "summed_load": lambda: self._bare.get(gets, BLOCK.block_bytes),
-            }
-        )
+        self._spare.memory[:] = 0
+        loads = {
+            "load": lambda: self._load(keys),
+            "bare_load": lambda: self._bare.get(gets, land=False),
+            "summed_load": lambda: self._bare.get(gets, summed_bytes=BLOCK.block_bytes),
+        }
+        if not self._bare.lands:
+            loads["landing_load"] = lambda: self._bare.get(gets)
+        self._race(loads)
+        if not np.array_equal(self._spare.memory, wanted):
+            raise AssertionError("the bare client did not move what was timed")
         if not np.array_equal(self._arena.memory, wanted):
             raise AssertionError("the bench did not move what it timed")
         self._bare.delete(names)
@@ -118,8 +123,11 @@ class _Bench:
             self._tier.remove(keys[end])
 
     def result(self) -> dict[str, float]:
-        figures = {"load_share_of_summed_bare": _share(self.seconds, "load", "summed_load")}
-        figures["load_cpu_share_of_summed_bare"] = _share(self.cpu_seconds, "load", "summed_load")
+        figures = {}
+        for other in ("summed", "landing"):
+            if f"{other}_load" in self.seconds:
+                figures[f"load_share_of_{other}_bare"] = _share(self.seconds, "load", f"{other}_load")
+                figures[f"load_cpu_share_of_{other}_bare"] = _share(self.cpu_seconds, "load", f"{other}_load")
         for kind in ("load", "store"):
             mine, bare = self.seconds[kind], self.seconds[f"bare_{kind}"]
             figures[f"{kind}_share_of_bare"] = _share(self.seconds, kind, f"bare_{kind}")

@@ -9,13 +9,19 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+import numpy as np
 import xxhash
 
 from cairn.errors import InputError, StorageError
 
 
 class BareClient(ABC):
-    """Objects by name, moved by a pool of threads; a quarter of them store, as in the tier."""
+    """Objects by name, moved by a pool of threads; a quarter of them store, as in the tier.
+
+    lands: the client itself puts what it loads where it is told to; others give bytes of their own.
+    """
+
+    lands = False
 
     def __init__(self, threads: int) -> None:
         self._readers = ThreadPoolExecutor(threads)
@@ -24,13 +30,17 @@ class BareClient(ABC):
     def put(self, objects: Sequence[tuple[str, bytes]]) -> None:
         list(self._writers.map(lambda pair: self.put_one(*pair), objects))
 
-    def get(self, objects: Sequence[tuple[str, memoryview]], summed_bytes: int = 0) -> None:
-        """summed_bytes: and makes the checksum of every so many bytes of `target`, as who trusts no store has to."""
+    def get(self, objects: Sequence[tuple[str, memoryview]], *, land: bool = True, summed_bytes: int = 0) -> None:
+        """Loads each object into its target. land: False throws away what the client gives as bytes of its own.
+        summed_bytes: and makes the checksum of every so many bytes, as who trusts no store has to."""
 
         def one(pair: tuple[str, memoryview]) -> None:
-            self.get_one(*pair)
-            for start in range(0, len(pair[1]), summed_bytes) if summed_bytes else ():
-                xxhash.xxh3_128_digest(pair[1][start : start + summed_bytes])
+            name, target = pair
+            data = self.get_one(name, target)
+            if data is not None and land:
+                np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(data, np.uint8))  # without the GIL
+            for start in range(0, len(target), summed_bytes) if summed_bytes else ():
+                xxhash.xxh3_128_digest(target[start : start + summed_bytes])
 
         list(self._readers.map(one, objects))
 
@@ -43,8 +53,8 @@ class BareClient(ABC):
         """Stores an object."""
 
     @abstractmethod
-    def get_one(self, name: str, target: memoryview) -> None:
-        """Loads an object as long as `target`: there, or where the client puts it by itself. Fails if there is none."""
+    def get_one(self, name: str, target: memoryview) -> Any:
+        """Loads an object as long as `target`, there, or else returns its bytes. Fails if there is none."""
 
     @abstractmethod
     def delete(self, names: Sequence[str]) -> None:
@@ -52,6 +62,8 @@ class BareClient(ABC):
 
 
 class _Files(BareClient):
+    lands = True
+
     def __init__(self, threads: int, root: Path) -> None:
         super().__init__(threads)
         self._root = root
@@ -61,10 +73,11 @@ class _Files(BareClient):
         path.write_bytes(data)
         path.rename(self._root / name)
 
-    def get_one(self, name: str, target: memoryview) -> None:
+    def get_one(self, name: str, target: memoryview) -> Any:
         with (self._root / name).open("rb", buffering=0) as file:
             if file.readinto(target) != len(target):
                 raise AssertionError(name)
+        return None
 
     def delete(self, names: Sequence[str]) -> None:
         for name in names:
@@ -82,9 +95,8 @@ class _Valkey(BareClient):
     def put_one(self, name: str, data: bytes) -> None:
         self._client.set(name, data)
 
-    def get_one(self, name: str, target: memoryview) -> None:
-        if len(self._client.get(name)) != len(target):
-            raise AssertionError(name)
+    def get_one(self, name: str, target: memoryview) -> Any:
+        return _whole(self._client.get(name), name, target)
 
     def delete(self, names: Sequence[str]) -> None:
         self._client.delete(*names)
@@ -111,11 +123,10 @@ class _Obstore(BareClient):
 
         obstore.put(self._store, name, data, use_multipart=False)
 
-    def get_one(self, name: str, target: memoryview) -> None:
+    def get_one(self, name: str, target: memoryview) -> Any:
         import obstore
 
-        if len(obstore.get(self._store, name).bytes()) != len(target):
-            raise AssertionError(name)
+        return _whole(obstore.get(self._store, name).bytes(), name, target)
 
     def delete(self, names: Sequence[str]) -> None:
         import obstore
@@ -142,9 +153,8 @@ class _Mooncake(BareClient):
         if self._client.put(name, data) != 0:
             raise AssertionError(name)
 
-    def get_one(self, name: str, target: memoryview) -> None:
-        if len(self._client.get(name)) != len(target):
-            raise AssertionError(name)
+    def get_one(self, name: str, target: memoryview) -> Any:
+        return _whole(self._client.get(name), name, target)
 
     def delete(self, names: Sequence[str]) -> None:
         self._client.batch_remove(list(names), True)
@@ -152,6 +162,12 @@ class _Mooncake(BareClient):
     def close(self) -> None:
         super().close()
         self._client.close()
+
+
+def _whole(data: Any, name: str, target: memoryview) -> Any:
+    if len(data) != len(target):
+        raise AssertionError(name)
+    return data
 
 
 @contextlib.contextmanager

@@ -40,6 +40,15 @@ def seal(magic: bytes, version: int, body: bytes, size: int | None = None) -> by
     return fields + _checksum(fields, rest) + rest
 
 
+def amend(header: bytearray, end: bytes) -> None:
+    """Puts `end` at the end of the body of a header that `seal` has made, in place of as many bytes."""
+    *_, size, length, _, _ = _PREAMBLE.unpack_from(header)
+    stop = _PREAMBLE.size + length
+    header[stop - len(end) : stop] = end
+    with memoryview(header) as view:
+        header[_FIELDS.size : _PREAMBLE.size] = _checksum(view[: _FIELDS.size], view[_PREAMBLE.size : size])
+
+
 def unseal(magic: bytes, version: int, data: memoryview) -> bytes | Reason:
     """The body of the header that starts `data`; CORRUPT if not whole, FOREIGN if whole but of another version."""
     if len(data) < _PREAMBLE.size:

@@ -44,17 +44,32 @@ def sums_of(parts: Sequence[memoryview]) -> Octets:
     return np.zeros((len(parts), CHECKSUM_BYTES), np.uint8)
 
 
-def scatter(data: memoryview, parts: Sequence[memoryview], sums: Octets | None = None) -> None:
-    """Copies data into parts (writable), one after the other, as far as both go.
+class Scatter:
+    """Copies what comes, by any pieces, into parts (writable), one after the other, as far as both go.
 
-    sums: of `sums_of`; gets the xxh3-128 of each part that was filled and is not `SHORT`.
+    sums: of `sums_of`; gets the xxh3-128 of each part that was filled and is not `SHORT`. The parts must outlive it.
     """
-    _copy(True, _address(data), len(data), extents_of(parts), NOTHING if sums is None else sums)
+
+    def __init__(self, parts: Sequence[memoryview], sums: Octets | None = None) -> None:
+        self._extents = extents_of(parts)
+        self._sums = NOTHING if sums is None else sums
+        self._state = np.empty(8, np.uint64)
+        self._place = np.zeros(2, np.int64)
+
+    def take(self, data: memoryview | bytes) -> None:
+        """Copies the bytes that come next."""
+        view = memoryview(data)
+        _scatter(_address(view), len(view), self._extents, self._sums, self._state, self._place)
+
+
+def scatter(data: memoryview, parts: Sequence[memoryview], sums: Octets | None = None) -> None:
+    """As `Scatter`, of bytes that have all come."""
+    Scatter(parts, sums).take(data)
 
 
 def gather(parts: Sequence[memoryview], data: memoryview, sums: Octets | None = None) -> None:
     """Copies parts into data (writable), one after the other, as far as both go; `sums` as in `scatter`."""
-    _copy(False, _address(data), len(data), extents_of(parts), NOTHING if sums is None else sums)
+    _gather(_address(data), len(data), extents_of(parts), NOTHING if sums is None else sums)
 
 
 def sum_up(parts: Sequence[memoryview], sums: Octets) -> None:
@@ -68,6 +83,7 @@ def rehearse() -> None:
     """Compiles what the first call would otherwise wait for, up to seconds; milliseconds once that was done."""
     parts = [memoryview(bytearray(SHORT + 1))]
     scatter(memoryview(bytes(SHORT + 1)), parts, sums_of(parts))
+    gather(parts, memoryview(bytearray(SHORT + 1)), sums_of(parts))
     sum_up(parts, sums_of(parts))
 
 
@@ -91,17 +107,45 @@ def _sum_up(extents: Extents, sums: Octets) -> None:
 
 
 @kernel
-def _copy(scattering: bool, data: int, count: int, extents: Extents, sums: Octets) -> None:
-    """Copies between the parts and the `count` bytes at an address."""
+def _scatter(data: int, count: int, extents: Extents, sums: Octets, state: Words, place: Extents) -> None:
+    """Copies the `count` bytes at an address; state, place: of the part that is next, its number and how much of it is
+    there already. A unit that comes in two pieces is summed where it then stands."""
+    i, at = place
+    while i < len(extents) and count > 0:
+        address, size = extents[i]
+        summed = i < len(sums) and size > SHORT
+        whole = units(size) if summed else 0
+        if at == 0:
+            begin(state)
+        want = min(size - at, PIECE - at % PIECE, count)
+        begun = min(want, -at % UNIT)
+        move_bytes(address + at, data, begun)
+        if begun and (at + begun) % UNIT == 0 and at + begun <= whole:
+            absorb(state, address + at + begun - UNIT, UNIT)
+        deliver(state, data + begun, address + at + begun, want - begun, whole - at - begun, 0)
+        data += want
+        count -= want
+        at += want
+        if at == size:
+            if summed:
+                finish(state, address, size, sums[i])
+            i += 1
+            at = 0
+    place[0], place[1] = i, at
+    fence()
+
+
+@kernel
+def _gather(data: int, count: int, extents: Extents, sums: Octets) -> None:
+    """Copies the parts to an address, up to `count` bytes."""
     state = np.empty(8, np.uint64)
     for i in range(len(extents)):
         address, size = extents[i, 0], min(extents[i, 1], count)
         summed = size > SHORT and size == extents[i, 1] and i < len(sums)
         begin(state)
-        source, target = (data, address) if scattering else (address, data)
         for at in range(0, size, PIECE):
             want = min(PIECE, size - at)
-            deliver(state, source + at, target + at, want, min(at + want, units(size)) - at if summed else 0, 0)
+            deliver(state, address + at, data + at, want, min(at + want, units(size)) - at if summed else 0, 0)
         if summed:
             finish(state, address, size, sums[i])
         data += size

@@ -1,15 +1,21 @@
 """What an S3 server's answers mean, from one that answers everything alike."""
 
+import contextlib
 import http.server
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+import numpy as np
 import pytest
+import xxhash
 
 from cairn.observe.reasons import Reason
 from cairn.tier.remote import open_store
 from cairn.tier.remote.base import Get
+from cairn.tier.remote.s3 import LANES
+from cairn.transport.moving import sums_of
+from tests.tier.remote.servers import until
 from tests.tier.rig import soon
 
 
@@ -35,6 +41,68 @@ def answering(status: int, size: int = 0) -> Iterator[str]:
         finally:
             server.shutdown()
             thread.join()
+
+
+@contextmanager
+def holding(content: bytes, hang: threading.Event) -> Iterator[str]:
+    """All objects have the content; those whose names end with `late` send the second half of it after `hang`."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("content-length", str(len(content)))
+            self.send_header("last-modified", "Wed, 21 Oct 2015 07:28:00 GMT")
+            self.end_headers()
+            half = len(content) // 2
+            self.wfile.write(content[:half])
+            if self.path.endswith("late"):
+                hang.wait(20)
+            with contextlib.suppress(OSError):  # nobody may be there any more
+                self.wfile.write(content[half:])
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"s3://key:secret@bucket/cairn?endpoint=http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_one_object_that_hangs_takes_nothing_from_those_before_it() -> None:
+    """All of a call are loaded in one lane; what has come counts, and what comes late touches nothing."""
+    content, hang = bytes(range(1, 251)) * 4000, threading.Event()
+    targets = [np.zeros(len(content), np.uint8) for _ in range(3)]
+    with holding(content, hang) as url:
+        store = open_store(url)
+        gets = [
+            Get(name, 0, [target.data], whole=True, sums=sums_of([target.data]))
+            for name, target in zip((b"first", b"late", b"last"), targets, strict=True)
+        ]
+        assert store.get_into(gets, deadline=soon(1)) == [len(content), Reason.TIMEOUT, Reason.TIMEOUT]
+        assert bytes(targets[0]) == content
+        assert gets[0].sums is not None
+        assert gets[0].sums[0].tobytes() == xxhash.xxh3_128_digest(content)
+        before = [bytes(target) for target in targets[1:]]
+        hang.set()
+        until(lambda: store.stats()["free_lanes"] == LANES, "the lane is free again")
+        assert [bytes(target) for target in targets[1:]] == before
+        assert not any(targets[2])
+        assert store.stats()["abandoned_calls_total"] == 1
+        store.close()
+
+
+def test_an_object_that_is_longer_than_asked_for_fills_what_there_is_and_is_told() -> None:
+    content = bytes(range(1, 251)) * 4000
+    with holding(content, threading.Event()) as url:
+        store = open_store(url)
+        row = np.zeros(1000, np.uint8)
+        (answer,) = store.get_into([Get(b"long", 0, [row[:500].data], whole=True)], deadline=soon(20))
+        assert isinstance(answer, int)
+        assert answer > 500
+        assert bytes(row) == content[:500] + bytes(500)
+        store.close()
 
 
 @pytest.mark.parametrize(("status", "answer"), [(500, Reason.IO_ERROR), (403, Reason.IO_ERROR), (416, 0)])

@@ -20,7 +20,7 @@ def test_10_000_flips_of_an_object_are_misses() -> None:
     packing, keys = Packing(Framer(Raw(GEOMETRY)), PACK), fresh(2)
     rows = [content(key).copy() for key in keys]
     key, used = keys[1].tobytes(), TAIL_BYTES
-    tail = bytearray(packing.tail(key, namespace(), rows, sums_of(rows)))
+    tail = bytearray(packing.tail(key, namespace(), rows)(sums_of(rows)))
 
     def proved() -> list[Reason | None]:
         expected = packing.prove_tail(memoryview(tail), key, 2)

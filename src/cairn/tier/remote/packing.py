@@ -14,14 +14,15 @@ as they go by, and a file system finds them aligned; the last blocks, or all, ca
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Final, NamedTuple
 
 import msgspec
 
 from cairn.codec.base import Octets
 from cairn.codec.frame import FrameHeader, Framer, checksum_of
-from cairn.codec.seal import HEADER_LIMIT
+from cairn.codec.seal import HEADER_LIMIT, amend
 from cairn.codec.xxh3 import CHECKSUM_BYTES
 from cairn.observe.reasons import Reason
 
@@ -66,14 +67,15 @@ class Packing:
             yield Span(start, end)
             start = end
 
-    def tail(self, key: bytes, namespace: bytes, blocks: Sequence[Octets], sums: Octets) -> memoryview:
-        """The tail of an object of these blocks, as the codec has made them, the last of which is `key`.
+    def tail(self, key: bytes, namespace: bytes, blocks: Sequence[Octets]) -> Callable[[Octets], memoryview]:
+        """Makes the tail of an object of these blocks, as the codec has made them, the last of which is `key`.
 
-        sums: of the blocks, uint8 [blocks, 16], where zeros stand for those that are still to be made.
+        It is all there but for the checksums: once the blocks' bytes have taken the cache, making it costs four times
+        as much. What is returned puts those in: uint8 [blocks, 16], where zeros stand for what is still to be summed.
         """
-        size = sum(len(block) for block in blocks)
-        page = self.framer.pack(key, namespace, size, _completed(sums, blocks), size=TAIL_BYTES, blocks=len(blocks))
-        return memoryview(page)
+        size, unmade = sum(len(block) for block in blocks), bytes(CHECKSUM_BYTES * len(blocks))
+        page = self.framer.pack(key, namespace, size, unmade, size=TAIL_BYTES, blocks=len(blocks))
+        return partial(_finished, bytearray(page), blocks)
 
     def prove_tail(self, tail: memoryview, key: bytes, count: int) -> bytes | Reason:
         """The blocks' checksums, one after the other, if `tail` ends the object of `count` blocks up to `key`."""
@@ -106,6 +108,12 @@ def blocks_of(object_bytes: int, block_bytes: int) -> int:
     """How many blocks make an object of about `object_bytes`: a power of two, so that processes easily agree."""
     count = max(1, min(BLOCKS_LIMIT, object_bytes // block_bytes))
     return 1 << (count.bit_length() - 1)
+
+
+def _finished(page: bytearray, blocks: Sequence[Octets], sums: Octets) -> memoryview:
+    # The checksums are the last field of a header (`FrameHeader`).
+    amend(page, _completed(sums, blocks))
+    return memoryview(page)
 
 
 def _completed(sums: Octets, blocks: Sequence[Octets]) -> bytes:

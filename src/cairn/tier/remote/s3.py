@@ -21,8 +21,8 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from cairn.observe.log import log_once
 from cairn.observe.reasons import Reason
 from cairn.tier.remote.base import Get, ObjectStore, Put
-from cairn.transport.lanes import Call, Lane, Lanes
-from cairn.transport.moving import scatter
+from cairn.transport.lanes import Call, Lanes
+from cairn.transport.moving import Scatter
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,9 @@ Answer = TypeVar("Answer")
 _MULTIPART_BYTES: Final = 64 << 20
 _FULL: Final = ("InsufficientStorage", "QuotaExceeded", "StorageFull", "No space left")
 #: Loads at a time, and so the threads that a hanging store can keep.
-_LANES: Final = 12
+LANES: Final = 12
+#: Objects come by pieces of so many bytes at least, if they have them: less costs more calls than it saves.
+_PIECE: Final = 64 << 10
 #: Not the bare number: an error tells its URL and how long it took, and a key is hexadecimal.
 _PAST_THE_END: Final = ("InvalidRange", "416 Range Not Satisfiable")
 
@@ -49,7 +51,7 @@ class ObstoreStore(ObjectStore):
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="cairn-s3", daemon=True)
         self._thread.start()
-        self._lanes = Lanes(_LANES, "cairn-s3-load")
+        self._lanes = Lanes(LANES, "cairn-s3-load")
 
     def exists(self, names: Sequence[bytes], *, deadline: float) -> list[bool] | Reason:
         async def one(name: bytes) -> bool:
@@ -68,7 +70,9 @@ class ObstoreStore(ObjectStore):
         return [self._put(put, deadline) for put in puts]
 
     def get_into(self, gets: Sequence[Get], *, deadline: float) -> list[int | Reason]:
-        return [self._lanes.run(partial(self._load, get), deadline) for get in gets]
+        found: list[int | Reason] = []
+        refusal = self._lanes.run(lambda _, call: self._load_each(gets, found, call), deadline)
+        return found + [refusal or Reason.IO_ERROR] * (len(gets) - len(found))
 
     def delete(self, names: Sequence[bytes], *, deadline: float) -> Reason | None:
         async def every() -> None:
@@ -114,22 +118,30 @@ class ObstoreStore(ObjectStore):
 
         return self._wait(one(), deadline)
 
-    def _load(self, get: Get, _: Lane, call: Call) -> int | Reason:
-        name, stop = get.name.decode(), get.offset + get.size
+    def _load_each(self, gets: Sequence[Get], found: list[int | Reason], call: Call) -> Reason | None:
+        """Loads one after the other, and notes what became of each while the caller waits."""
+        for get in gets:
+            answer = self._load(get, call)
+            if not call.with_caller(partial(found.append, answer)):
+                return Reason.TIMEOUT
+        return None
+
+    def _load(self, get: Get, call: Call) -> int | Reason:
+        came, size, target = 0, get.size, Scatter(get.parts, get.sums)
+        options: Any = None if get.whole else {"range": (get.offset, get.offset + size)}
         try:
-            if get.whole:
-                found = obstore.get(self._store, name)
-                size = found.meta["size"]
-                if size > get.size:  # none of ours, and it may be of any size: not read
-                    return size
-                data = memoryview(found.bytes())
-            else:
-                data = memoryview(obstore.get_range(self._store, name, start=get.offset, end=stop))
+            # By the pieces that come: put together they would be copied once more, and out of memory.
+            for data in obstore.get(self._store, get.name.decode(), options=options).stream(_PIECE):
+                if not call.with_caller(partial(target.take, data)):
+                    return Reason.TIMEOUT
+                came += len(data)
+                if came > size:
+                    break
         except FileNotFoundError:
             return Reason.ABSENT
         except (BaseError, OSError) as error:
             return 0 if any(word in str(error) for word in _PAST_THE_END) else self._reason(error)
-        return len(data) if call.with_caller(lambda: scatter(data, get.parts, get.sums)) else Reason.TIMEOUT
+        return came
 
     def _reason(self, error: Exception) -> Reason:
         text = str(error)

@@ -4,7 +4,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from threading import Event
 
 from cairn.kv import Keys
@@ -125,11 +124,12 @@ class WriteBatch(SteppedBatch):
         machine.judge(next((reason for reason in reasons if reason is not None), None), deadline, begun)
         if machine.streams and not any(reasons):
             machine.streams.stored(size, time.monotonic() - begun)
-        for span, put, reason in zip(spans, puts, reasons, strict=True):
-            if reason is None:
-                machine.write_breaker.success()
-                machine.known.note([self.keys[span.stop - 1].tobytes()], True)
-                machine.tally.add(written_blocks=span.stop - span.start, written_bytes=put.size)
+        stored = [(span, put) for span, put, reason in zip(spans, puts, reasons, strict=True) if reason is None]
+        if stored:
+            machine.write_breaker.success()
+            machine.known.note([self.keys[span.stop - 1].tobytes() for span, _ in stored], True)
+            blocks = sum(span.stop - span.start for span, _ in stored)
+            machine.tally.add(written_blocks=blocks, written_bytes=sum(put.size for _, put in stored))
         if Reason.NO_SPACE in reasons:
             machine.write_breaker.failure()
         return reasons
@@ -143,5 +143,5 @@ class WriteBatch(SteppedBatch):
             rows = Rows(self.rows.memory, ids)
             return Put(packing.name(key), machine.streams.encode(keys, self._namespace, rows, begins=span.start == 0))
         blocks = [packing.framer.codec.encode(self.rows.memory[i, : packing.block_bytes]) for i in ids]
-        tail = partial(packing.tail, key, self._namespace, blocks)
+        tail = packing.tail(key, self._namespace, blocks)
         return Put(packing.name(key), [block.data for block in blocks], tail, TAIL_BYTES)
