@@ -309,6 +309,33 @@ def test_a_writer_of_the_session_before_is_waited_for(engines: Callable[..., Cac
     assert retrieved(engine, prompt(2, 40)) == 40
 
 
+def test_a_flush_does_not_wait_for_what_is_stored_meanwhile(engines: Callable[..., CacheEngine]) -> None:
+    engine = engines(24)
+    behind = engine._store._behind  # type: ignore[attr-defined]
+    real, begun, leave = behind._move, threading.Semaphore(0), threading.Semaphore(0)
+
+    def slow(offer: Any) -> None:
+        begun.release()
+        assert leave.acquire(timeout=TIMEOUT_S)
+        real(offer)
+
+    behind._move = slow
+    assert stored(engine, prompt(1, 16)) == 16
+    assert begun.acquire(timeout=TIMEOUT_S)
+    assert stored(engine, prompt(2, 16)) == 16
+    latest = behind._turns.latest
+    assert stored(engine, prompt(3, 16)) == 16
+    assert not behind.drain(0.0)
+    leave.release(2)
+    assert begun.acquire(timeout=TIMEOUT_S)
+    assert begun.acquire(timeout=TIMEOUT_S), "the third is under way"
+    assert behind._turns.over(latest)
+    assert not behind._turns.over(behind._turns.latest)
+    leave.release()
+    assert behind.drain(TIMEOUT_S)
+    assert retrieved(engine, prompt(2, 16)) == 16
+
+
 def test_mappings_go_with_the_nodes_word(engines: Callable[..., CacheEngine], owner: Owner) -> None:
     reader = engines()
     gc.collect()
