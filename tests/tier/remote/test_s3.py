@@ -119,5 +119,7 @@ def test_an_object_larger_than_any_of_ours_is_not_read() -> None:
     with answering(200, 1 << 40) as url:
         store = open_store(url)
         get = Get(b"cairn/one", 0, [memoryview(bytearray(4))], whole=True)
-        assert store.get_into([get], deadline=soon(5)) == [1 << 40]
+        [found] = store.get_into([get], deadline=soon(5))
+        assert isinstance(found, int)
+        assert 4 < found < 1 << 20, "the pieces that told"
         store.close()
