@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from cairn.copy import Copier, DeviceRows
+from cairn.engine.turns import Turns
 from cairn.errors import StorageError
 from cairn.kv import Keys, KVGeometry
 from cairn.observe.log import log_once
@@ -29,8 +30,11 @@ _WAITING = 256
 
 
 class _Offer(NamedTuple):
+    """turn: of the first offer whose place it has taken."""
+
     keys: Keys
     namespace: bytes
+    turn: int
 
 
 class VramBehind:
@@ -47,7 +51,8 @@ class VramBehind:
         self._device = device
         self._metrics = metrics
         self._waiting: OrderedDict[bytes, _Offer] = OrderedDict()
-        self._busy = self._stopped = False
+        self._turns = Turns()
+        self._stopped = False
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
@@ -60,22 +65,29 @@ class VramBehind:
                 self._skipped(len(keys), Reason.BACKPRESSURE)
                 return
             before = keys[-2].tobytes() if len(keys) > 1 else b""
-            self._waiting.pop(before, None)
-            self._waiting[keys[-1].tobytes()] = _Offer(keys, namespace)
+            shorter, tip = self._waiting.pop(before, None), keys[-1].tobytes()
+            replaced = [one for one in (shorter, self._waiting.get(tip)) if one]
+            turn = self._turns.begin(min((one.turn for one in replaced), default=None))
+            for one in replaced:
+                self._turns.end(one.turn)
+            self._waiting[tip] = _Offer(keys, namespace, turn)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="cairn-vram-behind", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
 
     def drain(self, timeout: float) -> bool:
-        """Waits until all that was offered is in DRAM, or was skipped; False if it was not in time."""
+        """Waits until what was offered before is in DRAM, or was skipped; False if it was not in time."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._waiting and not self._busy, timeout)
+            latest = self._turns.latest
+            return self._changed.wait_for(lambda: self._turns.over(latest), timeout)
 
     def stop(self) -> None:
         """Ends the thread after the piece that it is at. Idempotent."""
         with self._changed:
             self._stopped = True
+            for offer in self._waiting.values():
+                self._turns.end(offer.turn)
             self._waiting.clear()
             self._changed.notify_all()
         if self._thread:
@@ -84,18 +96,18 @@ class VramBehind:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._busy = False
-                self._changed.notify_all()
                 self._changed.wait_for(lambda: self._waiting or self._stopped)
                 if self._stopped:
                     return
                 _, offer = self._waiting.popitem(last=False)
-                self._busy = True
             try:
                 self._move(offer)
             except Exception as error:  # noqa: BLE001 - a bug costs one copy and not all to come: counted, logged
                 self._skipped(len(offer.keys), Reason.INTERNAL)
                 log_once(log, f"behind {type(error).__name__}", f"a copy from VRAM to DRAM failed: {error!r}")
+            with self._changed:
+                self._turns.end(offer.turn)
+                self._changed.notify_all()
 
     def _move(self, offer: _Offer) -> None:
         writing = self._store.write_dram(offer.keys, namespace=offer.namespace)
