@@ -173,6 +173,21 @@ def test_who_stops_is_not_waited_for(waits: bool) -> None:
     assert rig.behind.drain(0.0)
 
 
+def test_who_stops_does_not_say_that_all_was_written() -> None:
+    rig = Rig(limit=1)
+    for path in ((0,), (1,)):
+        rig.store(path)
+    done: list[bool] = []
+    thread = threading.Thread(target=lambda: done.append(rig.behind.drain(30)))
+    thread.start()
+    while not rig.behind._draining:
+        pass
+    rig.behind.stop()
+    rig.lower.finish(0)
+    thread.join(30)
+    assert done == [False]
+
+
 def test_what_is_skipped_is_not_waited_for() -> None:
     rig = Rig(limit=1, worth=lambda *_: False)
     rig.store((0,))

@@ -75,7 +75,7 @@ class WriteBehind:
         self._linger_s = linger_s
         self._lazy = lazy
         self._worth = worth
-        self._draining = 0
+        self._draining = self._given_up = 0
         self._block_tokens = block_tokens
         self._metrics = metrics
         self._waiting: OrderedDict[bytes, _Waiting] = OrderedDict()
@@ -96,14 +96,15 @@ class WriteBehind:
         self._offer(keys, namespace)
 
     def drain(self, timeout: float) -> bool:
-        """Waits until what was offered before is written, or skipped; False if the timeout came first."""
+        """Waits until what was offered before is written, or skipped; False if the timeout came first, or `stop`."""
         with self._changed:
             self._draining += 1
-            latest = self._turns.latest
+            latest, given_up = self._turns.latest, self._given_up
         try:
             self.pump()
             with self._changed:
-                return self._changed.wait_for(lambda: self._turns.over(latest), timeout)
+                over = self._changed.wait_for(lambda: self._turns.over(latest), timeout)
+                return over and self._given_up == given_up
         finally:
             with self._changed:
                 self._draining -= 1
@@ -112,6 +113,7 @@ class WriteBehind:
         """What has not started is given up."""
         self._cancel.set()
         with self._changed:
+            self._given_up += len(self._waiting)
             for chain in self._waiting.values():
                 self._turns.end(chain.turn)
             self._waiting.clear()
