@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import threading
 from typing import Any
 
 import numpy as np
@@ -203,6 +204,32 @@ def test_calls_under_way_keep_their_tables(device: FakeCuda) -> None:
         first = stop
     for copy in reversed(enqueued):
         copy.synchronize()
+    assert (memory == expected).all()
+    copier.close()
+
+
+def test_a_cache_may_be_registered_while_others_are_copied(device: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tables of both are sent through the same memory."""
+    tensors, slots, memory, rows = case(4)
+    expected = memory.copy()
+    CpuCopier(G).gather(PagedKV.from_tensors(tensors, "nhd", G), slots, expected, rows)
+    copier = cuda.CudaCopier(G, path="staged")
+    kv = on_device(tensors)
+    copier.prepare(kv)
+    copier.register(memory)
+    triton_kernel = importlib.import_module("cairn.copy.triton_kernel")
+    fetch, preparing = triton_kernel.fetch, threading.Thread(target=copier.prepare, args=(on_device(case(5)[0]),))
+
+    def prepared(*arguments: Any) -> None:
+        if preparing.ident is None:
+            preparing.start()
+            preparing.join(0.5)
+        fetch(*arguments)
+
+    monkeypatch.setattr(triton_kernel, "fetch", prepared)
+    copier.gather_async(kv, slots, memory, rows).synchronize()
+    preparing.join(30)
+    assert not preparing.is_alive()
     assert (memory == expected).all()
     copier.close()
 

@@ -142,6 +142,25 @@ def test_a_drain_does_not_wait_for_what_comes_after() -> None:
     assert len(rig.lower.pending) == 1
 
 
+def test_chains_that_a_tier_has_no_room_for_do_not_take_turns_for_ever() -> None:
+    """Each piece of one chain takes the place of the end of the other, which would then be written again."""
+    rig = Rig(limit=1)
+    chains = [rig.store((i,) * 6) for i in range(2)]
+    written = 0
+    while rig.lower.pending and written < 100:
+        keys, _ = rig.lower.pending[0]
+        [other] = (chain for chain in chains if not (chain == keys[0]).all(axis=1).any())
+        if len(rig.lower.written) == 6:
+            rig.lower.written.remove(other[rig.lower.match(other) - 1].tobytes())
+        rig.lower.finish(0)
+        written += 1
+    assert written < 30
+    assert rig.behind.drain(0.0)
+    assert not rig.behind._turns._pieces
+    assert sum(rig.lower.match(keys) for keys in chains) == 6
+    assert rig.metrics.skipped_tokens.value(tier="slow", reason="evicted") > 0
+
+
 @pytest.mark.parametrize("waits", [False, True])
 def test_who_stops_is_not_waited_for(waits: bool) -> None:
     rig = Rig(limit=1)
@@ -152,6 +171,21 @@ def test_who_stops_is_not_waited_for(waits: bool) -> None:
     assert not rig.behind.drain(0.0), "one is being written"
     rig.lower.finish(0)
     assert rig.behind.drain(0.0)
+
+
+def test_who_stops_does_not_say_that_all_was_written() -> None:
+    rig = Rig(limit=1)
+    for path in ((0,), (1,)):
+        rig.store(path)
+    done: list[bool] = []
+    thread = threading.Thread(target=lambda: done.append(rig.behind.drain(30)))
+    thread.start()
+    while not rig.behind._draining:
+        pass
+    rig.behind.stop()
+    rig.lower.finish(0)
+    thread.join(30)
+    assert done == [False]
 
 
 def test_what_is_skipped_is_not_waited_for() -> None:

@@ -1,5 +1,6 @@
 """A segment's life: believed while nobody has ended it and its owner lives, however that ends."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -17,6 +18,17 @@ life = Life(Path({path!r}), 5, {token!r}, 1)
 life.hold()
 print("held", flush=True)
 sys.stdin.read()
+"""
+_BESIDE = """
+import sys
+from pathlib import Path
+from cairn.node.life import Life, process_token
+held = [Life(Path({path!r}), 5, process_token(), 1) for _ in range(2)]
+held[0].hold()
+while held:
+    held.pop().close()
+    print("closed", flush=True)
+    sys.stdin.readline()
 """
 TOKEN = b"somebody else's."
 
@@ -57,6 +69,32 @@ def test_who_ends_it_is_believed(page: Life) -> None:
     assert not reader.sound()
     assert not page.path.exists()
     process.communicate()
+
+
+def test_who_reads_in_the_owners_process_does_not_end_it(page: Life) -> None:
+    """Another engine there; the kernel drops a process's record locks with any descriptor of the file."""
+    code = _BESIDE.format(path=str(page.path))
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True)
+    assert process.stdin
+    assert process.stdout
+    assert process.stdout.readline() == "closed\n"
+    assert page.sound(), "who has closed it does not own it"
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "closed\n"
+    assert not page.sound()
+    process.communicate()
+
+
+def test_a_page_that_cannot_be_had_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="no room"):
+        Life(tmp_path / "life", 1, TOKEN, 1, make=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_process_of_its_own(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 owner dies, is taken for dead, comes back, or overwrites it.
 """
 
+import errno
 import gc
 import os
 import signal
@@ -309,33 +310,6 @@ def test_a_writer_of_the_session_before_is_waited_for(engines: Callable[..., Cac
     assert retrieved(engine, prompt(2, 40)) == 40
 
 
-def test_a_flush_does_not_wait_for_what_is_stored_meanwhile(engines: Callable[..., CacheEngine]) -> None:
-    engine = engines(24)
-    behind = engine._store._behind  # type: ignore[attr-defined]
-    real, begun, leave = behind._move, threading.Semaphore(0), threading.Semaphore(0)
-
-    def slow(offer: Any) -> None:
-        begun.release()
-        assert leave.acquire(timeout=TIMEOUT_S)
-        real(offer)
-
-    behind._move = slow
-    assert stored(engine, prompt(1, 16)) == 16
-    assert begun.acquire(timeout=TIMEOUT_S)
-    assert stored(engine, prompt(2, 16)) == 16
-    latest = behind._turns.latest
-    assert stored(engine, prompt(3, 16)) == 16
-    assert not behind.drain(0.0)
-    leave.release(2)
-    assert begun.acquire(timeout=TIMEOUT_S)
-    assert begun.acquire(timeout=TIMEOUT_S), "the third is under way"
-    assert behind._turns.over(latest)
-    assert not behind._turns.over(behind._turns.latest)
-    leave.release()
-    assert behind.drain(TIMEOUT_S)
-    assert retrieved(engine, prompt(2, 16)) == 16
-
-
 def test_mappings_go_with_the_nodes_word(engines: Callable[..., CacheEngine], owner: Owner) -> None:
     reader = engines()
     gc.collect()
@@ -399,6 +373,62 @@ def test_an_arena_that_is_still_being_pinned_does_not_keep_who_closes(
     closing.join(30)
     assert not late
     assert given_back.wait(30)
+
+
+def test_where_a_donation_cannot_be_taken_dram_is_used(
+    engines: Callable[..., CacheEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container whose /dev/shm the arena has filled."""
+    allocate = os.posix_fallocate
+
+    def full(descriptor: int, *span: int) -> None:
+        if ".life-" in os.readlink(f"/proc/self/fd/{descriptor}"):  # noqa: PTH115
+            raise OSError(errno.ENOSPC, "no room")
+        allocate(descriptor, *span)
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    engine = engines()
+    asked = asked_by(engine)
+    for seed in (1, 2):
+        assert stored(engine, prompt(seed, 40)) == 40
+        assert engine.flush(10)
+        assert retrieved(engine, prompt(seed, 40)) == 40
+    assert hits(engine, "dram") == 80
+    assert engine._store._client.losses == 0, "the session stands"  # type: ignore[attr-defined]
+    assert asked.count("Donate") == 1, "a session asks once"
+    assert not {segment for segment in segments() if ".life-" in segment}
+
+
+def test_a_flush_waits_for_what_was_stored_before_it(
+    engines: Callable[..., CacheEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And for nothing that comes meanwhile."""
+    engine = engines()
+    behind, may_move = engine._store._behind, threading.Semaphore(0)  # type: ignore[attr-defined]
+    move = behind._move
+
+    def slowly(offer: Any) -> None:
+        assert may_move.acquire(timeout=TIMEOUT_S)
+        move(offer)
+
+    monkeypatch.setattr(behind, "_move", slowly)
+    done: list[bool] = []
+    flushing = threading.Thread(target=lambda: done.append(behind.drain(TIMEOUT_S)))
+    for seed in (1, 2):
+        stored(engine, prompt(seed, 16))
+    flushing.start()
+    time.sleep(0.1)
+    stored(engine, prompt(3, 16))
+    may_move.release()
+    flushing.join(0.2)
+    assert flushing.is_alive(), "the second was stored before it"
+    may_move.release()
+    flushing.join(TIMEOUT_S / 2)
+    assert done == [True]
+    assert len(behind._turns._pieces) == 1
+    may_move.release()
+    assert behind.drain(TIMEOUT_S)
+    assert not behind._turns._pieces
 
 
 def test_what_a_node_that_went_has_not_taken_is_counted(engines: Callable[..., CacheEngine]) -> None:
@@ -583,6 +613,34 @@ def test_an_owner_waits_for_who_reads_without_a_pin(engines: Callable[..., Cache
     assert misses(reader, "owner_gone") == 40
     closing.join(TIMEOUT_S)
     assert not closing.is_alive()
+
+
+def test_an_owner_waits_for_them_without_a_node(tmp_path: Path) -> None:
+    node = ProcessNode(address_in(tmp_path), **{"storage.cpu.size": DRAM * SLOT})
+    with vram_engine(address_in(tmp_path), 10) as owner, vram_engine(address_in(tmp_path), 10) as reader:
+        assert stored(owner, prompt(1, 40)) == 40
+        assert owner.flush(10)
+        assert retrieved(reader, prompt(1, 40)) == 40
+        scatter = reader._copier.scatter
+        donated = owner._store._vram._own[1]  # type: ignore[attr-defined]
+        closing = threading.Thread(target=owner.close, args=(TIMEOUT_S,))
+
+        def closed(*arguments: Any) -> None:
+            node.kill()
+            deadline = time.monotonic() + TIMEOUT_S
+            while owner._store._link() and time.monotonic() < deadline:  # type: ignore[attr-defined]
+                pass
+            closing.start()
+            while not donated.over() and time.monotonic() < deadline:
+                pass
+            closing.join(0.2)
+            assert closing.is_alive(), "it waits until the reader has gone"
+            scatter(*arguments)
+
+        reader._copier.scatter = closed  # type: ignore[method-assign]
+        assert loaded_at_least(reader, prompt(1, 40)) == 0
+        closing.join(TIMEOUT_S / 2)
+        assert not closing.is_alive()
 
 
 def test_the_own_segment_leads_and_a_peers_follows(engines: Callable[..., CacheEngine]) -> None:

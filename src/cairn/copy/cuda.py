@@ -150,12 +150,13 @@ class CudaCopier(Copier):
         whole_blocks(kv, none, (0, 0), np.empty(0, np.int32), span, self.geometry)
         with self._torch.cuda.device(self._device):
             for lane, into_rows in ((self._store, True), (self._load, False)):
-                lane.staging(self.row_geometry.block_bytes)
-                lane.uploads.prepare()
-                with self._torch.cuda.stream(lane.kernels):
-                    self._kernel(lane, kv, none, span, into_rows)(0, 0, lane.buffer()[1])
-                    if direct:
-                        self._kernel(lane, kv, none, span, into_rows, none)(0, 0, 0)
+                with lane.lock:
+                    lane.staging(self.row_geometry.block_bytes)
+                    lane.uploads.prepare()
+                    with self._torch.cuda.stream(lane.kernels):
+                        self._kernel(lane, kv, none, span, into_rows)(0, 0, lane.buffer()[1])
+                        if direct:
+                            self._kernel(lane, kv, none, span, into_rows, none)(0, 0, 0)
 
     def close(self) -> None:
         """Waits for what is under way and unpins what `register` has pinned. Idempotent."""

@@ -116,12 +116,15 @@ class SharedVram:
         self._segment = device.take(slots, stride)
         self._lock = threading.Lock()
         self._own: tuple[Link, Source] | None = None
+        self._declined: Link | None = None
         self._mapped: dict[int, Source] = {}
         self._refused: set[int] = set()
 
     def donated(self, link: Link) -> Source | None:
         """The segment as this session's donation, made if need be; None: the node has not taken it (yet)."""
         with self._lock:
+            if self._declined is link:
+                return None
             if self._own:
                 of, own = self._own
                 if of is link and not own.over():
@@ -178,6 +181,9 @@ class SharedVram:
             if own:
                 own[1].retire()
                 own[1].settled(max(0.0, deadline - time.monotonic()))
+                # The node may be gone, and then it has told of nobody.
+                while own[1].readers and time.monotonic() < deadline:
+                    time.sleep(_LOOK_S)
             self._segment.close()
 
     def _donate(self, link: Link) -> Source | None:
@@ -185,6 +191,10 @@ class SharedVram:
         given = wire.Donate(0, link.welcome.session, segment.slots, segment.stride, segment.handle, process_token())
         reply = link.call(given)
         if not isinstance(reply, wire.Donated):
+            return None
+        if not reply.donation:
+            log_once(log, "declined", "VRAM cannot be shared: the node has no memory to keep account of it")
+            self._declined = link
             return None
         life = None
         try:

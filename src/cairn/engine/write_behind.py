@@ -23,11 +23,15 @@ WRITE_TIMEOUT_S = 30.0
 _LAZY_SHARE = 0.25
 #: How many blocks longer an offer may be and still take the place of a shorter one.
 _GROWTH = 64
+#: A chain that is written so many times over is given up: others have taken what was written of it, and would lose as
+#: much to it.
+_MOST = 2
 
 
 class _Waiting(NamedTuple):
     """A chain of which something is still to be written, not before `due` (monotonic). turn: of its first offer.
-    growing: it has grown since, so what ends it is likely to be replaced soon.
+    growing: it has grown since, so what ends it is likely to be replaced soon. spent: how many blocks were written
+    for it when it was its turn before.
     """
 
     keys: Keys
@@ -36,6 +40,7 @@ class _Waiting(NamedTuple):
     due: float
     turn: int
     growing: bool = False
+    spent: int = 0
 
 
 class WriteBehind:
@@ -70,7 +75,7 @@ class WriteBehind:
         self._linger_s = linger_s
         self._lazy = lazy
         self._worth = worth
-        self._draining = 0
+        self._draining = self._given_up = 0
         self._block_tokens = block_tokens
         self._metrics = metrics
         self._waiting: OrderedDict[bytes, _Waiting] = OrderedDict()
@@ -88,17 +93,18 @@ class WriteBehind:
 
     def offer(self, keys: Keys, namespace: bytes) -> None:
         """Writes the blocks of a chain that DRAM holds and the lower tier does not. Returns at once."""
-        self._offer(keys, namespace, None)
+        self._offer(keys, namespace)
 
     def drain(self, timeout: float) -> bool:
-        """Waits until what was offered before is written, or skipped; False if the timeout came first."""
+        """Waits until what was offered before is written, or skipped; False if the timeout came first, or `stop`."""
         with self._changed:
             self._draining += 1
-            latest = self._turns.latest
+            latest, given_up = self._turns.latest, self._given_up
         try:
             self.pump()
             with self._changed:
-                return self._changed.wait_for(lambda: self._turns.over(latest), timeout)
+                over = self._changed.wait_for(lambda: self._turns.over(latest), timeout)
+                return over and self._given_up == given_up
         finally:
             with self._changed:
                 self._draining -= 1
@@ -107,6 +113,7 @@ class WriteBehind:
         """What has not started is given up."""
         self._cancel.set()
         with self._changed:
+            self._given_up += len(self._waiting)
             for chain in self._waiting.values():
                 self._turns.end(chain.turn)
             self._waiting.clear()
@@ -147,8 +154,10 @@ class WriteBehind:
             if len(ids):
                 self._write(chain, first, ids)
 
-    def _offer(self, keys: Keys, namespace: bytes, turn: int | None) -> None:
-        """turn: which it belongs to; None: a new one, or that of the shorter offer whose place it takes."""
+    def _offer(self, keys: Keys, namespace: bytes, turn: int | None = None, spent: int = 0) -> None:
+        """turn: which it belongs to; None: a new one, or that of the shorter offer whose place it takes. spent: see
+        `_Waiting`.
+        """
         missing = len(keys) - self._lower.write_start(keys)
         if missing <= 0:
             return
@@ -173,7 +182,9 @@ class WriteBehind:
             else:
                 # A copy: the caller's array grows with its request.
                 turn = self._turns.begin(turn)
-                self._waiting[tip] = _Waiting(keys.copy(), namespace, missing, due, turn, growing=shorter is not None)
+                self._waiting[tip] = _Waiting(
+                    keys.copy(), namespace, missing, due, turn, growing=shorter is not None, spent=spent
+                )
                 self._waiting_blocks += missing
             if shorter is not None:
                 self._over(shorter)
@@ -238,9 +249,12 @@ class WriteBehind:
         )
         if written:
             self._metrics.stored_tokens.add(written * self._block_tokens, tier=self._lower.name)
-        if written == len(ids) and first + len(ids) < len(chain.keys):
+        rest, spent = len(chain.keys) - first - len(ids), chain.spent + len(ids)
+        if written == len(ids) and rest and spent < _MOST * len(chain.keys):
             # The tier takes a chain's blocks in order: the rest of it waits for another turn.
-            self._offer(chain.keys, chain.namespace, chain.turn)
+            self._offer(chain.keys, chain.namespace, chain.turn, spent)
+        elif rest:
+            self._skip(rest, Reason.EVICTED if written == len(ids) else Reason.NO_PARENT)
         with self._changed:
             self._writing -= len(ids)
             self._over(chain)

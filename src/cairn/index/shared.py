@@ -66,16 +66,18 @@ def renew(slots: Slots, generations: Generations, slot: int) -> None:
 @kernel
 def _note(table: Table, slots: Slots, generations: Generations, keys: Keys, rows: SlotIds, noted: Generations) -> int:
     """Slots of the leading keys that are resident, and their generations; how many."""
-    address = np.int64(generations.ctypes.data)
+    address, found = np.int64(generations.ctypes.data), 0
     for i in range(len(keys)):
         slot = table_find(table, slots, keys[i, 0], keys[i, 1])
         if slot == NONE:
-            return i
+            break
         noted[i] = load_acquire(address + 8 * np.int64(slot))
         if slots[slot].state != RESIDENT or slots[slot].key0 != keys[i, 0] or slots[slot].key1 != keys[i, 1]:
-            return i
+            break
         rows[i] = slot
-    return len(keys)
+        found = i + 1
+    fence()  # what is copied now is copied after all of this was seen
+    return found
 
 
 @kernel

@@ -18,6 +18,7 @@ import mmap
 import os
 import secrets
 import struct
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -33,6 +34,11 @@ _PAGE: Final = 4096
 _FLOCK: Final = "hhqqi4x"  # struct flock: type, whence, start, length, pid
 
 _token: tuple[int, bytes] = (0, b"")
+
+#: Of the pages that this process has the lock of: descriptors that others in it have done with, and their mappings,
+#: which have descriptors of their own, by the page's path. To close any of them would drop the lock.
+_kept: dict[Path, list[tuple[int, mmap.mmap | None]]] = {}
+_keeping = threading.Lock()
 
 
 @kernel
@@ -60,6 +66,8 @@ class Life:
         self.path = path
         self.number = number
         self._own = owner == process_token()
+        self._holds = False
+        self._mapped: mmap.mmap | None = None
         size = _PAGE + shared_bytes(slots)
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if make else 0), 0o600)
         try:
@@ -67,9 +75,11 @@ class Life:
                 os.posix_fallocate(self._fd, 0, size)
             elif os.fstat(self._fd).st_size != size:
                 raise StorageError(f"{path}: is no page of a node")
-            mapped = mmap.mmap(self._fd, size)
+            self._mapped = mapped = mmap.mmap(self._fd, size)
         except BaseException:
-            os.close(self._fd)
+            if make:
+                path.unlink(missing_ok=True)
+            self.close()
             raise
         self._word = np.frombuffer(mapped, np.int64, 1)
         self._readers = int(self._word.ctypes.data) + 8
@@ -80,6 +90,9 @@ class Life:
     def hold(self) -> None:
         """The owner's part: from now on it counts as alive. Raises OSError if another process holds it."""
         fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with _keeping:
+            self._holds = True
+            _kept[self.path] = []
 
     def end(self) -> None:
         """From now on nothing that is read there is believed."""
@@ -114,9 +127,17 @@ class Life:
 
     def close(self) -> None:
         """Gives it back; the owner's counts as dead then. Idempotent."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self._fd < 0:
+            return
+        done, self._fd, self._mapped = [(self._fd, self._mapped)], -1, None
+        with _keeping:
+            if self._holds:
+                done += _kept.pop(self.path, [])
+            elif self.path in _kept:
+                _kept[self.path] += done
+                return
+        for descriptor, _ in done:
+            os.close(descriptor)
 
     def remove(self) -> None:
         """The node's part: ends it and takes it away."""

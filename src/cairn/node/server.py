@@ -349,7 +349,12 @@ class Node:
             self._gates += 1
             self._numbers += 1
             name = self._segments.life(self._gates)
-            session.pool.vram.donate(session.number, self._numbers, request, HOME / name)
+            try:
+                session.pool.vram.donate(session.number, self._numbers, request, HOME / name)
+            except OSError as error:  # a client's VRAM is less than its session
+                log_once(log, "donate", f"{HOME}: {error.strerror}; VRAM of {request.slots} blocks cannot be shared")
+                self._send(sender, wire.Donated(request.call, 0, ""))
+                return
             self._send(sender, wire.Donated(request.call, self._numbers, name))
 
     def _withdraw(self, sender: Caller, request: wire.Withdraw) -> None:

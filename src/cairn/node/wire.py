@@ -338,7 +338,7 @@ class Gone(_Message, tag=12):
 
 
 class Donated(_Message, tag=30):
-    """A donation's number, and the name of its page."""
+    """A donation's number, and the name of its page; 0 and none: the node has no memory to keep account of it."""
 
     call: _Number
     donation: _Number
