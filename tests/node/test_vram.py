@@ -399,36 +399,31 @@ def test_where_a_donation_cannot_be_taken_dram_is_used(
     assert not {segment for segment in segments() if ".life-" in segment}
 
 
-def test_a_flush_waits_for_what_was_stored_before_it(
-    engines: Callable[..., CacheEngine], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And for nothing that comes meanwhile."""
-    engine = engines()
-    behind, may_move = engine._store._behind, threading.Semaphore(0)  # type: ignore[attr-defined]
-    move = behind._move
+def test_a_flush_does_not_wait_for_what_is_stored_meanwhile(engines: Callable[..., CacheEngine]) -> None:
+    engine = engines(24)
+    behind = engine._store._behind  # type: ignore[attr-defined]
+    real, begun, leave = behind._move, threading.Semaphore(0), threading.Semaphore(0)
 
-    def slowly(offer: Any) -> None:
-        assert may_move.acquire(timeout=TIMEOUT_S)
-        move(offer)
+    def slow(offer: Any) -> None:
+        begun.release()
+        assert leave.acquire(timeout=TIMEOUT_S)
+        real(offer)
 
-    monkeypatch.setattr(behind, "_move", slowly)
-    done: list[bool] = []
-    flushing = threading.Thread(target=lambda: done.append(behind.drain(TIMEOUT_S)))
-    for seed in (1, 2):
-        stored(engine, prompt(seed, 16))
-    flushing.start()
-    time.sleep(0.1)
-    stored(engine, prompt(3, 16))
-    may_move.release()
-    flushing.join(0.2)
-    assert flushing.is_alive(), "the second was stored before it"
-    may_move.release()
-    flushing.join(TIMEOUT_S / 2)
-    assert done == [True]
-    assert len(behind._turns._pieces) == 1
-    may_move.release()
+    behind._move = slow
+    assert stored(engine, prompt(1, 16)) == 16
+    assert begun.acquire(timeout=TIMEOUT_S)
+    assert stored(engine, prompt(2, 16)) == 16
+    latest = behind._turns.latest
+    assert stored(engine, prompt(3, 16)) == 16
+    assert not behind.drain(0.0)
+    leave.release(2)
+    assert begun.acquire(timeout=TIMEOUT_S)
+    assert begun.acquire(timeout=TIMEOUT_S), "the third is under way"
+    assert behind._turns.over(latest)
+    assert not behind._turns.over(behind._turns.latest)
+    leave.release()
     assert behind.drain(TIMEOUT_S)
-    assert not behind._turns._pieces
+    assert retrieved(engine, prompt(2, 16)) == 16
 
 
 def test_what_a_node_that_went_has_not_taken_is_counted(engines: Callable[..., CacheEngine]) -> None:
