@@ -1,5 +1,6 @@
 """The asynchronous face: statuses, deadlines, cancellation, leases; slots are never touched after `wait`."""
 
+import threading
 import time
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
@@ -249,9 +250,10 @@ def test_a_prefetch_whose_question_is_not_answered_is_not_waited_for(monkeypatch
     """It touches no slots, so nothing is to be certain of when its time is up."""
     with make_engine(64, **{"storage.remote.lookup_timeout_s": 4, "engine.timeout_s": 4}) as engine:
         monkeypatch.setattr(engine._store, "asks", True)
-        monkeypatch.setattr(engine._store, "ask", lambda *_, **__: Future())
+        asked = threading.Event()
+        monkeypatch.setattr(engine._store, "ask", lambda *_, **__: (asked.set(), Future())[1])
         task = engine.prefetch_async(prompt(0, 32))
-        time.sleep(0.1)  # until it waits
+        assert asked.wait(30)
         began = time.monotonic()
         assert engine.wait([task], timeout=0.1)[task].status is TaskStatus.TIMEOUT
         assert time.monotonic() - began < 2
