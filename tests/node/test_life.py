@@ -97,6 +97,16 @@ def test_a_page_that_cannot_be_had_leaves_no_file(tmp_path: Path, monkeypatch: p
     assert not list(tmp_path.iterdir())
 
 
+def test_a_page_that_is_closed_is_not_believed(page: Life) -> None:
+    """Who asks without using it may come when another thread has just given it back."""
+    process = owner(page)
+    reader = Life(page.path, 5, TOKEN, 1)
+    assert reader.sound()
+    reader.close()
+    assert not reader.sound()
+    process.communicate()
+
+
 def test_a_process_of_its_own(tmp_path: Path) -> None:
     page = Life(tmp_path / "life", 9, process_token(), 1, make=True)
     assert page.sound(), "this process lives"

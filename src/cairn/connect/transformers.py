@@ -3,11 +3,11 @@
     with CairnConnector.open(model, disk_path="cache") as cairn, cairn.cache(inputs.input_ids) as cache:
         model.generate(**inputs, past_key_values=cache)
 
-Nothing of Transformers is patched: the connector registers two of torch's own module hooks on the model, through which
-a cache learns which tokens the model is given, and looks at what `generate` is about to give this one model. So KV is
-stored under no other tokens than those it was computed from, and a cache that was made for another prompt is refused
-instead of answering for it. (Who calls the model himself, with what follows the cached tokens alone, or `generate` with
-`prefill_chunk_size`, answers for the tokens before.)
+No code of Transformers is patched: the connector registers two of torch's own module hooks on the model, through which
+a cache learns which tokens the model is given, and wraps `prepare_inputs_for_generation` of this one model, where
+`generate` takes the cached tokens off. So KV is stored under no other tokens than those it was computed from, and a
+cache that was made for another prompt is refused instead of answering for it. (Who calls the model himself, with what
+follows the cached tokens alone, or `generate` with `prefill_chunk_size`, answers for the tokens before.)
 """
 
 import functools

@@ -121,7 +121,7 @@ class Life:
         asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
         try:
             found = fcntl.fcntl(self._fd, fcntl.F_GETLK, asked)
-        except OSError:
+        except (OSError, ValueError):  # closed meanwhile: -1 is no descriptor to Python
             return False
         return bool(struct.unpack(_FLOCK, found)[0] != fcntl.F_UNLCK)
 

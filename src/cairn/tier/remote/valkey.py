@@ -29,8 +29,6 @@ _SLOTS: Final = 16384
 _KEPT: Final = 32
 #: What errors mean by their codes: no room for more; somebody else's list or hash under our name.
 _MEANINGS: Final = {"OOM": Reason.NO_SPACE, "WRONGTYPE": Reason.FOREIGN}
-
-
 #: What stands for a host in CLUSTER SLOTS that is to be reached as the one that was asked
 #: (`cluster-preferred-endpoint-type`).
 _NAMELESS: Final = (None, b"?")
