@@ -396,7 +396,7 @@ def test_closing_a_stuck_tier_ends_in_time_and_keeps_the_lock(tmp_path: Path) ->
 
 def test_a_write_that_ends_while_it_reserves_keeps_no_slot(tmp_path: Path) -> None:
     keys, old = prompt(1, 4), prompt(2, 4)
-    with opened(tmp_path, slots=8) as tier:
+    with opened(tmp_path, slots=8, threads=1) as tier:
         put(tier, old)
         released, reserve = Event(), tier._machine.ledger.reserve
 
