@@ -258,12 +258,6 @@ def preadv2(typingctx: Any, fd: Any, vector: Any, count: Any, offset: Any, flags
 
 
 @intrinsic
-def pwritev(typingctx: Any, fd: Any, vector: Any, count: Any, offset: Any) -> Any:
-    """The system's: writes what an int64 [count, 2] says into a file; how many bytes, or a negative errno."""
-    return _calling("pwritev", 4, 0, 2)
-
-
-@intrinsic
 def map_file(typingctx: Any, address: Any, size: Any, access: Any, flags: Any, fd: Any, offset: Any) -> Any:
     """The system's mmap: the address, or a negative errno."""
     return _calling("mmap", 6, 2, 3, 4)

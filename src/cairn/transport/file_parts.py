@@ -1,4 +1,4 @@
-"""Bytes between parts of memory and files: summed while the cache holds them, and moved in one call without the GIL."""
+"""Bytes between parts of memory and files: moved in one call without the GIL, and summed on their way in."""
 
 import errno
 import math
@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from cairn.codec.xxh3 import ALIGNMENT, CHECKSUM_BYTES, SHORT, absorb, begin, finish, units
+from cairn.codec.xxh3 import ALIGNMENT, CHECKSUM_BYTES, SHORT, begin, finish, units
 from cairn.jit import (
     clock_gettime,
     close_file,
@@ -22,17 +22,15 @@ from cairn.jit import (
     open_file,
     pread,
     preadv2,
-    pwritev,
     statx,
     unmap,
 )
-from cairn.transport.moving import NOTHING, PIECE, Extents, Octets, deliver, extents_of
+from cairn.transport.moving import PIECE, Extents, Octets, deliver, extents_of
 
-#: Files are written by so many bytes at a time, if they have them: the system then keeps them in huge pages, which are
-#: mapped in a tenth of the time. Smaller reads are not worth a mapping.
-WINDOW: Final = 2 << 20
+#: Smaller reads are not worth a mapping.
+MAPPING: Final = 2 << 20
 _VECTOR: Final = 1024
-_EINTR, _ENOSPC, _ETIMEDOUT = errno.EINTR, errno.ENOSPC, errno.ETIMEDOUT
+_EINTR, _ETIMEDOUT = errno.EINTR, errno.ETIMEDOUT
 _READ_ONLY, _MAPPED = mmap.PROT_READ, mmap.MAP_SHARED | mmap.MAP_POPULATE
 _PAGE, _NOWAIT = mmap.PAGESIZE, os.RWF_NOWAIT
 #: Not to wait, for ever, for whoever writes to what is a pipe and no file.
@@ -79,22 +77,27 @@ def read_files(reads: Sequence[Read], deadline: float = math.inf) -> list[Came]:
     return list(starmap(Came, came.tolist()))
 
 
-def write_parts(fd: int, offset: int, parts: Sequence[memoryview], sums: Octets | None = None) -> None:
-    """Puts parts, one after the other, into a file from `offset` on; `sums` as in `Read`. Raises OSError."""
-    done = _write(fd, offset, extents_of(parts), NOTHING if sums is None else sums)
-    if done < 0:
-        raise OSError(-done, os.strerror(-done))
+def write_parts(fd: int, offset: int, parts: Sequence[memoryview]) -> None:
+    """Puts parts, one after the other, into a file from `offset` on. Raises OSError.
+
+    In one call of the system, which then keeps them in huge pages: these are mapped in a tenth of the time.
+    """
+    rest = [part for part in parts if len(part)]
+    while rest:
+        done = os.pwritev(fd, rest[:_VECTOR], offset)
+        if not done:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        offset += done
+        while rest and done >= len(rest[0]):
+            done -= len(rest.pop(0))
+        if done:
+            rest[0] = rest[0][done:]
 
 
 @cache
 def rehearse() -> None:
     """Compiles what the first call would otherwise wait for, up to seconds; milliseconds once that was done."""
     read_files([Read(os.devnull, 0, [])])
-    fd = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        write_parts(fd, 0, [])
-    finally:
-        os.close(fd)
 
 
 @kernel
@@ -211,7 +214,7 @@ def _read_part(
 @kernel
 def _mapped(fd: int, start: int, stop: int, scratch: int) -> int:
     """A mapping of bytes of a file, if they are worth one and its last one does not come from a device; or 0."""
-    if stop - start < WINDOW:
+    if stop - start < MAPPING:
         return 0
     vector = np.array([scratch, 1])
     here = preadv2(fd, vector.ctypes.data, 1, stop - 1, _NOWAIT) == vector[1]
@@ -235,60 +238,3 @@ def _pread(fd: int, address: int, size: int, offset: int) -> int:
         elif done != -_EINTR:
             return done
     return moved
-
-
-@kernel
-def _write(fd: int, offset: int, extents: Extents, sums: Octets) -> int:
-    """Writes parts, a window at a time, and sums them; 0, or a negative errno.
-
-    One half of a window is summed before it is written and the other one after: the second-level cache holds no whole
-    window, but still has the half that was read last.
-    """
-    state, rest, total = np.empty(8, np.uint64), extents.copy(), extents[:, 1].sum()
-    start: int = 0
-    first: int = 0
-    written: int = 0
-    for i in range(len(extents)):
-        address, size = extents[i, 0], extents[i, 1]
-        summed = i < len(sums) and size > SHORT
-        begin(state)
-        for at in range(0, size, PIECE):
-            window = min(WINDOW, total - written)
-            if start + at >= written + window // 2:
-                first = _write_window(fd, offset + written, rest, first, window)
-                if first < 0:
-                    return first
-                written += window
-            if summed:
-                absorb(state, address + at, min(at + PIECE, units(size)) - at)
-        if summed:
-            finish(state, address, size, sums[i])
-        start += size
-    return min(0, _write_window(fd, offset + written, rest, first, total - written))
-
-
-@kernel
-def _write_window(fd: int, offset: int, rest: Extents, first: int, want: int) -> int:
-    """Writes the next `want` bytes of parts, from one on, and takes them off `rest`; the part that is next, or a
-    negative errno."""
-    while want > 0:
-        last, size = first, rest[first, 1]
-        while size < want and last - first + 1 < _VECTOR:
-            last += 1
-            size += rest[last, 1]
-        beyond = max(0, size - want)
-        rest[last, 1] -= beyond
-        done = pwritev(fd, rest[first:].ctypes.data, last - first + 1, offset)
-        rest[last, 1] += beyond
-        if done <= 0 and done != -_EINTR:
-            return done or -_ENOSPC
-        done = max(0, done)
-        want -= done
-        offset += done
-        while first < len(rest) and done >= rest[first, 1]:
-            done -= rest[first, 1]
-            first += 1
-        if done:
-            rest[first, 0] += done
-            rest[first, 1] -= done
-    return first

@@ -30,11 +30,11 @@ class Call:
         self._done = threading.Event()
         self._lock = threading.Lock()
 
-    def with_caller(self, touch: Callable[[], Any]) -> bool:
-        """Does `touch`, which uses the caller's memory, while he waits; False if he has left."""
+    def with_caller(self, touch: Callable[..., Any], *given: Any) -> bool:
+        """Does `touch`, which uses the caller's memory, with what is given, while he waits; False if he has left."""
         with self._lock:
             if not self._left:
-                touch()
+                touch(*given)
             return not self._left
 
     def finish(self) -> None:

@@ -101,7 +101,7 @@ class _Reading:
         starts = [lane.address + sum(sizes[:i]) for i in range(len(sizes))]
         if self._engine.read(self._endpoint, starts, list(addresses), sizes) != 0:
             return Reason.IO_ERROR
-        return None if call.with_caller(lambda: scatter(memory[: sum(sizes)], parts)) else Reason.TIMEOUT
+        return None if call.with_caller(scatter, memory[: sum(sizes)], parts) else Reason.TIMEOUT
 
 
 def _chunks(reads: Sequence[Read]) -> Iterator[list[Read]]:

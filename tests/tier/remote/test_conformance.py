@@ -341,6 +341,30 @@ def test_the_same_object_is_fetched_once(place: Place) -> None:
         assert tier.stats()["shared_reads_total"] == 7 * 8
 
 
+def test_who_has_more_time_does_not_end_with_the_first_one_who_asked(place: Place) -> None:
+    keys = fresh(PACK)
+    with opened(place) as tier:
+        write(tier, keys)
+        get_into, asked, gate = tier._store.get_into, threading.Event(), threading.Event()
+
+        def late(gets: list[Get], *, deadline: float) -> list[int | Reason]:
+            tier._store.get_into = get_into  # type: ignore[method-assign]
+            asked.set()
+            assert gate.wait(30)
+            return [Reason.TIMEOUT] * len(gets)
+
+        tier._store.get_into = late  # type: ignore[method-assign]
+        wanted = [Rows(memory(len(keys)), np.arange(len(keys), dtype=np.int32)) for _ in range(2)]
+        first = tier.read(keys, 0, wanted[0], deadline=soon(1))
+        assert asked.wait(30)
+        second = tier.read(keys, 0, wanted[1], deadline=soon())
+        gate.set()
+        assert first.result(60) == [Reason.TIMEOUT] * len(keys)
+        assert second.result(60) == [None] * len(keys)
+        assert all(np.array_equal(row, content(key)) for row, key in zip(wanted[1].memory, keys, strict=True))
+        assert tier.stats()["shared_reads_total"] == 1
+
+
 def test_of_objects_read_together_each_is_proved_by_itself(place: Place) -> None:
     keys = fresh(8 * PACK)
     with opened(place, limits=LIMITS._replace(threads=1)) as tier:

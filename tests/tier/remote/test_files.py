@@ -1,16 +1,23 @@
-"""Shared files: whose files a sweep takes, and what stands in an object's place and is none."""
+"""Shared files: whose files a sweep takes, what stands in an object's place and is none, who sums what is stored."""
 
 import errno
+import mmap
 import os
 import socket
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import xxhash
 
+from cairn.codec.base import Octets
 from cairn.observe.reasons import Reason
 from cairn.tier.remote import Put
 from cairn.tier.remote.files import FileStore
-from tests.tier.remote.rig import PACK, Place, ask, name_of, opened, read, write
+from tests.tier.remote.rig import PACK, Place, ask, name_of, opened, raw_get, read, write
 from tests.tier.remote.test_conformance import fresh
 from tests.tier.rig import soon
 
@@ -102,3 +109,66 @@ def test_what_is_no_file_is_foreign_and_keeps_nobody(kind: str, tmp_path: Path) 
             assert set(write(tier, keys)) == {None}
             assert ask(tier, keys) == PACK
             assert set(read(tier, keys)) == {None}
+
+
+def test_a_file_in_the_place_of_a_directory_is_foreign_and_closes_the_path_to_nobody(tmp_path: Path) -> None:
+    """One of 256 directories can hold nothing; the others are as they were."""
+    place, keys, others = Place(f"file://{tmp_path}", "files"), fresh(PACK), fresh(PACK)
+    with opened(place) as tier:
+        while name_of(tier, others)[-32:-30] == name_of(tier, keys)[-32:-30]:
+            others = fresh(PACK)
+        assert set(write(tier, keys)) == {None}
+        (path,) = tmp_path.rglob(name_of(tier, keys).rpartition(b"/")[2].decode())
+        path.unlink()
+        path.parent.rmdir()
+        path.parent.write_text("a file")
+        for _ in range(5):  # more than open a breaker
+            assert set(read(tier, keys)) <= {Reason.FOREIGN, Reason.EVICTED}
+            assert set(write(tier, keys)) == {Reason.FOREIGN}
+            assert ask(tier, keys) == 0
+        assert tier.stats()["breaker_opened_total"] == 0
+        assert set(write(tier, others)) == {None}
+        assert set(read(tier, others)) == {None}
+        assert path.parent.read_text() == "a file"
+
+
+@pytest.fixture
+def late(tmp_path: Path) -> Iterator[FileStore]:
+    """A store whose summing thread comes to nothing before the test is over."""
+    store, over, busy = FileStore(tmp_path / "shared"), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        busy.set()
+        over.wait()
+
+    store._summer.submit(hold, urgent=True)
+    assert busy.wait(60)
+    yield store
+    over.set()
+    store.close()
+
+
+def summed(memory: mmap.mmap, name: bytes) -> Put:
+    """An object of two blocks whose tail is their checksums."""
+
+    def tail(sums: Octets) -> memoryview:
+        return memoryview(sums.tobytes())
+
+    return Put(name, [memoryview(memory)[:SIZE], memoryview(memory)[SIZE:]], tail, 32)
+
+
+def test_a_store_waits_for_no_summing_thread_that_comes_late(late: FileStore) -> None:
+    memory, names = mmap.mmap(-1, 2 * SIZE), [b"cairn/test/1", b"cairn/test/2"]
+    memory[:] = np.random.default_rng(0).integers(0, 256, 2 * SIZE, np.uint8).tobytes()
+    assert late.put([summed(memory, name) for name in names], deadline=soon()) == [None, None]
+    sums = [xxhash.xxh3_128_digest(memory[at : at + SIZE]) for at in (0, SIZE)]
+    for name in names:
+        assert raw_get(late, name, 2 * SIZE + 32) == memory[:] + b"".join(sums)
+    memory.close()
+
+
+def test_after_the_deadline_nobody_reads_the_memory(late: FileStore) -> None:
+    memory = mmap.mmap(-1, 2 * SIZE)
+    past = time.monotonic() - 1
+    assert late.put([summed(memory, b"cairn/test/late")], deadline=past) == [Reason.TIMEOUT]
+    memory.close()  # raises while anybody holds it

@@ -12,6 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -19,16 +20,14 @@ from cairn.errors import StorageError
 from cairn.observe.reasons import Reason
 from cairn.tier.remote.base import Get, ObjectStore, Put
 from cairn.tier.remote.sweep import TEMPORARY, Sweeper
+from cairn.tier.workers import GRACE_S, Workers
 from cairn.transport.file_parts import Read, read_files, rehearse, write_parts
-from cairn.transport.moving import sums_of
+from cairn.transport.moving import Checksums
 
-_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_REASONS: Final = {
-    errno.ENOENT: Reason.ABSENT,
-    errno.ETIMEDOUT: Reason.TIMEOUT,
-    # Somebody else's pipe, socket or directory.
-    **dict.fromkeys((errno.ESPIPE, errno.ENXIO, errno.EISDIR), Reason.FOREIGN),
-}
+#: Somebody else's pipe, socket or directory, or a file of his where a directory should be.
+_FOREIGN: Final = dict.fromkeys((errno.ESPIPE, errno.ENXIO, errno.EISDIR, errno.ENOTDIR), Reason.FOREIGN)
+_READING: Final = {errno.ENOENT: Reason.ABSENT, errno.ETIMEDOUT: Reason.TIMEOUT, **_FOREIGN}
+_WRITING: Final = {**dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), Reason.NO_SPACE), **_FOREIGN}
 #: An object's time of use is renewed when it is older than this share of its life, to spare the server.
 _RENEW_SHARE: Final = 8
 
@@ -62,6 +61,7 @@ class FileStore(ObjectStore):
         except OSError as error:
             raise StorageError(f"{root}: {error.strerror or error}; must be a directory to write to") from None
         rehearse()
+        self._summer = Workers(1, "cairn-files-sum")
         self._sweeper = Sweeper(root, capacity_bytes, ttl_s)
 
     def together(self, size: int) -> int:
@@ -76,14 +76,22 @@ class FileStore(ObjectStore):
             try:
                 self._used(path, os.stat(path).st_mtime)  # noqa: PTH116
                 found.append(True)
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 found.append(False)
             except OSError:
                 return Reason.IO_ERROR
         return found
 
     def put(self, puts: Sequence[Put], *, deadline: float) -> list[Reason | None]:
-        return [Reason.TIMEOUT if time.monotonic() > deadline else self._put(put) for put in puts]
+        # A thread sums ahead of this one, which writes: the tails come last. What it has not come to is summed here.
+        sums = [Checksums(put.blocks if put.tail else ()) for put in puts]
+        self._summer.submit(partial(_sum, sums), urgent=False)
+        try:
+            both = zip(puts, sums, strict=True)
+            return [Reason.TIMEOUT if time.monotonic() > deadline else self._put(*pair) for pair in both]
+        finally:
+            for each in sums:
+                each.drop()
 
     def get_into(self, gets: Sequence[Get], *, deadline: float) -> list[int | Reason]:
         reads = [Read(self._path(get.name), get.offset, get.parts, get.sums) for get in gets]
@@ -91,7 +99,7 @@ class FileStore(ObjectStore):
         for read, (size, changed) in zip(reads, read_files(reads, deadline), strict=True):
             if size >= 0:
                 self._used(read.path, changed)
-            found.append(size if size >= 0 else _REASONS.get(-size, Reason.IO_ERROR))
+            found.append(size if size >= 0 else _READING.get(-size, Reason.IO_ERROR))
         return found
 
     def delete(self, names: Sequence[bytes], *, deadline: float) -> Reason | None:
@@ -111,18 +119,19 @@ class FileStore(ObjectStore):
         return self._sweeper.stats()
 
     def close(self) -> None:
+        self._summer.stop(GRACE_S)
         self._sweeper.close()
 
     def sweep(self) -> bool:
         """Brings the path within its limits now; False if another process is at it."""
         return self._sweeper.sweep()
 
-    def _put(self, put: Put) -> Reason | None:
+    def _put(self, put: Put, sums: Checksums) -> Reason | None:
         path, temporary = self._path(put.name), self._temporary()
         try:
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
-                _write(fd, put)
+                _write(fd, put, sums)
                 if self._fsync:
                     os.fdatasync(fd)
             finally:
@@ -131,7 +140,7 @@ class FileStore(ObjectStore):
         except OSError as error:
             with contextlib.suppress(OSError):
                 Path(temporary).unlink()
-            return Reason.NO_SPACE if error.errno in _FULL else Reason.IO_ERROR
+            return _WRITING.get(error.errno or 0, Reason.IO_ERROR)
         self._sweeper.wrote(put.size)
         return None
 
@@ -167,9 +176,13 @@ _HOST: Final = socket.gethostname()
 _NUMBERS: Final = itertools.count(time.time_ns())
 
 
-def _write(fd: int, put: Put) -> None:
-    """Writes an object's bytes: the tail holds checksums of the blocks. Raises OSError."""
-    sums = sums_of(put.blocks) if put.tail else None
-    write_parts(fd, 0, put.blocks, sums)
-    if put.tail and sums is not None:
-        write_parts(fd, put.size - put.tail_bytes, [put.tail(sums)])
+def _sum(sums: Sequence[Checksums]) -> None:
+    for each in sums:
+        each.make()
+
+
+def _write(fd: int, put: Put, sums: Checksums) -> None:
+    """Writes an object's bytes; sums: of its blocks, for the tail. Raises OSError."""
+    write_parts(fd, 0, put.blocks)
+    if put.tail:
+        write_parts(fd, put.size - put.tail_bytes, [put.tail(sums.make())])

@@ -192,7 +192,7 @@ class _Store:
         starts = list(accumulate(sizes, initial=0))
         memory = lane.memory(client, starts.pop())
         rooms = [memory[start : start + size] for start, size in zip(starts, sizes, strict=True)]
-        if not call.with_caller(lambda: self._fill(rooms)):
+        if not call.with_caller(self._fill, rooms):
             return [Reason.TIMEOUT] * len(names)
         if len(names) == 1:  # the client's batches refuse empty objects
             codes = [client.put_from(names[0], lane.address, sizes[0])]
@@ -230,7 +230,7 @@ class _Load:
                 came = client.batch_get_into([name.decode() for name in asked], places, list(asked.values()))
             for name, start, code in zip(asked, starts, came, strict=True):
                 codes[name], found[name] = code, memory[start : start + max(0, min(code, asked[name]))]
-        if not call.with_caller(lambda: self._deliver(found)):
+        if not call.with_caller(self._deliver, found):
             return [Reason.TIMEOUT] * len(self._gets)
         return [self._answer(client, get, codes[get.name]) for get in self._gets]
 

@@ -143,10 +143,14 @@ class Fetches:
         for lead, reasons in zip(leads, outcomes, strict=True):
             with self._lock:
                 followers = self._waiting.pop(lead.place)
+            again = []
             for follower in followers:
-                if follower.claim():
+                if Reason.TIMEOUT in reasons and follower.batch.deadline > lead.batch.deadline:
+                    again.append(follower)  # the time that was over was the first one's
+                elif follower.claim():
                     self._copy(lead, follower, reasons)
                     follower.settle(list(reasons))
+            self.add(again)
             lead.settle(reasons)  # last: until then its rows are what is copied from
 
     def _lead(self, place: tuple[bytes, Span]) -> Piece | None:

@@ -10,9 +10,8 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from functools import partial
 from typing import Any, Final, TypeVar
 
 import obstore
@@ -33,8 +32,9 @@ _MULTIPART_BYTES: Final = 64 << 20
 _FULL: Final = ("InsufficientStorage", "QuotaExceeded", "StorageFull", "No space left")
 #: Loads at a time, and so the threads that a hanging store can keep.
 LANES: Final = 12
-#: Objects come by pieces of so many bytes at least, if they have them: less costs more calls than it saves.
-_PIECE: Final = 64 << 10
+#: Larger objects come by pieces of so many bytes at least, which the cache holds; those that it holds whole come whole.
+_PIECE: Final = 256 << 10
+_WHOLE: Final = 2 << 20
 #: Not the bare number: an error tells its URL and how long it took, and a key is hexadecimal.
 _PAST_THE_END: Final = ("InvalidRange", "416 Range Not Satisfiable")
 
@@ -44,6 +44,7 @@ class ObstoreStore(ObjectStore):
 
     object_bytes = 16 << 20
     probe_names = 64
+    calls = 1  # each has to find a lane
 
     def __init__(self, store: Any, name: str) -> None:
         self._store = store
@@ -122,7 +123,7 @@ class ObstoreStore(ObjectStore):
         """Loads one after the other, and notes what became of each while the caller waits."""
         for get in gets:
             answer = self._load(get, call)
-            if not call.with_caller(partial(found.append, answer)):
+            if not call.with_caller(found.append, answer):
                 return Reason.TIMEOUT
         return None
 
@@ -130,9 +131,8 @@ class ObstoreStore(ObjectStore):
         came, size, target = 0, get.size, Scatter(get.parts, get.sums)
         options: Any = None if get.whole else {"range": (get.offset, get.offset + size)}
         try:
-            # By the pieces that come: put together they would be copied once more, and out of memory.
-            for data in obstore.get(self._store, get.name.decode(), options=options).stream(_PIECE):
-                if not call.with_caller(partial(target.take, data)):
+            for data in _pieces(obstore.get(self._store, get.name.decode(), options=options)):
+                if not call.with_caller(target.take, data):
                     return Reason.TIMEOUT
                 came += len(data)
                 if came > size:
@@ -161,6 +161,12 @@ class ObstoreStore(ObjectStore):
             return Reason.TIMEOUT
         except (BaseError, OSError) as error:
             return self._reason(error)
+
+
+def _pieces(answer: Any) -> Iterable[Any]:
+    """The bytes of an answer, as they come."""
+    start, stop = answer.range
+    return [answer.bytes()] if stop - start < _WHOLE else answer.stream(_PIECE)
 
 
 async def _within(work: Coroutine[Any, Any, Answer], seconds: float) -> Answer:
