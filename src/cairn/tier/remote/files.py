@@ -24,8 +24,8 @@ from cairn.tier.workers import GRACE_S, Workers
 from cairn.transport.file_parts import Read, read_files, rehearse, write_parts
 from cairn.transport.moving import Checksums
 
-#: Somebody else's pipe, socket or directory, or a file of his where a directory should be.
-_FOREIGN: Final = dict.fromkeys((errno.ESPIPE, errno.ENXIO, errno.EISDIR, errno.ENOTDIR), Reason.FOREIGN)
+#: Somebody else's pipe, socket or directory.
+_FOREIGN: Final = dict.fromkeys((errno.ESPIPE, errno.ENXIO, errno.EISDIR), Reason.FOREIGN)
 _READING: Final = {errno.ENOENT: Reason.ABSENT, errno.ETIMEDOUT: Reason.TIMEOUT, **_FOREIGN}
 _WRITING: Final = {**dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), Reason.NO_SPACE), **_FOREIGN}
 #: An object's time of use is renewed when it is older than this share of its life, to spare the server.
@@ -76,10 +76,10 @@ class FileStore(ObjectStore):
             try:
                 self._used(path, os.stat(path).st_mtime)  # noqa: PTH116
                 found.append(True)
-            except (FileNotFoundError, NotADirectoryError):
+            except OSError as error:
+                if _reason(error.errno, path, _READING) is Reason.IO_ERROR:
+                    return Reason.IO_ERROR
                 found.append(False)
-            except OSError:
-                return Reason.IO_ERROR
         return found
 
     def put(self, puts: Sequence[Put], *, deadline: float) -> list[Reason | None]:
@@ -99,7 +99,7 @@ class FileStore(ObjectStore):
         for read, (size, changed) in zip(reads, read_files(reads, deadline), strict=True):
             if size >= 0:
                 self._used(read.path, changed)
-            found.append(size if size >= 0 else _READING.get(-size, Reason.IO_ERROR))
+            found.append(size if size >= 0 else _reason(-size, read.path, _READING))
         return found
 
     def delete(self, names: Sequence[bytes], *, deadline: float) -> Reason | None:
@@ -140,7 +140,7 @@ class FileStore(ObjectStore):
         except OSError as error:
             with contextlib.suppress(OSError):
                 Path(temporary).unlink()
-            return _WRITING.get(error.errno or 0, Reason.IO_ERROR)
+            return _reason(error.errno, path, _WRITING)
         self._sweeper.wrote(put.size)
         return None
 
@@ -174,6 +174,14 @@ class FileStore(ObjectStore):
 
 _HOST: Final = socket.gethostname()
 _NUMBERS: Final = itertools.count(time.time_ns())
+
+
+def _reason(code: int | None, path: str, known: Mapping[int, Reason]) -> Reason:
+    """Why an object is not to be had: an errno, and its path. A file of somebody else's where its directory should be
+    is in the way of few objects; one further up is a path that has gone."""
+    if code == errno.ENOTDIR and Path(path).parent.parent.is_dir():
+        return Reason.FOREIGN
+    return known.get(code or 0, Reason.IO_ERROR)
 
 
 def _sum(sums: Sequence[Checksums]) -> None:
