@@ -179,7 +179,7 @@ _NUMBERS: Final = itertools.count(time.time_ns())
 def _reason(code: int | None, path: str, known: Mapping[int, Reason]) -> Reason:
     """Why an object is not to be had: an errno, and its path. A file of somebody else's where its directory should be
     is in the way of few objects; one further up is a path that has gone."""
-    if code == errno.ENOTDIR and Path(path).parent.parent.is_dir():
+    if code == errno.ENOTDIR and os.path.isdir(Path(path).parents[1]):  # noqa: PTH112 - Path's may raise
         return Reason.FOREIGN
     return known.get(code or 0, Reason.IO_ERROR)
 
