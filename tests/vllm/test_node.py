@@ -31,7 +31,8 @@ class Node:
         paths = os.pathsep.join(filter(None, [str(packages or ""), os.environ.get("PYTHONPATH")]))
         environ = os.environ | {"PYTHONPATH": paths}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ)
-        heard_until_it_listens(self.process)
+        said = heard_until_it_listens(self.process)
+        assert "listening at" in said, said
 
     def kill(self) -> None:
         if self.process.poll() is None:
