@@ -88,7 +88,7 @@ def test_fleet_sim_needs_lengths(run: Run, trace: Path) -> None:
 
 def test_serve_measures_the_gateway_beside_an_engine(run: Run) -> None:
     """Real processes; figures that add up, whatever they are."""
-    result = json.loads(run("bench", "serve", "--requests", 120, "--engines", 2, "--json").stdout)
+    result = json.loads(run("bench", "serve", "--requests", 400, "--engines", 2, "--json").stdout)
     assert result["load"]["prompt_bytes"] == 4096
     for kind in ("whole answers", "streams"):
         direct, cairn = result[kind]["direct"], result[kind]["cairn"]
