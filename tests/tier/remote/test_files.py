@@ -132,6 +132,20 @@ def test_a_file_in_the_place_of_a_directory_is_foreign_and_closes_the_path_to_no
         assert path.parent.read_text() == "a file"
 
 
+def test_who_gets_no_answer_does_not_take_an_object_for_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a soft NFS mount whose server is away."""
+    store, names = FileStore(tmp_path), [b"cairn/test/1"]
+
+    def away(*_: object) -> None:
+        raise TimeoutError(errno.ETIMEDOUT, "no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", away)
+        assert store.exists(names, deadline=soon()) is Reason.TIMEOUT
+    assert store.exists(names, deadline=soon()) == [False]
+    store.close()
+
+
 @pytest.fixture
 def late(tmp_path: Path) -> Iterator[FileStore]:
     """A store whose summing thread comes to nothing before the test is over."""

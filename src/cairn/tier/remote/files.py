@@ -77,8 +77,9 @@ class FileStore(ObjectStore):
                 self._used(path, os.stat(path).st_mtime)  # noqa: PTH116
                 found.append(True)
             except OSError as error:
-                if _reason(error.errno, path, _READING) is Reason.IO_ERROR:
-                    return Reason.IO_ERROR
+                why = _reason(error.errno, path, _READING)
+                if why not in (Reason.ABSENT, Reason.FOREIGN):
+                    return why
                 found.append(False)
         return found
 

@@ -20,6 +20,7 @@ from cairn.tier.flights import Batch
 from cairn.tier.remote.base import Get
 from cairn.tier.remote.machine import Machine, OnDone
 from cairn.tier.remote.packing import TAIL_BYTES, Span
+from cairn.tier.remote.scout import FAIR_S
 from cairn.tier.remote.streams import Streams
 from cairn.transport.moving import sums_of
 
@@ -143,10 +144,12 @@ class Fetches:
         for lead, reasons in zip(leads, outcomes, strict=True):
             with self._lock:
                 followers = self._waiting.pop(lead.place)
-            again = []
+            # A store that is too slow is so for all; if only the first one's time was over, others may have more.
+            now, again = time.monotonic(), []
+            ended = Reason.TIMEOUT in reasons and now >= lead.batch.deadline
             for follower in followers:
-                if Reason.TIMEOUT in reasons and follower.batch.deadline > lead.batch.deadline:
-                    again.append(follower)  # the time that was over was the first one's
+                if ended and follower.batch.deadline - now > FAIR_S:
+                    again.append(follower)
                 elif follower.claim():
                     self._copy(lead, follower, reasons)
                     follower.settle(list(reasons))
