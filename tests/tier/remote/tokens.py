@@ -70,16 +70,26 @@ def open_engine(model: Any, url: str, tokens: int) -> CacheEngine:
 def answer(model: Any, ids: list[int], make_cache: Callable[[torch.Tensor], Any] = lambda _: None) -> Answer:
     """Greedy tokens behind a prompt, with the cache that `make_cache` gives for it."""
     prompt = torch.tensor([ids])
-    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True}
     started = time.perf_counter()
     cache = make_cache(prompt)
-    first = model.generate(prompt, past_key_values=cache, max_new_tokens=1, **options)
+    first = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, max_new_tokens=1, **options
+    )
     ttft_s = time.perf_counter() - started
     tiers = dict(cache.reused_by_tier) if cache is not None else {}
+    # From the same KV: a prompt that is computed anew would say nothing of what was loaded.
+    tokens = first.sequences
+    rest = model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        past_key_values=first.past_key_values,
+        max_new_tokens=NEW - 1,
+        **options,
+    )
     if cache is not None:
         cache.finish()
-    rest = model.generate(first, max_new_tokens=NEW - 1, **{**options, "attention_mask": torch.ones_like(first)})
-    return Answer(rest[0, len(ids) :].tolist(), ttft_s, tiers)
+    return Answer(rest.sequences[0, len(ids) :].tolist(), ttft_s, tiers)
 
 
 def served(model: Any, ids: list[int], url: str) -> tuple[Answer, Answer]:
