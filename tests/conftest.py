@@ -19,7 +19,10 @@ if find_spec("hypothesis"):
 
 #: Folders that take long, the longest first: they begin first, so that no core is left with one of them when all others
 #: are done.
-LONG = ("codec", "cli", "connect", "remote", "node", "fleet", "docs", "gateway", "cluster", "tier", "engine", "sim")
+LONG = (
+    *("codec", "cli", "connect", "remote", "node", "fleet", "docs", "gateway", "serve", "cluster", "tier", "demo"),
+    *("engine", "sim"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
