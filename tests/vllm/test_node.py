@@ -165,11 +165,8 @@ def test_two_at_once(
             no_leak(llm)
 
 
-def test_ranks_share_a_node(
-    tiny: Path, tiny_plain: list[list[int]], node: Node, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_share_a_node(tiny: Path, tiny_plain: list[list[int]], node: Node) -> None:
     """Every rank copies between its own pages and the node's arena, which it maps by itself."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     options = OPTIONS | {"num_gpu_blocks_override": 400, "distributed_executor_backend": "mp"}
     with serving(tiny, settings(node), tensor_parallel_size=2, **options) as llm:
         llm.collective_rpc(warm_up)

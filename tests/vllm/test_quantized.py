@@ -9,8 +9,7 @@ import pytest
 
 from tests.vllm import test_blending_races as chunked
 from tests.vllm.engine import BLOCK, PROMPTS, connector, no_leak, serving, settle, stats
-from tests.vllm.test_ranks import on_disk
-from tests.vllm.test_stages import stages
+from tests.vllm.test_ranks import on_disk, ranks
 
 
 def first_token(llm: Any, prompt: list[int], **options: Any) -> dict[int, float]:
@@ -29,7 +28,7 @@ def distance(one: dict[int, float], other: dict[int, float]) -> float:
     return float(np.mean([abs(one[token] - other[token]) for token in common])) if len(common) > 10 else 100.0
 
 
-def test_quantized_hits_answer_nearly_the_same(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantized_hits_answer_nearly_the_same(tiny: Path, tmp_path: Path) -> None:
     """Those that one process has stored, and the same from its disk in a pipeline of two stages."""
     prompts, quantized = PROMPTS[:5], {"storage.cpu.codec": "int8"}
     with serving(tiny, on_disk(tmp_path) | quantized, skip_tokenizer_init=True) as llm:
@@ -42,7 +41,7 @@ def test_quantized_hits_answer_nearly_the_same(tiny: Path, tmp_path: Path, monke
         assert engine.row_geometry.token_bytes * 32 == engine.geometry.token_bytes * 9
         assert engine.flush(60)
         no_leak(llm)
-    with stages(tiny, tmp_path, monkeypatch, quantized) as llm:
+    with ranks(tiny, tmp_path, quantized, pipeline_parallel_size=2) as llm:
         staged = [first_token(llm, prompt) for prompt in prompts]
         found = stats(llm)["hit_tokens"]
         assert found["disk"] > 0

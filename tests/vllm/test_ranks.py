@@ -90,22 +90,19 @@ def test_ranks_answer_as_one(
     tiny_plain: list[list[int]],
     tiny_longer: list[list[int]],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two ranks, the same after a restart, and then one: over the same disk, whose blocks are not its own, and over the
     same remote store, whose objects are everybody's.
     """
     remote = shared(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-        with ranks(tiny, tmp_path, remote, tensor_parallel_size=2) as llm:
-            check_answers(llm, tiny_plain, tiny_longer)
-        with ranks(tiny, tmp_path, tensor_parallel_size=2) as llm:
-            # One prompt by itself: of several, the first brings up what the others then find in DRAM.
-            assert answers(llm, PROMPTS[1:2]) == tiny_plain[1:2]
-            settle(llm)
-            assert stats(llm)["hit_tokens"] == {"disk": len(PROMPTS[1]) // BLOCK * BLOCK}
-            no_leak(llm)
+    with ranks(tiny, tmp_path, remote, tensor_parallel_size=2) as llm:
+        check_answers(llm, tiny_plain, tiny_longer)
+    with ranks(tiny, tmp_path, tensor_parallel_size=2) as llm:
+        # One prompt by itself: of several, the first brings up what the others then find in DRAM.
+        assert answers(llm, PROMPTS[1:2]) == tiny_plain[1:2]
+        settle(llm)
+        assert stats(llm)["hit_tokens"] == {"disk": len(PROMPTS[1]) // BLOCK * BLOCK}
+        no_leak(llm)
     with serving(tiny, on_disk(tmp_path), skip_tokenizer_init=True) as llm:
         assert answers(llm, PROMPTS[:1]) == tiny_plain[:1]
         assert hits(llm) == 0

@@ -33,16 +33,6 @@ def break_stores(worker: Any, rank: int) -> None:
         CpuCopier.gather = broken  # type: ignore[method-assign]
 
 
-@contextmanager
-def stages(
-    model: Path, home: Path, patch: pytest.MonkeyPatch, settings: dict[str, Any] | None = None, **options: Any
-) -> Iterator[Any]:
-    with patch.context() as bound:
-        bound.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-        with ranks(model, home, settings, pipeline_parallel_size=2, **options) as llm:
-            yield llm
-
-
 def ask(llm: Any, prompt: list[int], tokens: int, params: dict[str, Any]) -> Any:
     """The answer's tokens, and what vLLM says of the transfer."""
     from vllm import SamplingParams
@@ -124,7 +114,6 @@ def test_stages_answer_as_one(
     tiny_longer: list[list[int]],
     tiny_other: list[int],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Two stages over a disk that one process has filled; then one process over the same disk, and over the same remote
@@ -137,7 +126,7 @@ def test_stages_answer_as_one(
         assert connector(llm)._scheduler.engine.flush(60)
         handed = answers(llm, [HANDED_TO_STAGES, HANDED_BY_STAGES], 4)
     wishes = remote | {"enable_service_routing": True, "blending.enabled": True, "blending.check_layers": [1]}
-    with caplog.at_level(logging.WARNING, "cairn"), stages(tiny, tmp_path, monkeypatch, wishes) as llm:
+    with caplog.at_level(logging.WARNING, "cairn"), ranks(tiny, tmp_path, wishes, pipeline_parallel_size=2) as llm:
         with each_told_once(llm):
             assert answers(llm, PROMPTS[1:2]) == tiny_plain[1:2]
             settle(llm)

@@ -33,13 +33,13 @@ from tests.cluster.etcd import Cluster, etcd, needs_etcd
 from tests.ports import free_ports
 from tests.serve.gateway.running import Gateway, Process, events
 from tests.serve.running import RUN, until
-from tests.vllm.chats import ANSWER_S, IN_FLIGHT, TOKENS, Chats
-from tests.vllm.stack import BLOCK, SIZE, START_S, TIMEOUT_S, Engine, ids
+from tests.vllm.service.chats import ANSWER_S, IN_FLIGHT, TOKENS, Chats
+from tests.vllm.service.stack import BLOCK, SIZE, START_S, TIMEOUT_S, Engine, ids
 from tests.vllm.test_node import Node
 
 pytestmark = pytest.mark.timeout(900)
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 #: From a death until everything goes its way again.
 RECOVERED_S = 10.0
 

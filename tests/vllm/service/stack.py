@@ -1,4 +1,4 @@
-"""Two `vllm serve` with Cairn's connector, on one node, each on a processor of its own."""
+"""Two `vllm serve` with Cairn's connector, on one node."""
 
 import json
 import os
@@ -25,7 +25,7 @@ SIZE = "storage.cpu.size=1GiB"
 class Engine:
     """A server that hands over what it has computed and publishes KV events, at addresses that outlive its death."""
 
-    def __init__(self, name: str, model: Path, home: Path, node: str, cpu: int) -> None:
+    def __init__(self, name: str, model: Path, home: Path, node: str) -> None:
         home.mkdir()
         self.name = name
         events, replay = free_ports(2)
@@ -41,10 +41,7 @@ class Engine:
         options += ["--max-model-len", str(MODEL_LEN), "--max-num-batched-tokens", "256", "--max-num-seqs", "4"]
         options += ["--enable-prompt-tokens-details", "--disable-uvicorn-access-log"]
         options += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-        # Two engines whose threads spin on the same cores crawl.
-        threads = {"VLLM_CPU_OMP_THREADS_BIND": str(cpu), "OMP_NUM_THREADS": "1"}
-        quiet = {"KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "passive"}
-        self.server = Server(model, home, *options, environ=threads | quiet)
+        self.server = Server(model, home, *options)
         self.url = f"http://127.0.0.1:{self.server.port}"
 
     def backend(self, role: str = "default") -> list[str]:
@@ -77,16 +74,15 @@ def ids(answer: Any) -> list[int]:
 @contextmanager
 def engines(model: Path, home: Path) -> Iterator[tuple[Node, list[Engine]]]:
     """Both are up. Each looks for its node, `a` or `b`, at an address of its own, and finds the same one there."""
-    cpus = sorted(os.sched_getaffinity(0))
     with ExitStack() as stack:
         stack.callback(sweep)
         node = Node(home, "node", SIZE)
         stack.callback(node.kill)
         made = []
-        for i, name in enumerate(("a", "b")):
+        for name in ("a", "b"):
             address = home / f"node-{name}.sock"
             address.symlink_to("node.sock")
-            made.append(Engine(name, model, home / name, f"ipc://{address}", cpus[i % len(cpus)]))
+            made.append(Engine(name, model, home / name, f"ipc://{address}"))
             stack.callback(made[-1].server.kill)
         for engine in made:
             engine.server.wait(time.monotonic() + START_S)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import httpx
 import numpy as np
 
-from tests.vllm.stack import BLOCK, ids
+from tests.vllm.service.stack import BLOCK, ids
 
 TOKENS, IN_FLIGHT, SYSTEMS = 4, 4, 4
 #: Every so many questions one is answered as a stream.

@@ -16,7 +16,7 @@ pytest.importorskip("zmq")
 
 from tests.serve.gateway.running import Gateway
 from tests.serve.running import until
-from tests.vllm.stack import START_S, Engine
+from tests.vllm.service.stack import START_S, Engine
 from tests.vllm.test_node import Node
 
 openai = pytest.importorskip("openai")
