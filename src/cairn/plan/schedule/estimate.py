@@ -78,6 +78,22 @@ def _compute(a: float, b: float, c: float, prompt: int, split: int) -> float:
 
 
 @kernel
+def soonest(found: Estimates, allowed: npt.NDArray[np.bool_], turn: int, tie_s: float) -> int:
+    """The index of the least TTFT of what is allowed, fits and is in time; of those no more than `tie_s` above it the
+    first from `turn` on, cyclically. -1: there is none.
+    """
+    low = np.inf
+    for i in range(len(found)):
+        if allowed[i] and found[i].fits and found[i].slack_s >= 0:
+            low = min(low, found[i].ttft_s)
+    for step in range(len(found)):
+        i = (turn + step) % len(found)
+        if allowed[i] and found[i].fits and found[i].slack_s >= 0 and found[i].ttft_s <= low + tie_s:
+            return i
+    return -1
+
+
+@kernel
 def estimate(
     books: Books,
     slots: Slots,
@@ -88,10 +104,12 @@ def estimate(
     now: float,
     left_s: float,
     tbt_slo_s: float,
+    turn: int,
+    tie_s: float,
     out: Estimates,
-) -> None:
+) -> int:
     """Fills out[i] for slots[i], which holds held[i, tier] tokens of the prompt in each tier. left_s: then the
-    first token is late.
+    first token is late. Gives the `soonest` of all.
 
     An idle instance always fits: it will not get better, and only what is sent there tells what it can do.
     """
@@ -125,19 +143,4 @@ def estimate(
         out[i].slack_s = left_s - out[i].ttft_s if known else np.inf
         room = book.kv_tokens == 0 or book.kv_used + prompt + answer <= book.kv_tokens
         out[i].fits = (out[i].tpot_s <= tbt_slo_s and room) or book.requests + book.foreign == 0
-
-
-@kernel
-def soonest(found: Estimates, allowed: npt.NDArray[np.bool_], turn: int, tie_s: float) -> int:
-    """The index of the least TTFT of what is allowed and in time; of those no more than `tie_s` above it the first
-    from `turn` on, cyclically. -1: there is none.
-    """
-    low = np.inf
-    for i in range(len(found)):
-        if allowed[i] and found[i].slack_s >= 0:
-            low = min(low, found[i].ttft_s)
-    for step in range(len(found)):
-        i = (turn + step) % len(found)
-        if allowed[i] and found[i].slack_s >= 0 and found[i].ttft_s <= low + tie_s:
-            return i
-    return -1
+    return soonest(out, out["fits"], turn, tie_s)

@@ -9,6 +9,8 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import NamedTuple, Self
 
 import msgspec
 import numpy as np
@@ -25,7 +27,10 @@ _SLOW = 4.0
 """That ratio's bound, either way."""
 
 _EVERY, _FLEET_EVERY = 4, 16
-"""After how many new prefills a fit is made anew: an instance's own, and the fleet's."""
+"""After how many new observations a fit is made anew: an instance's own, and the fleet's."""
+
+_PAUSE_S = 0.05
+"""Between two fits of the same: at thousands of requests a second they would be a tenth of what a request costs."""
 
 _FLEET_WINDOW = 256
 """Prefills that the fleet's fit is over."""
@@ -35,6 +40,11 @@ _SPARE = 64
 requests for another model see none of them."""
 
 _TIER_ROWS = {tier: row for row, tier in enumerate(TIERS)}
+
+_CHOSEN = itemgetter(
+    *(list(ESTIMATE.fields or ()).index(name) for name in ("ttft_s", "load_s", "compute_s", "missing"))
+)
+"""What is kept of an estimate once its instance was chosen; it has a value for each field."""
 
 
 class _Flight(msgspec.Struct, kw_only=True):
@@ -56,19 +66,62 @@ class _Flight(msgspec.Struct, kw_only=True):
     beside: int = 0  # requests that decoded at its first token
 
 
+class _Own(NamedTuple):
+    """Columns of the books: what this scheduler's own requests come to, by slot."""
+
+    pending_s: npt.NDArray[np.float64]
+    head_s: npt.NDArray[np.float64]
+    since: npt.NDArray[np.float64]
+    requests: npt.NDArray[np.int64]
+    decoding: npt.NDArray[np.int64]
+    kv_used: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, books: Books) -> Self:
+        return cls(*(books[name] for name in cls._fields))
+
+
+@dataclass(slots=True)
+class _Renewal:
+    """When a fit is to be made anew: at each of the first observations, then at one in `every`."""
+
+    every: int
+    _seen: int = 0
+    _made: float = -math.inf
+
+    def due(self, now: float) -> bool:
+        """Counts an observation."""
+        self._seen += 1
+        if self._seen > self.every and (self._seen % self.every or now - self._made < _PAUSE_S):
+            return False
+        self._made = now
+        return True
+
+
 @dataclass(slots=True)
 class _Life:
-    """One life of an instance. queue: predicted prefill seconds of requests without a first token, oldest first."""
+    """One life of an instance. queue: predicted prefill seconds of requests without a first token, oldest first.
+
+    pending_s to kv_used, slow: as in its row of the books, which kernels read; a number of Python's is read and
+    changed in a fraction of the time that one of numpy's takes.
+    """
 
     id: str
     cost: CostModel
     reported_at: float = float("-inf")
     queue: OrderedDict[str, float] = field(default_factory=OrderedDict)
+    pending_s: float = 0.0
+    head_s: float = 0.0
+    since: float = 0.0
+    requests: int = 0
+    decoding: int = 0
+    kv_used: int = 0
+    slow: float = 1.0
     decode: OnlineFit = field(default_factory=lambda: OnlineFit(2))
     took: float = 0.0
     predicted: float = 0.0
-    prefills: int = 0
-    answers: int = 0
+    prefills: _Renewal = field(default_factory=lambda: _Renewal(_EVERY))
+    answers: _Renewal = field(default_factory=lambda: _Renewal(_EVERY))
 
 
 class Ledger:
@@ -77,51 +130,62 @@ class Ledger:
     def __init__(self) -> None:
         self._slots: dict[str, int] = {}
         self._books: Books = np.zeros(64, BOOK)
+        self._own = _Own.of(self._books)
         self._lives: list[_Life] = []
         self._flights: dict[str, _Flight] = {}
         self._untold: list[tuple[float, int, str, _Flight]] = []  # heap of those that do not stream, by their time
         self._flown = 0
         self._free: list[int] = []
         self._widest = 0
+        self._viewed: tuple[list[InstanceView], list[float], Slots] = [], [], np.empty(0, np.int64)
         self._fleet = RecomputeCost(_FLEET_WINDOW)
-        self._prefills = 0
+        self._prefills = _Renewal(_FLEET_EVERY)
         self._fleet_fit: FleetFit = np.zeros(4)
+        self._out: Estimates = np.empty(0, ESTIMATE)
         self._latest: tuple[str, list[int], Estimates] = "", [], np.empty(0, ESTIMATE)  # of a request, by its slots
 
     def slots(self, view: Sequence[InstanceView]) -> Slots:
         """The slot of each instance, with its latest report taken in."""
-        known, lives = self._slots, self._lives
-        out = np.empty(len(view), np.int64)
-        for i, one in enumerate(view):
+        reported = [one.reported_at for one in view]
+        if view == self._viewed[0] and reported == self._viewed[1]:  # the same views: nothing is new, as a rule
+            return self._viewed[2]
+        known, lives, found = self._slots, self._lives, []
+        for one in view:
             slot = known.get(one.id, -1)
             if slot < 0 or lives[slot].cost is not one.cost:
                 slot = self._open(one)
             if lives[slot].reported_at != one.reported_at:
                 self._report(slot, one)
-            out[i] = slot
+            found.append(slot)
         self._widest = max(self._widest, len(view))
         if len(self._slots) > 2 * self._widest + _SPARE:
             self._forget_absent(view)
-        return out
+        self._viewed = [*view], reported, np.array(found, np.int64)
+        return self._viewed[2]
 
-    def estimates(self, request: Ask, slots: Slots, now: float, left_s: float = math.inf) -> Estimates:
-        """What each of the instances would make of `request` [len(slots)] of ESTIMATE. left_s: until it is late."""
+    def estimates(self, request: Ask, slots: Slots, now: float) -> Estimates:
+        """What each of the instances would make of `request` [len(slots)] of ESTIMATE. Good until the next call."""
+        return self.compare(request, slots, now, math.inf, 0, 0.0)[0]
+
+    def compare(
+        self, request: Ask, slots: Slots, now: float, left_s: float, turn: int, tie_s: float
+    ) -> tuple[Estimates, int]:
+        """Its `estimates`, and of them the `soonest`. left_s: until it is late."""
         self._presume(now)
-        width = len(TIERS)
-        flat = [0] * (len(slots) * width)  # a list is filled faster than an array
-        listed = slots.tolist()
+        listed, table = slots.tolist(), np.zeros((len(slots), len(TIERS)), np.int64)
         if request.held:
             for i, slot in enumerate(listed):
                 held = request.held.get(self._lives[slot].id)
                 if held:
                     for tier, tokens in held.items():
-                        flat[i * width + _TIER_ROWS[tier]] = tokens
-        table = np.array(flat, np.int64).reshape(-1, width)
-        out = np.empty(len(slots), ESTIMATE)
+                        table[i, _TIER_ROWS[tier]] = tokens
+        if len(self._out) != len(slots):
+            self._out = np.empty(len(slots), ESTIMATE)
         prompt, answer, tbt_slo_s = request.prompt_tokens, request.max_tokens, request.tbt_slo_s
-        estimate(self._books, slots, table, self._fleet_fit, prompt, answer, now, left_s, tbt_slo_s, out)
+        books, fleet, out = self._books, self._fleet_fit, self._out
+        best = estimate(books, slots, table, fleet, prompt, answer, now, left_s, tbt_slo_s, turn, tie_s, out)
         self._latest = request.id, listed, out
-        return out
+        return out, best
 
     def in_flight(self, slots: Slots) -> npt.NDArray[np.int64]:
         """Requests at each instance: this scheduler's, and others' by the last report."""
@@ -137,27 +201,28 @@ class Ledger:
             found = estimates[slots.index(prefill)]
         else:
             found = self.estimates(request, np.array([prefill], np.int64), now)[0]
-        queue = self._lives[prefill].queue
+        ttft_s, load_s, compute_s, missing = _CHOSEN(found.item())
+        life = self._lives[prefill]
         flight = _Flight(
             prefill=prefill,
             decode=decode,
             sent=now,
-            compute_s=float(found["compute_s"]),
-            plain_s=float(found["compute_s"] / self._books["slow"][prefill]),
-            load_s=float(found["load_s"]),
-            missing=int(found["missing"]),
-            context=request.prompt_tokens - int(found["missing"]),
-            clean=not queue and not found["load_s"],
+            compute_s=compute_s,
+            plain_s=compute_s / life.slow,
+            load_s=load_s,
+            missing=missing,
+            context=request.prompt_tokens - missing,
+            clean=not life.queue and not load_s,
             kv_tokens=request.prompt_tokens + request.max_tokens,
         )
         self._flights[request.id] = flight
         if not request.streams:
             self._flown += 1
-            heapq.heappush(self._untold, (now + float(found["ttft_s"]), self._flown, request.id, flight))
-        queue[request.id] = flight.compute_s
-        if len(queue) == 1:
-            self._head(prefill, now)
-        self._books["pending_s"][prefill] += flight.compute_s
+            heapq.heappush(self._untold, (now + ttft_s, self._flown, request.id, flight))
+        life.queue[request.id] = compute_s
+        life.pending_s += compute_s
+        if len(life.queue) == 1:
+            life.head_s, life.since = compute_s, now
         for slot in {prefill, decode}:
             self._occupy(slot, 1, flight.kv_tokens)
 
@@ -172,11 +237,10 @@ class Ledger:
     def finished(self, request: Ask, now: float, tokens: int) -> None:
         flight = self._flights.get(request.id)
         if flight is not None and flight.first is not None and tokens > 1 and request.streams:
-            beside = (flight.beside + int(self._books["decoding"][flight.decode])) / 2
             life = self._lives[flight.decode]
+            beside = (flight.beside + life.decoding) / 2
             life.decode.observe((1.0, beside), (now - flight.first) / (tokens - 1))
-            life.answers += 1
-            if life.decode.ready and _renews(life.answers, _EVERY):
+            if life.answers.due(now) and life.decode.ready:
                 self._books["decode"][flight.decode] = life.decode.coefficients()
         self.failed(request, now)
 
@@ -188,7 +252,7 @@ class Ledger:
         if flight.first is None:
             self._leave_prefill(request.id, flight, now)
         else:
-            self._books["decoding"][flight.decode] -= 1
+            self._lives[flight.decode].decoding -= 1
         self._occupy(flight.decode, -1, -flight.kv_tokens)
         self._recycle(flight.decode)
 
@@ -197,6 +261,7 @@ class Ledger:
         slot = self._free.pop() if self._free else len(self._lives)
         if slot == len(self._books):
             self._books = np.concatenate([self._books, np.zeros(slot, BOOK)])
+            self._own = _Own.of(self._books)
         if slot == len(self._lives):
             self._lives.append(_Life(one.id, one.cost))
         else:
@@ -213,7 +278,7 @@ class Ledger:
     def _recycle(self, slot: int) -> None:
         """Frees the slot of a life that is over, once its last request has ended."""
         life = self._lives[slot]
-        if self._slots.get(life.id) != slot and not self._books["requests"][slot] and slot not in self._free:
+        if not life.requests and self._slots.get(life.id) != slot and slot not in self._free:
             self._free.append(slot)
 
     def _forget_absent(self, view: Sequence[InstanceView]) -> None:
@@ -225,25 +290,28 @@ class Ledger:
         books, life = self._books, self._lives[slot]
         life.reported_at = books["reported_at"][slot] = one.reported_at
         books["kv_tokens"][slot] = one.kv_tokens
-        books["foreign"][slot] = max(0, one.running + one.waiting - int(books["requests"][slot]))
-        books["foreign_decoding"][slot] = max(0, one.running - int(books["decoding"][slot]))
+        books["foreign"][slot] = max(0, one.running + one.waiting - life.requests)
+        books["foreign_decoding"][slot] = max(0, one.running - life.decoding)
         a, b, _ = books["prefill"][slot]
         queued = a + b * one.queued_prefill_tokens if one.queued_prefill_tokens else 0.0
-        books["foreign_s"][slot] = max(0.0, queued - float(books["pending_s"][slot]))
+        books["foreign_s"][slot] = max(0.0, queued - life.pending_s)
         for tier, cost in one.cost.load.items():
             if tier in _TIER_ROWS and cost.ready:
                 latency, byte = cost.coefficients()
                 books["latency_s"][slot][_TIER_ROWS[tier]] = latency
                 books["token_s"][slot][_TIER_ROWS[tier]] = byte * one.token_bytes
 
-    def _head(self, slot: int, now: float) -> None:
-        """The oldest request in a queue is at work from now on."""
-        self._books["head_s"][slot] = next(iter(self._lives[slot].queue.values()), 0.0)
-        self._books["since"][slot] = now
-
     def _occupy(self, slot: int, requests: int, kv_tokens: int) -> None:
-        self._books["requests"][slot] += requests
-        self._books["kv_used"][slot] += kv_tokens
+        life = self._lives[slot]
+        life.requests += requests
+        life.kv_used += kv_tokens
+        self._write(slot, life)
+
+    def _write(self, slot: int, life: _Life) -> None:
+        """For kernels to read."""
+        own = self._own
+        own.pending_s[slot], own.head_s[slot], own.since[slot] = life.pending_s, life.head_s, life.since
+        own.requests[slot], own.decoding[slot], own.kv_used[slot] = life.requests, life.decoding, life.kv_used
 
     def _presume(self, now: float) -> None:
         """Who tells no first token has it when it was expected: else a queue would seem to grow until answers end."""
@@ -251,42 +319,46 @@ class Ledger:
             due, _, request_id, flight = heapq.heappop(self._untold)
             # One may have streamed all the same, as to who writes "stream": 1, and told it.
             if self._flights.get(request_id) is flight and flight.first is None:
-                self._begin_decode(request_id, flight, max(due, float(self._books["since"][flight.prefill])))
+                self._begin_decode(request_id, flight, max(due, self._lives[flight.prefill].since))
 
     def _begin_decode(self, request_id: str, flight: _Flight, now: float) -> None:
         self._leave_prefill(request_id, flight, now)
+        life = self._lives[flight.decode]
         flight.first = now
-        self._books["decoding"][flight.decode] += 1
-        flight.beside = int(self._books["decoding"][flight.decode])
+        life.decoding += 1
+        flight.beside = life.decoding
+        self._write(flight.decode, life)
 
     def _leave_prefill(self, request_id: str, flight: _Flight, now: float) -> None:
-        slot, queue = flight.prefill, self._lives[flight.prefill].queue
+        """The decode side's row is left to be written by the caller."""
+        slot = flight.prefill
+        life = self._lives[slot]
+        queue = life.queue
         at_work = next(iter(queue)) == request_id
-        self._books["pending_s"][slot] -= queue.pop(request_id)
+        life.pending_s -= queue.pop(request_id)
         if not queue:
-            self._books["pending_s"][slot] = 0.0  # no rounding is carried on
-        if at_work:
-            self._head(slot, now)
+            life.pending_s = 0.0  # no rounding is carried on
+        if at_work:  # the oldest of the rest is, from now on
+            life.head_s, life.since = next(iter(queue.values()), 0.0), now
         if slot != flight.decode:
             self._occupy(slot, -1, -flight.kv_tokens)
             self._recycle(slot)
 
     def _learn_prefill(self, flight: _Flight, now: float) -> None:
         """From a first token. The fit learns from requests that found an empty queue, `slow` from all predicted."""
-        life, book = self._lives[flight.prefill], self._books[flight.prefill]
-        took = now - max(flight.sent + flight.load_s, float(book["since"]))
+        life = self._lives[flight.prefill]
+        took = now - max(flight.sent + flight.load_s, life.since)
         if flight.plain_s > 0:
             life.took = _FORGET * life.took + max(took, 0.0)
             life.predicted = _FORGET * life.predicted + flight.plain_s
-            book["slow"] = min(max(life.took / life.predicted, 1 / _SLOW), _SLOW)
+            life.slow = min(max(life.took / life.predicted, 1 / _SLOW), _SLOW)
+            self._books["slow"][flight.prefill] = life.slow
         if flight.clean and took > 0:
             life.cost.recompute.observe(Work.of([(flight.missing, flight.context)]), took)
             self._fleet.observe(Work.of([(flight.missing, flight.context)]), took)
-            life.prefills += 1
-            self._prefills += 1
-            if _renews(life.prefills, _EVERY):
+            if life.prefills.due(now):
                 self._fit(flight.prefill)
-            if _renews(self._prefills, _FLEET_EVERY) and self._fleet.ready:
+            if self._prefills.due(now) and self._fleet.ready:
                 self._fleet_fit[:3], self._fleet_fit[3] = self._fleet.coefficients(), self._fleet.horizon
 
     def _fit(self, slot: int) -> None:
@@ -294,8 +366,3 @@ class Ledger:
         if cost.ready:
             self._books["prefill"][slot] = cost.coefficients()
             self._books["known"][slot] = cost.horizon
-
-
-def _renews(seen: int, every: int) -> bool:
-    """Whether a fit is to be made anew: at each of the first observations, then at one in `every`."""
-    return seen <= every or seen % every == 0

@@ -54,8 +54,8 @@ class SloAware(Booked):
         if not here:
             return nobody()
         left_s = (request.ttft_slo_s - (now - request.arrived)) / self._settings.margin
-        found = self._ledger.estimates(request, self._ledger.slots(here), now, left_s)
-        send = self._send(request, here, found, now)
+        found, best = self._ledger.compare(request, self._ledger.slots(here), now, left_s, self._turn, _TIE_S)
+        send = self._send(request, here, found, best, now)
         if send:
             return send
         idle = self._settings.margin * float((found["load_s"] + found["compute_s"]).min())
@@ -70,7 +70,8 @@ class SloAware(Booked):
         pressure = float(np.minimum(found["queue_s"] / request.ttft_slo_s, 1.0).mean())
         if pressure <= s.late_pressure:
             found["slack_s"] = np.where(found["queue_s"] <= 0, np.inf, -np.inf)  # in time where nobody queues
-            send = self._send(request, here, found, now)
+            best = soonest(found, np.ones(len(here), np.bool_), self._turn, _TIE_S)
+            send = self._send(request, here, found, best, now)
             if send:
                 return send
         if now - request.arrived >= s.late_s:
@@ -82,14 +83,13 @@ class SloAware(Booked):
         tick = ticks * self._settings.recheck_s
         return Wait((math.floor(now / tick) + 1) * tick)
 
-    def _send(self, request: Ask, here: Sequence[InstanceView], found: Estimates, now: float) -> Send | None:
-        """The soonest way that is in time."""
+    def _send(self, request: Ask, here: Sequence[InstanceView], found: Estimates, best: int, now: float) -> Send | None:
+        """The soonest way that is in time. best: the soonest instance, whatever its side."""
         sides = self.sides.of(here, found, request, now)
-        ttft, fits = found["ttft_s"], found["fits"].copy()  # contiguous, as kernels are compiled for
-        whole = soonest(found, fits if sides is None else fits & sides.whole, self._turn, _TIE_S)
         if sides is None:
-            return Send(here[whole].id, None, float(ttft[whole])) if whole >= 0 else None
-        then = self._least(found["move_s"] + found["tpot_s"], sides.decode & fits)
+            return Send(here[best].id, None, float(found["ttft_s"][best])) if best >= 0 else None
+        whole, ttft = soonest(found, sides.whole, self._turn, _TIE_S), found["ttft_s"]
+        then = self._least(found["move_s"] + found["tpot_s"], sides.decode & found["fits"])
         first = self._least(ttft.copy(), sides.prefill & (found["slack_s"] >= found["move_s"][then]))
         apart = ttft[first] + found["move_s"][then] if first >= 0 and then >= 0 else np.inf
         if whole >= 0 and ttft[whole] <= apart:
