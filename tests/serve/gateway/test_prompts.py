@@ -35,19 +35,30 @@ def asked(path: str = "/v1/completions", **fields: Any) -> Asked:
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 4000)), max_size=30), st.integers(0, 3))
 def test_guesses_are_the_longest_prefix_that_was_sent(sent: list[tuple[int, int, int]], family: int) -> None:
     """Against a list of everything that was sent. Prompts are prefixes of one of four texts."""
-    texts = [bytes([65 + i]) * 100 + b"x" * 4000 for i in range(4)]
+    texts = [bytes([65 + i]) * 100 + b"x" * 4000 for i in range(4)]  # in pieces of 512
     guesses = Guesses()
     for instance, which, size in sent:
         guesses.sent(pieces(texts[which][:size]), f"i{instance}")
     found = guesses.held(pieces(texts[family]))
     expected: dict[str, int] = {}
     for instance, which, size in sent:
-        ends = [end for _, end in pieces(texts[which][:size])]
-        if which == family and ends:
-            expected[f"i{instance}"] = max(ends[-1], expected.get(f"i{instance}", 0))
+        end = min(size, len(texts[which])) // 512 * 512
+        if which == family and end:
+            expected[f"i{instance}"] = max(end, expected.get(f"i{instance}", 0))
     assert found == expected
     guesses.forget("i0")
     assert guesses.held(pieces(texts[family])) == {name: end for name, end in expected.items() if name != "i0"}
+
+
+def test_pieces_of_long_prompts_are_longer() -> None:
+    sizes = [512] * 16 + [1024] * 16 + [2048] * 16 + [4096] * 16 + [8192] * 40
+    for count in (0, 1, 16, 17, 60, 104):
+        whole = bytes(sum(sizes[:count]))
+        assert len(pieces(whole)) == count
+        assert len(pieces(whole + bytes(511))) == count
+        guesses = Guesses()
+        guesses.sent(pieces(whole), "a")
+        assert guesses.held(pieces(whole + bytes(9000))) == ({"a": len(whole)} if count else {})
 
 
 def test_guesses_are_bounded() -> None:

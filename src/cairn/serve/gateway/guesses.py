@@ -1,6 +1,6 @@
 """Which instance may hold a prompt, guessed from where prompts that begin alike were sent."""
 
-from collections import OrderedDict
+from bisect import bisect_right
 from typing import Final
 
 import xxhash
@@ -13,61 +13,72 @@ _LARGEST: Final = 8192
 _ROOM: Final = 1 << 17
 _SENT_TO: Final = 4
 
-Pieces = tuple[tuple[int, int], ...]
+#: Where pieces end, the same in all prompts; as many as the longest one so far has had.
+_ends: list[int] = [_FIRST]
+
+#: Of each piece the digest of everything up to its end.
+Pieces = tuple[int, ...]
 
 
 def pieces(prompt: bytes) -> Pieces:
-    """(digest of everything up to here, bytes up to here), piece by piece; a rest that fills none is left out."""
-    found, whole = list[tuple[int, int]](), len(prompt)
-    at, size, digest, alike = 0, _FIRST, 0, 0
-    while (end := at + size) <= whole:
+    """A rest that fills no piece is left out."""
+    found, at, digest = [], 0, 0
+    for end in _ends[: _count(len(prompt))]:
         digest = xxhash.xxh3_64_intdigest(prompt[at:end], digest)
-        found.append((digest, end))
-        at, alike = end, alike + 1
-        if alike == _ALIKE:
-            alike, size = 0, min(2 * size, _LARGEST)
+        found.append(digest)
+        at = end
     return tuple(found)
 
 
+def _count(size: int) -> int:
+    """How many pieces so many bytes have."""
+    while _ends[-1] <= size:
+        _ends.append(_ends[-1] + min(_FIRST << (len(_ends) // _ALIKE), _LARGEST))
+    return bisect_right(_ends, size)
+
+
 class Guesses:
-    """Needs neither tokenizer nor events. Bounded; what was sent the longest ago goes first. For one thread."""
+    """Needs neither tokenizer nor events. Bounded: what was sent the longest ago goes, half at once. For one thread."""
 
     def __init__(self, room: int = _ROOM) -> None:
-        self._room = room
-        self._sent: OrderedDict[int, tuple[str, ...]] = OrderedDict()
+        self._half = room // 2
+        self._late: dict[int, tuple[str, ...]] = {}
+        self._early: dict[int, tuple[str, ...]] = {}
 
     def held(self, prompt: Pieces) -> dict[str, int]:
         """By instance, the bytes from the prompt's start that were sent there before."""
-        found: dict[str, int] = {}
-        reached = last = self._sent.get(prompt[0][0], ()) if prompt else ()
-        before = 0
-        for digest, end in prompt if reached else ():
-            names = self._sent.get(digest, ())
-            if names != last:  # nearly never: what begins alike was sent alike
-                found |= {name: before for name in reached if name not in names}
-                reached, last = tuple(name for name in reached if name in names), names
-                if not reached:
-                    return found
-            before = end
-        return found | dict.fromkeys(reached, before)
+        late, early, found = self._late, self._early, dict[str, int]()
+        reached: tuple[str, ...] | None = None
+        last: tuple[str, ...] = ()
+        for at, digest in enumerate(prompt):
+            names = late.get(digest) or early.get(digest, ())
+            if reached is None:
+                reached = last = names
+            elif names != last:  # nearly never: what begins alike was sent alike
+                for name in reached:
+                    if name not in names:
+                        found[name] = _ends[at - 1]
+                reached, last = tuple([name for name in reached if name in names]), names
+            if not reached:
+                return found
+        for name in reached or ():
+            found[name] = _ends[len(prompt) - 1]
+        return found
 
     def sent(self, prompt: Pieces, instance: str) -> None:
-        sent, last = self._sent, tuple[str, ...]()
+        late, early = self._late, self._early
+        last: tuple[str, ...] = ()
         told: tuple[str, ...] = (instance,)
-        for digest, _ in reversed(prompt):  # the end goes before what it hangs from
-            names = sent.get(digest, ())
+        for digest in prompt:
+            names = late.get(digest) or early.get(digest, ())
             if names != last:  # nearly never: what begins alike was sent alike
                 last, told = names, (instance, *[name for name in names if name != instance])[:_SENT_TO]
-            sent[digest] = told
-            sent.move_to_end(digest)
-        while len(sent) > self._room:
-            sent.popitem(last=False)
+            late[digest] = told
+        if len(late) > self._half:
+            self._early, self._late = late, {}
 
     def forget(self, instance: str) -> None:
         """Costs a look at everything that is remembered."""
-        for digest in [digest for digest, names in self._sent.items() if instance in names]:
-            names = tuple(name for name in self._sent[digest] if name != instance)
-            if names:
-                self._sent[digest] = names
-            else:
-                del self._sent[digest]
+        for sent in (self._late, self._early):
+            for digest in [digest for digest, names in sent.items() if instance in names]:
+                sent[digest] = tuple(name for name in sent[digest] if name != instance)
