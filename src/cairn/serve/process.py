@@ -12,10 +12,10 @@ from typing import Final
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cairn.errors import InputError
 from cairn.observe.http import address
+from cairn.serve.inbound import Connection
 
 #: How long a thread may keep the interpreter's lock while another waits for it, seconds. Python's 5 ms would be what a
 #: lookup waits whenever events come in.
@@ -27,11 +27,6 @@ _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 _STARTING_S: Final = 1.0
 _INTERRUPTED: Final = 130
 _CONNECTIONS: Final = 4096
-#: Bytes of a body that wait for whoever reads it, a connection: one with 131,072 token ids.
-_WAITING: Final = 1 << 20
-#: Bytes of a request's head, or between the pieces of its body; and seconds for a head to come.
-_HEAD: Final = 64 << 10
-_HEAD_S: Final = 30.0
 
 
 class Server(uvicorn.Server):
@@ -42,60 +37,12 @@ class Server(uvicorn.Server):
         yield
 
 
-class _Protocol(HttpToolsProtocol):
-    """uvicorn's, which takes heads without an end and waits for them for ever, also before there is any key; and which
-    stops reading a connection at 64 KiB: several times for a long prompt, at a loop's turn each.
-    """
-
-    _unread = 0  # bytes that have brought nothing whole yet
-    _late: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._late = self.loop.call_later(_HEAD_S, transport.close)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._begun()
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        self._unread += len(data)
-        super().data_received(data)
-        if self._unread > _HEAD:
-            self.send_400_response("The request's head is too large.")
-        elif self._unread and self._late is None and (self.cycle is None or self.cycle.response_complete):
-            self._late = self.loop.call_later(_HEAD_S, self.transport.close)
-
-    def on_headers_complete(self) -> None:
-        self._begun()
-        super().on_headers_complete()
-
-    def on_body(self, body: bytes) -> None:
-        self._unread = 0
-        if self.cycle.response_complete:
-            return
-        self.cycle.body += body
-        if len(self.cycle.body) > _WAITING:
-            self.flow.pause_reading()
-        self.cycle.message_event.set()
-
-    def on_message_complete(self) -> None:
-        self._unread = 0
-        super().on_message_complete()
-
-    def _begun(self) -> None:
-        self._unread = 0
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
-
-
 def settings(app: ASGIApp, grace_s: float, *, keep_alive_s: int = 5) -> uvicorn.Config:
     """grace_s: for requests that are being served at the end. keep_alive_s: for idle connections."""
     return uvicorn.Config(
         app,
         loop="none",
-        http=_Protocol,
+        http=Connection,
         ws="none",
         lifespan="off",
         log_config=None,
