@@ -7,7 +7,7 @@ import re
 import secrets
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -54,9 +54,9 @@ def setup_logging(level: str, form: Literal["text", "json"] = "text") -> None:
         logger.addHandler(handler)
 
 
-def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
+def request_id_of(headers: Mapping[bytes, bytes]) -> str:
     """What a client calls its request, if it does in characters for a log; or else a new id."""
-    given = dict(headers).get(REQUEST_HEADER, b"")
+    given = headers.get(REQUEST_HEADER, b"")
     return given.decode() if _READABLE(given) else f"{_PROCESS}{next(_numbers):x}"
 
 

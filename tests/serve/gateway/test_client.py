@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from cairn.serve.base import RequestError
-from cairn.serve.gateway.client import Client
+from cairn.serve.gateway.client import Client, Waits
 
 
 async def _never() -> Any:
@@ -14,7 +14,8 @@ async def _never() -> Any:
 
 
 async def _body(within_s: float) -> bytes:
-    return await Client({"headers": [], "query_string": b""}, _never, lambda _: _never(), 60.0).body(10, within_s)
+    waits = Waits.of(within_s, 60.0)
+    return await Client({"headers": [], "query_string": b""}, _never, lambda _: _never(), waits).body(10)
 
 
 def test_a_body_that_does_not_come_in_time_is_refused_and_the_request_goes_on() -> None:
@@ -59,7 +60,7 @@ def test_a_client_that_reads_nothing_for_long_has_left_and_one_that_is_slow_has_
             read.clear()
 
         async def answer() -> None:
-            clients.append(Client({"headers": [], "query_string": b""}, _never, send, 10.0))
+            clients.append(Client({"headers": [], "query_string": b""}, _never, send, Waits.of(60.0, 10.0)))
             while True:
                 await clients[0].send(b"", more=True)
 

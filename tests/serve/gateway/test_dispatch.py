@@ -131,7 +131,7 @@ def test_who_may_serve() -> None:
     async def main() -> None:
         members = members_of(Serve(), "a", "b")
         a, b = members.members["a"], members.members["b"]
-        b.instance = Instance(name="b", incarnation="1", http="http://127.0.0.1:1", model="n")
+        b.view.model = "n"
         assert members.choices("m", (), 0.0) == [a]
         assert members.choices("adapter", (), 0.0) == members.choices("", (), 0.0) == [a, b]
         a.failed(10.0)

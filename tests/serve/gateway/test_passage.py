@@ -21,7 +21,7 @@ from cairn.plan.schedule.base import Ask, Scheduler, Send
 from cairn.serve.base import RequestError
 from cairn.serve.gateway.asked import COMPLETIONS, Asked, edited
 from cairn.serve.gateway.base import Prompt
-from cairn.serve.gateway.client import Client
+from cairn.serve.gateway.client import Client, Waits
 from cairn.serve.gateway.dispatch import Dispatch
 from cairn.serve.gateway.members import Members
 from cairn.serve.gateway.metrics import GatewayMetrics
@@ -103,7 +103,7 @@ class Passage:
     async def carry(self, **fields: Any) -> None:
         body = {"model": "m", "prompt": "P", "stream": True, "temperature": 0, "max_tokens": 50} | fields
         asked = Asked(COMPLETIONS, json.dumps(body).replace("Infinity", "1e999").encode())
-        client = Client({"headers": [], "query_string": b""}, self._nothing, self._take, 60.0)
+        client = Client({"headers": [], "query_string": b""}, self._nothing, self._take, Waits.of(60.0, 60.0))
         await self._relay.carry(asked, client)
 
     async def _nothing(self) -> Any:

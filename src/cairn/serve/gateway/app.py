@@ -18,7 +18,7 @@ from cairn.serve.dashboard import STATE, Board, page_files, since_of
 from cairn.serve.gateway.admin import Admin
 from cairn.serve.gateway.asked import CHAT, COMPLETIONS, Asked
 from cairn.serve.gateway.base import Headers
-from cairn.serve.gateway.client import Client
+from cairn.serve.gateway.client import Client, Waits
 from cairn.serve.gateway.dispatch import RefusedError
 from cairn.serve.gateway.metrics import GatewayMetrics
 from cairn.serve.gateway.models import Models
@@ -42,6 +42,7 @@ class Gateway:
         self._models = Models(relay.members)
         self._admin = admin
         self._board = board
+        self._waits = Waits.of(config.body_s, config.client_s)
         self._running = 0
         self._routes: dict[tuple[str, str], Route] = {
             ("GET", "/v1/models"): self._list_models,
@@ -54,7 +55,7 @@ class Gateway:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        client = Client(scope, receive, send, self._config.client_s)
+        client = Client(scope, receive, send, self._waits)
         path, status, begun = scope["path"], 500, time.monotonic()
         before = REQUEST_ID.set(client.id)
         try:
@@ -84,7 +85,7 @@ class Gateway:
             raise RefusedError(f"{self._running} requests are being served already; try again later", 503, 1.0)
         self._running += 1
         try:
-            body = await client.body(self._config.max_body, self._config.body_s)
+            body = await client.body(self._config.max_body)
             asked = Asked(path, body)
             client.watch()
             await self._relay.carry(asked, client)

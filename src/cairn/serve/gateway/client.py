@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -10,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 from cairn.observe.access import may_pass
 from cairn.observe.log import REQUEST_HEADER, request_id_of
 from cairn.serve.base import RequestError
+from cairn.serve.gateway.alarms import Alarms
 from cairn.serve.gateway.base import Headers
 
 #: For which nobody waits for a client's leaving, seconds. Many an answer is whole by then, and a task that waits is a
@@ -28,44 +29,59 @@ _OURS: Final = _HOP | frozenset(
 _FROM_ENGINES: Final = _HOP | {b"server", b"date", b"set-cookie", REQUEST_HEADER}
 
 
+class Waits(NamedTuple):
+    """For what all clients are waited for: their bodies to come, their leaving to matter, and what they are sent to be
+    read.
+    """
+
+    bodies: "Alarms[Client]"
+    leaving: "Alarms[Client]"
+    reading: "Alarms[Client]"
+
+    @classmethod
+    def of(cls, body_s: float, read_s: float) -> "Waits":
+        """body_s: for a whole body. read_s: how long a client may read nothing at all."""
+        return cls(Alarms(body_s, Client.is_late), Alarms(_WATCH_S, Client.wait), Alarms(read_s, Client.leave))
+
+
 class Client:
     """One request's client. `watch` once the body has been read; then the task is cancelled when the client leaves."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, patience_s: float) -> None:
-        """patience_s: how long a client may read nothing at all."""
+    def __init__(self, scope: Scope, receive: Receive, send: Send, waits: Waits) -> None:
         #: The headers as they came, what the address asks for, and what logs call the request.
         self.given: Headers = scope["headers"]
         self.query: bytes = scope["query_string"]
-        self._receive, self._send, self._patience_s = receive, send, patience_s
-        self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
-        self._watcher: asyncio.TimerHandle | asyncio.Task[None] | None = None
-        self._patience: asyncio.TimerHandle | None = None
-        self._since = 0.0  # when the piece was sent that it has not read; 0.0: there is none
+        self._receive, self._send, self._waits = receive, send, waits
+        self._task = asyncio.current_task()
+        self._watcher: asyncio.Task[None] | None = None
         self.left = self.started = self.ended = self._late = False
         self.status = 0
-        self.id = request_id_of(self.given)
+        self._named = dict(self.given)  # of several of one name the last
+        self.id = request_id_of(self._named)
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """What the engine is told."""
-        given, own = self.given, (REQUEST_HEADER, self.id.encode())
-        named = [value for name, value in given if name == b"connection"]
-        if named and (hops := {one.strip().lower() for value in named for one in value.split(b",")}) - {b"keep-alive"}:
-            return [*(one for one in given if one[0] not in _OURS and one[0] not in hops), own]
-        return [*[one for one in given if one[0] not in _OURS], own]
+        kept = [one for one in self.given if one[0] not in _OURS]
+        if b"connection" in self._named:
+            named = [value for name, value in self.given if name == b"connection"]
+            hops = {one.strip().lower() for value in named for one in value.split(b",")}
+            kept = [one for one in kept if one[0] not in hops]
+        kept.append((REQUEST_HEADER, self.id.encode()))
+        return kept
 
     def may_pass(self, keys: Sequence[str]) -> bool:
         """Whether it has one of these keys, if there are any."""
         if not keys:
             return True
-        given = next((value for name, value in self.given if name == b"authorization"), None)
+        given = self._named.get(b"authorization")
         return any(may_pass(given, key) for key in keys)
 
-    async def body(self, most: int, within_s: float) -> bytes:
+    async def body(self, most: int) -> bytes:
         """Raises RequestError for one that is larger than `most`, or does not come in time."""
-        for name, value in self.given:
-            if name == b"content-length" and value.isdigit() and int(value[:20]) > most:
-                raise _too_large(most)
-        timer = self._loop.call_later(within_s, self._give_up)  # `asyncio.timeout` costs five times as much
+        told = self._named.get(b"content-length", b"")
+        if told.isdigit() and int(told[:20]) > most:
+            raise _too_large(most)
+        self._waits.bodies.set(self)
         try:
             return await self._all(most)
         except asyncio.CancelledError:
@@ -73,9 +89,9 @@ class Client:
                 raise
             assert self._task is not None
             self._task.uncancel()
-            raise RequestError(f"the body has not come within {within_s:g} s", 408) from None
+            raise RequestError(f"the body has not come within {self._waits.bodies.seconds:g} s", 408) from None
         finally:
-            timer.cancel()
+            self._waits.bodies.cancel(self)
 
     async def _all(self, most: int) -> bytes:
         pieces, size = list[bytes](), 0
@@ -93,22 +109,25 @@ class Client:
 
     def watch(self) -> None:
         """From now on the task that made this is cancelled soon after the client leaves (`left` tells)."""
-        self._watcher = self._loop.call_later(_WATCH_S, self._begin_waiting)
+        self._waits.leaving.set(self)
 
-    def _begin_waiting(self) -> None:
-        self._watcher = self._loop.create_task(self._wait())
+    def wait(self) -> None:
+        """For its leaving."""
+        self._watcher = asyncio.create_task(self._wait())
 
     async def _wait(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
         if not self.ended:
-            self._leave()
+            self.leave()
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
+        """It has left, or does not read any more."""
         self.left = True
         self._cancel()
 
-    def _give_up(self) -> None:
+    def is_late(self) -> None:
+        """Its body has not come in time."""
         self._late = True
         self._cancel()
 
@@ -125,23 +144,12 @@ class Client:
     async def send(self, body: bytes, *, more: bool) -> None:
         """Sends a piece; waits as long as the client does not read. The request ends if it reads nothing for long."""
         self.ended = not more
-        message = {"type": "http.response.body", "body": body, "more_body": more}
-        self._since = self._loop.time()
-        if self._patience is None:
-            self._patience = self._loop.call_at(self._since + self._patience_s, self._look)
+        reading = self._waits.reading
+        reading.set(self)
         try:
-            await self._send(message)
+            await self._send({"type": "http.response.body", "body": body, "more_body": more})
         finally:
-            self._since = 0.0
-
-    def _look(self) -> None:
-        """One timer for all pieces: it comes again for the one that is under way."""
-        now = self._loop.time()
-        due = (self._since or now) + self._patience_s
-        if now >= due:
-            self._leave()
-        else:
-            self._patience = self._loop.call_at(due, self._look)
+            reading.cancel(self)
 
     async def refuse(self, message: str, status: int, headers: Headers = ()) -> None:
         """Answers in OpenAI's form, if nothing has been sent."""
@@ -153,9 +161,10 @@ class Client:
         await self.send(body, more=False)
 
     def close(self) -> None:
-        for waiting in (self._watcher, self._patience):
-            if waiting is not None:
-                waiting.cancel()
+        """It is over."""
+        self._waits.leaving.cancel(self)
+        if self._watcher is not None:
+            self._watcher.cancel()
 
 
 _KINDS: Final = {400: "invalid_request_error", 401: "authentication_error", 429: "rate_limit_error"}

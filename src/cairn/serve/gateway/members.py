@@ -26,8 +26,8 @@ _RETURN_S: Final = 10.0
 
 
 class Member:
-    """One engine in this incarnation. drains: nothing new goes there. running: our requests there. queued: tokens of
-    their prompts that are to be computed.
+    """One engine in this incarnation. drains: nothing new goes there. rests_until: after failures. running: our
+    requests there. queued: tokens of their prompts that are to be computed.
     """
 
     load: Load | None = None
@@ -40,7 +40,7 @@ class Member:
         self.pool = Pool(instance.http, config.connect_s, token)
         self.running = self.queued = 0
         self.drains = reported.drain is not None
-        self._rest_s, self._rests_until = _FIRST_REST_S, 0.0
+        self._rest_s, self.rests_until = _FIRST_REST_S, 0.0
         self.since = time.time()
         self.update(reported)
 
@@ -55,14 +55,14 @@ class Member:
         self.view.role, self.view.model = instance.role, instance.model
 
     def ready(self, now: float) -> bool:
-        return now >= self._rests_until
+        return now >= self.rests_until
 
     def succeeded(self) -> None:
-        self._rest_s, self._rests_until = _FIRST_REST_S, 0.0
+        self._rest_s, self.rests_until = _FIRST_REST_S, 0.0
 
     def failed(self, now: float) -> None:
         if self.ready(now):  # failures of requests that were under way together count once
-            self._rests_until = now + self._rest_s
+            self.rests_until = now + self._rest_s
             self._rest_s = min(2 * self._rest_s, _LAST_REST_S)
 
 
@@ -136,10 +136,10 @@ class Members:
         """Who may serve a request: those that serve its model, or all if nobody says so (an adapter's name); of them
         those that were not tried; of them those that do not rest, if there are any.
         """
-        every = list(self._members.values())
-        able = [one for one in every if one.instance.model == model] if model else every
-        able = [one for one in able or every if not (one.drains or one.name in tried)]
-        return [one for one in able if one.ready(now)] or able
+        every = self._members.values()
+        able = [one for one in every if one.view.model == model] if model else every
+        able = [one for one in able or every if not one.drains and one.name not in tried]
+        return [one for one in able if now >= one.rests_until] or able
 
     def flight(self, member: Member, prompt: Prompt) -> Flight:
         """A request's stay at a member."""

@@ -42,9 +42,11 @@ class Relay:
         with joined(client.given), begin("cairn.serve", path=asked.path, model=asked.model) as serving:
             with begin("cairn.score") as scoring:
                 prompt = await self.prompts.look(asked)
-                scoring.note(prompt_tokens=prompt.tokens, holders=len(prompt.held))
+                if scoring.on:
+                    scoring.note(prompt_tokens=prompt.tokens, holders=len(prompt.held))
             await _Passage(self, asked, client, prompt).run()
-            serving.note(status=client.status)
+            if serving.on:
+                serving.note(status=client.status)
 
 
 class _Passage:
@@ -102,7 +104,8 @@ class _Passage:
     async def _place(self) -> Placed:
         with begin("cairn.schedule") as scheduling:
             placed = await self._relay.dispatch.place(self._ask, self._asked.model, self._tried)
-            scheduling.note(instance=placed.member.name)
+            if scheduling.on:
+                scheduling.note(instance=placed.member.name)
         return placed
 
     async def _attempt(self, placed: Placed, *, last: bool) -> None:
@@ -245,4 +248,7 @@ class EngineFailedError(UpstreamError):
 
 
 def _is_stream(answer: Answer) -> bool:
-    return dict(answer.headers).get(b"content-type", b"").startswith(b"text/event-stream")
+    for name, value in answer.headers:
+        if name == b"content-type":
+            return value.startswith(b"text/event-stream")
+    return False

@@ -99,7 +99,7 @@ class _Measured:
             await send(message)
 
         headers, name = scope["headers"], scope["path"].strip("/")
-        with serving(request_id_of(headers)), joined(headers), begin("cairn.score", request=name) as scoring:
+        with serving(request_id_of(dict(headers))), joined(headers), begin("cairn.score", request=name) as scoring:
             try:
                 await self._app(scope, receive, noting)
             finally:
