@@ -205,7 +205,7 @@ def test_full_stores_nothing_more_and_still_serves(tmp_path: Path) -> None:
     with servers.running(server), opened(Place(f"valkey://127.0.0.1:{server.ports[0]}", "valkey"), LIMITS) as tier:
         first = fresh(PACK)
         assert stored(tier, first)
-        serves_when_full(tier, first, lambda: fresh(200 * PACK))
+        serves_when_full(tier, first, lambda: fresh(400 * PACK))  # 6.5 MB
 
 
 def test_a_full_disk_stores_nothing_more_and_still_serves(tmp_path: Path) -> None:
