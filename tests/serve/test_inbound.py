@@ -6,10 +6,13 @@ import asyncio
 import contextlib
 import json
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cairn.serve import inbound, process
 
@@ -133,6 +136,40 @@ def test_requests_that_come_together_are_answered_in_turn() -> None:
         assert paths[1]["body"] == "abc"
         writer.write(GET % 3)
         assert json.loads((await read(reader))[2])["path"] == "/3"
+
+    served(app, client)
+
+
+bodies = st.lists(st.tuples(st.booleans(), st.binary(max_size=40)), min_size=1, max_size=6)
+
+
+@settings(max_examples=20)
+@given(bodies, st.lists(st.integers(1, 60), max_size=30))
+def test_requests_are_the_same_however_their_bytes_come(asked: list[tuple[bool, bytes]], cuts: list[int]) -> None:
+    sent = b""
+    for i, (chunked, body) in enumerate(asked):
+        head = b"POST /%d HTTP/1.1\r\nhost: a\r\n" % i
+        if chunked:
+            pieces = [body[:7], body[7:]]
+            framed = b"".join(b"%x\r\n%b\r\n" % (len(one), one) for one in pieces if one) + b"0\r\n\r\n"
+            sent += head + b"transfer-encoding: chunked\r\n\r\n" + framed
+        else:
+            sent += head + b"content-length: %d\r\n\r\n%b" % (len(body), body)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        body = await body_of(receive)
+        await answer(send, scope["path"].encode() + b" " + body)
+
+    async def client(reader: Reader, writer: Writer) -> None:
+        rest = sent
+        for size in cuts:
+            writer.write(rest[:size])
+            await writer.drain()
+            await asyncio.sleep(0)  # the server has its turn
+            rest = rest[size:]
+        writer.write(rest)
+        told = [(await read(reader))[2] for _ in asked]
+        assert told == [b"/%d %b" % (i, body) for i, (_, body) in enumerate(asked)]
 
     served(app, client)
 
@@ -362,6 +399,29 @@ def test_a_request_that_is_still_served_at_the_end_is_told_so() -> None:
     asyncio.run(main())
 
 
+def test_an_answer_that_is_under_way_at_the_end_is_the_last_of_its_connection() -> None:
+    async def main() -> None:
+        ending = asyncio.Event()
+        listening = process.listen("127.0.0.1", 0)
+        http = process.Server(process.settings(patient(ending), 20, keep_alive_s=25))
+        serving = asyncio.ensure_future(http.serve([listening]))
+        await process.until_begun(http, serving)
+        async with asyncio.timeout(DEADLINE_S):
+            idle, _ = await asyncio.open_connection(*listening.getsockname())
+            reader, writer = await asyncio.open_connection(*listening.getsockname())
+            writer.write(GET % 1)
+            await reader.readuntil(b"\r\n\r\n")
+            http.should_exit = True
+            assert await idle.read() == b""  # the end has begun
+            ending.set()
+            assert (await reader.read()).endswith(b".\r\n0\r\n\r\n")
+            await serving
+
+    begun = time.monotonic()
+    asyncio.run(main())
+    assert time.monotonic() - begun < 15, "it waits for nobody who is idle"
+
+
 def patient(ended: asyncio.Event) -> App:
     """An application that answers with the body, and a word more once the event is set."""
 
@@ -391,6 +451,21 @@ def test_who_does_not_bring_a_head_is_hung_up_on(begun: bytes, first: bytes, mon
         await reader.read()
 
     served(patient(ended), client)
+
+
+def test_a_head_that_comes_bit_by_bit_gets_no_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inbound, "_HEAD_S", 0.3)
+
+    async def client(reader: Reader, writer: Writer) -> None:
+        ended = asyncio.ensure_future(reader.read())
+        writer.write(b"GET / HTTP/1.1\r\n")
+        while not ended.done():
+            with contextlib.suppress(ConnectionError):
+                writer.write(b"a: b\r\n")
+                await writer.drain()
+            await asyncio.wait([ended], timeout=0.1)
+
+    served(echo, client)
 
 
 @pytest.mark.parametrize("before", [b"GET / HTTP/1.1\r\n", b"GET /", HEAD + b"\r\n1;", HEAD + b"\r\n0\r\n"])
