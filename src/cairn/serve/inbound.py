@@ -27,6 +27,8 @@ _WAITING: Final = 1 << 20
 #: Bytes of a request's head, or between the pieces of its body; and seconds for a head to come.
 _HEAD: Final = 64 << 10
 _HEAD_S: Final = 30.0
+#: For a client to read what it was sent before its connection was ended, seconds.
+_LAST_S: Final = 30.0
 #: Requests that wait for the answer to another: what one read may bring is not bounded otherwise.
 _QUEUE: Final = 64
 
@@ -140,6 +142,7 @@ class Connection(asyncio.Protocol):
         raw, _, query = url.partition(b"?")
         path = raw.decode("latin-1")
         self._unread, self._until, self._head_begun = 0, math.inf, False
+        given, self._given = self._given, []  # what comes behind a body is no part of the head
         self._exchange = exchange = Exchange(
             self,
             {
@@ -151,7 +154,7 @@ class Connection(asyncio.Protocol):
                 "raw_path": raw,
                 "query_string": query,
                 "root_path": "",
-                "headers": self._given,
+                "headers": given,
                 **self._ends,
             },
             keeps=version == "1.1" and parser.should_keep_alive() and not parser.should_upgrade(),
@@ -211,10 +214,14 @@ class Connection(asyncio.Protocol):
         self.close()
 
     def close(self) -> None:
-        """Ends the connection, once what was written is on its way."""
+        """Ends the connection, once what was written has been read, or nobody has read it in time."""
+        if self._over or self._transport is None:
+            return
         self._over = True
-        if self._transport is not None:
-            self._transport.close()
+        self._transport.close()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(_LAST_S, self._transport.abort)
 
     def shutdown(self) -> None:
         """The server ends: so does the connection, after the answer that is under way."""
