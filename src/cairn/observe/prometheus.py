@@ -69,7 +69,8 @@ def families(metrics: Counted, **constant: str) -> Iterator[Family]:
     for one in metrics.histograms:
         bounds = [*map(str, one.buckets), "+Inf"]
         histogram = HistogramMetricFamily(PREFIX + one.name, one.help, labels=one.labels + names)
-        for values, (*cases, total) in one.samples():
+        unseen = [] if one.labels else [((), [0.0] * (len(one.buckets) + 2))]
+        for values, (*cases, total) in one.samples() or unseen:
             buckets = zip(bounds, itertools.accumulate(cases), strict=True)
             histogram.add_metric(values + given, list(buckets), total)
         yield histogram

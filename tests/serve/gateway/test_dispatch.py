@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from cairn.cluster import Instance
-from cairn.cluster.directory import Joined, Left
+from cairn.cluster.directory import Changed, Joined, Left
 from cairn.cluster.directory import Member as Reported
 from cairn.config.schema import Serve
 from cairn.plan.schedule import RoundRobin
@@ -42,8 +42,8 @@ def members_of(config: Serve, *names: str) -> Members:
     return members
 
 
-def reported(name: str) -> Reported:
-    return Reported(Instance(name=name, incarnation="1", http="http://127.0.0.1:1", model="m"))
+def reported(name: str, model: str = "m") -> Reported:
+    return Reported(Instance(name=name, incarnation="1", http="http://127.0.0.1:1", model=model))
 
 
 def shed() -> None: ...
@@ -121,7 +121,7 @@ def test_refusals_and_requests_under_way_are_counted() -> None:
             figures = ("cairn_serve_running", 1.0), ("cairn_serve_queued_tokens", 100.0), ("cairn_serve_ready", 1.0)
             assert {f'{name}{{instance="a"}} {value}' for name, value in figures} <= shown()
         with pytest.raises(RefusedError):
-            await Dispatch(members, Sheds(members), config, metrics.shed.inc).place(ask(0), "m", ())
+            await Dispatch(members, Sheds(members), config, metrics.shed.add).place(ask(0), "m", ())
         assert "cairn_serve_shed_total 1.0" in shown()
 
     asyncio.run(main())
@@ -129,9 +129,9 @@ def test_refusals_and_requests_under_way_are_counted() -> None:
 
 def test_who_may_serve() -> None:
     async def main() -> None:
-        members = members_of(Serve(), "a", "b")
+        members = members_of(Serve(), "a")
+        members._hear(Joined(reported("b", "n")))
         a, b = members.members["a"], members.members["b"]
-        b.view.model = "n"
         assert members.choices("m", (), 0.0) == [a]
         assert members.choices("adapter", (), 0.0) == members.choices("", (), 0.0) == [a, b]
         a.failed(10.0)
@@ -144,9 +144,14 @@ def test_who_may_serve() -> None:
         a.succeeded()
         assert a.ready(11.9)
         assert members.choices("n", ("b",), 20.0) == []  # who serves another model would refuse, or say something else
-        b.drains = True
+        members.drain(b, True)
         assert members.choices("n", (), 20.0) == []
         assert members.choices("adapter", (), 20.0) == [a]
+        members.drain(b, False)
+        members._hear(Changed(reported("a", "n"), reported("a")))
+        assert members.choices("n", (), 20.0) == [a, b]
+        members._hear(Left(reported("b", "n")))
+        assert members.choices("n", (), 20.0) == members.choices("", (), 20.0) == [a]
 
     asyncio.run(main())
 

@@ -28,7 +28,7 @@ def test_each_key_opens_its_door() -> None:
     config = Config.model_validate({"serve": {"api_keys": ["one", "two"], "admin_key": "boss"}})
     members = Members(config.serve)
     metrics = GatewayMetrics(members)
-    dispatch = Dispatch(members, RoundRobin(), config.serve, metrics.shed.inc)
+    dispatch = Dispatch(members, RoundRobin(), config.serve, metrics.shed.add)
     parts = Parts(config.index)
     relay = Relay(members, dispatch, FleetPrompts(parts), config.serve, metrics)
     board = Board(ClusterShown("x", members, metrics.traffic, lambda: 0, parts.index.held, with_text=True))

@@ -71,7 +71,7 @@ class InstanceView:
     cost: CostModel = field(default_factory=CostModel)
 
 
-class Send(NamedTuple):
+class Send(msgspec.Struct, frozen=True):
     """To `instance_id`; with `prefill_on` the prefill there, and the decode, which streams to the client, here.
 
     expected_ttft_s: from now on; NaN where nothing is predicted.

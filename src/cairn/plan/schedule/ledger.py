@@ -6,11 +6,11 @@ only adds what it shows beyond them: the requests of other replicas of the servi
 
 import heapq
 import math
+import struct
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import NamedTuple, Self
 
 import msgspec
 import numpy as np
@@ -41,6 +41,10 @@ requests for another model see none of them."""
 
 _TIER_ROWS = {tier: row for row, tier in enumerate(TIERS)}
 
+_OWN = struct.Struct("=dddqqq")
+"""How a row of the books begins: what this scheduler's own requests come to. Packed at once, six values cost less than
+half of what they do set one by one."""
+
 _CHOSEN = itemgetter(
     *(list(ESTIMATE.fields or ()).index(name) for name in ("ttft_s", "load_s", "compute_s", "missing"))
 )
@@ -64,21 +68,6 @@ class _Flight(msgspec.Struct, kw_only=True):
     kv_tokens: int
     first: float | None = None
     beside: int = 0  # requests that decoded at its first token
-
-
-class _Own(NamedTuple):
-    """Columns of the books: what this scheduler's own requests come to, by slot."""
-
-    pending_s: npt.NDArray[np.float64]
-    head_s: npt.NDArray[np.float64]
-    since: npt.NDArray[np.float64]
-    requests: npt.NDArray[np.int64]
-    decoding: npt.NDArray[np.int64]
-    kv_used: npt.NDArray[np.int64]
-
-    @classmethod
-    def of(cls, books: Books) -> Self:
-        return cls(*(books[name] for name in cls._fields))
 
 
 @dataclass(slots=True)
@@ -130,7 +119,7 @@ class Ledger:
     def __init__(self) -> None:
         self._slots: dict[str, int] = {}
         self._books: Books = np.zeros(64, BOOK)
-        self._own = _Own.of(self._books)
+        self._rows = _bytes_of(self._books)
         self._lives: list[_Life] = []
         self._flights: dict[str, _Flight] = {}
         self._untold: list[tuple[float, int, str, _Flight]] = []  # heap of those that do not stream, by their time
@@ -198,10 +187,10 @@ class Ledger:
         prefill, decode = self._slots[choice.prefill_on or choice.instance_id], self._slots[choice.instance_id]
         asked, slots, estimates = self._latest
         if asked == request.id and prefill in slots:  # it was chosen just now
-            found = estimates[slots.index(prefill)]
+            found = estimates.item(slots.index(prefill))
         else:
-            found = self.estimates(request, np.array([prefill], np.int64), now)[0]
-        ttft_s, load_s, compute_s, missing = _CHOSEN(found.item())
+            found = self.estimates(request, np.array([prefill], np.int64), now).item(0)
+        ttft_s, load_s, compute_s, missing = _CHOSEN(found)
         life = self._lives[prefill]
         flight = _Flight(
             prefill=prefill,
@@ -223,8 +212,9 @@ class Ledger:
         life.pending_s += compute_s
         if len(life.queue) == 1:
             life.head_s, life.since = compute_s, now
-        for slot in {prefill, decode}:
-            self._occupy(slot, 1, flight.kv_tokens)
+        self._occupy(prefill, 1, flight.kv_tokens)
+        if decode != prefill:
+            self._occupy(decode, 1, flight.kv_tokens)
 
     def first_token(self, request: Ask, now: float) -> None:
         self._presume(now)
@@ -261,7 +251,7 @@ class Ledger:
         slot = self._free.pop() if self._free else len(self._lives)
         if slot == len(self._books):
             self._books = np.concatenate([self._books, np.zeros(slot, BOOK)])
-            self._own = _Own.of(self._books)
+            self._rows = _bytes_of(self._books)
         if slot == len(self._lives):
             self._lives.append(_Life(one.id, one.cost))
         else:
@@ -309,9 +299,10 @@ class Ledger:
 
     def _write(self, slot: int, life: _Life) -> None:
         """For kernels to read."""
-        own = self._own
-        own.pending_s[slot], own.head_s[slot], own.since[slot] = life.pending_s, life.head_s, life.since
-        own.requests[slot], own.decoding[slot], own.kv_used[slot] = life.requests, life.decoding, life.kv_used
+        at, one = slot * BOOK.itemsize, life
+        _OWN.pack_into(
+            self._rows, at, one.pending_s, one.head_s, one.since, one.requests, one.decoding, one.kv_used
+        )
 
     def _presume(self, now: float) -> None:
         """Who tells no first token has it when it was expected: else a queue would seem to grow until answers end."""
@@ -366,3 +357,7 @@ class Ledger:
         if cost.ready:
             self._books["prefill"][slot] = cost.coefficients()
             self._books["known"][slot] = cost.horizon
+
+
+def _bytes_of(books: Books) -> memoryview:
+    return memoryview(books.view(np.uint8))

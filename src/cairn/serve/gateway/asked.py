@@ -76,13 +76,11 @@ class Asked:
         raw = memoryview(self._fields.messages if self.chat else self._fields.prompt)
         return bytes(raw[:most]), len(raw)
 
-    @property
-    def tokens(self) -> int:
-        """About how many tokens the prompt has."""
-        head, size = self.beginning(2)
-        if not self.chat and head[:1] == b"[" and head[1:] != b'"':
-            return self.prompt.count(b",") + 1
-        return size // _TOKEN_BYTES
+    def tokens(self, prompt: bytes) -> int:
+        """About how many tokens the prompt has. prompt: its JSON, which is a copy each time it is asked for."""
+        if not self.chat and prompt[:1] == b"[" and prompt[1:2] != b'"':
+            return prompt.count(b",") + 1
+        return len(prompt) // _TOKEN_BYTES
 
     @property
     def text(self) -> str | None:

@@ -6,7 +6,9 @@ takes over where an engine dies in the midst of a stream.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
+
+import msgspec
 
 from cairn.errors import CairnError
 from cairn.serve.gateway.asked import Asked
@@ -53,7 +55,7 @@ class Upstream(Protocol):
         """Ends what is idle; answers that are being read go on. Repeatable."""
 
 
-class Prompt(NamedTuple):
+class Prompt(msgspec.Struct, frozen=True):
     """tokens: of the prompt, about. held: by instance, how many of them it would take from each tier (by their names in
     `cairn.plan.schedule.base.TIERS`). key: how its `Prompts` knows it again.
     """

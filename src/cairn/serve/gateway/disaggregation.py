@@ -72,5 +72,5 @@ async def prefilled(
         if reason != "status":
             member.failed(time.monotonic())
         return body
-    relay.metrics.handed_over.inc()
+    relay.metrics.handed_over.add()
     return edited(body, {"kv_transfer_params": params}) if params else body

@@ -3,7 +3,8 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+
+import msgspec
 
 from cairn.config.schema import Serve
 from cairn.plan.schedule.base import Ask, Scheduler, Send, Wait
@@ -26,7 +27,7 @@ class RefusedError(RequestError):
         self.retry_after_s = max(1, math.ceil(retry_after_s))
 
 
-class Placed(NamedTuple):
+class Placed(msgspec.Struct, frozen=True):
     """Where a request goes. prefill: who computes its prompt first, if another."""
 
     choice: Send

@@ -47,21 +47,24 @@ class Guesses:
 
     def held(self, prompt: Pieces) -> dict[str, int]:
         """By instance, the bytes from the prompt's start that were sent there before."""
-        late, early, found = self._late, self._early, dict[str, int]()
-        reached: tuple[str, ...] | None = None
-        last: tuple[str, ...] = ()
-        for at, digest in enumerate(prompt):
-            names = late.get(digest) or early.get(digest, ())
-            if reached is None:
-                reached = last = names
-            elif names != last:  # nearly never: what begins alike was sent alike
+        early, found = self._early, dict[str, int]()
+        reached: tuple[str, ...] = ()
+        last: tuple[str, ...] | None = ()
+        for at, names in enumerate(map(self._late.get, prompt)):
+            if names is last and names is not None:  # as a rule: what begins alike was sent alike, and told at once
+                continue
+            last = names
+            here = early.get(prompt[at], ()) if names is None else names
+            if at == 0:
+                reached = here
+            elif here != reached:
                 for name in reached:
-                    if name not in names:
+                    if name not in here:
                         found[name] = _ends[at - 1]
-                reached, last = tuple([name for name in reached if name in names]), names
+                reached = tuple([name for name in reached if name in here])
             if not reached:
                 return found
-        for name in reached or ():
+        for name in reached:
             found[name] = _ends[len(prompt) - 1]
         return found
 
@@ -69,9 +72,10 @@ class Guesses:
         late, early = self._late, self._early
         last: tuple[str, ...] = ()
         told: tuple[str, ...] = (instance,)
-        for digest in prompt:
-            names = late.get(digest) or early.get(digest, ())
-            if names != last:  # nearly never: what begins alike was sent alike
+        for digest, names in zip(prompt, map(late.get, prompt), strict=True):
+            if names is None:
+                names = early.get(digest, ())
+            if names is not last and names != last:
                 last, told = names, (instance, *[name for name in names if name != instance])[:_SENT_TO]
             late[digest] = told
         if len(late) > self._half:

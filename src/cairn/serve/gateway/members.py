@@ -109,6 +109,7 @@ class Members:
         self._config, self._on_left = config, on_left
         self._members: dict[str, Member] = {}
         self.members: Mapping[str, Member] = MappingProxyType(self._members)
+        self._takers: dict[str, list[Member]] = {"": []}  # those that do not drain by model; "": of all models
         self._waiting: list[_Waiter] = []  # in their order
         self._waited = 0
         self._last_left = -math.inf
@@ -132,13 +133,13 @@ class Members:
             for member in self._members.values():
                 member.pool.close()
 
-    def choices(self, model: str, tried: Sequence[str], now: float) -> list[Member]:
+    def choices(self, model: str, tried: Sequence[str], now: float) -> Sequence[Member]:
         """Who may serve a request: those that serve its model, or all if nobody says so (an adapter's name); of them
         those that were not tried; of them those that do not rest, if there are any.
         """
-        every = self._members.values()
-        able = [one for one in every if one.view.model == model] if model else every
-        able = [one for one in able or every if not one.drains and one.name not in tried]
+        able = self._takers.get(model, self._takers[""])
+        if tried:
+            able = [one for one in able if one.name not in tried]
         return [one for one in able if now >= one.rests_until] or able
 
     def flight(self, member: Member, prompt: Prompt) -> Flight:
@@ -148,6 +149,7 @@ class Members:
     def drain(self, member: Member, drains: bool) -> None:
         """Whether nothing new goes there."""
         back, member.drains = member.drains and not drains, drains
+        self._sort()
         if back:
             self._wake_all()
 
@@ -184,6 +186,7 @@ class Members:
         if isinstance(event, Left):
             if known:
                 del self._members[name]
+                self._sort()
                 known.pool.close()
                 self._last_left = time.monotonic()
             self._on_left(name)
@@ -192,7 +195,17 @@ class Members:
             self.drain(known, member.drain is not None)
         else:
             self._members[name] = Member(member, self._config)
+            self._sort()
             self._wake_all()
+
+    def _sort(self) -> None:
+        """Once a change, not once a request."""
+        self._takers = {"": []}
+        for member in self._members.values():
+            for model in {"", member.view.model}:
+                takers = self._takers.setdefault(model, [])
+                if not member.drains:
+                    takers.append(member)
 
     def _wake_all(self) -> None:
         for _ in range(len(self._waiting)):

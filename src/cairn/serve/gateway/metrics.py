@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, Final
+from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from cairn.observe.metrics import Counted
+from cairn.observe.metrics import Counted, Counter, Histogram
 from cairn.observe.prometheus import MetricsCollector
 from cairn.serve.dashboard import Traffic
 from cairn.serve.gateway.asked import CHAT, COMPLETIONS
@@ -20,53 +20,50 @@ _GONE: Final = 256
 _TOKEN_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 
-class GatewayMetrics:
+class GatewayMetrics(Counted):
     """Counts requests, and shows all that is counted. For one event loop; `exposition` from any thread."""
 
     def __init__(self, members: Members, others: Iterable[Counted | Collector] = ()) -> None:
         """others: what is shown beside, of the registry and the index."""
-        registry = self.registry = CollectorRegistry()
-        for other in others:
-            registry.register(MetricsCollector(other) if isinstance(other, Counted) else other)
-        registry.register(_Standing(members))
-
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"cairn_serve_{name}", text, labels, registry=registry)
-
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"cairn_serve_{name}", text, buckets=buckets, registry=registry)
-
-        self._requests = counter("requests", "Requests, by how they ended.", "path", "status")
-        self._failures = counter("engine_failures", "Attempts that an engine failed.", "instance", "reason")
-        self.retried = counter("retries", "Requests sent to another engine, of which the client had nothing yet.")
-        self.resumed = counter("resumed", "Streams that another engine was asked to go on with.")
-        self.broken = counter("broken", "Streams that ended with an error, as nobody could go on.")
-        self.shed = counter("shed", "Requests that the scheduler refused.")
-        self.handed_over = counter("prefills", "Prompts computed by one engine for another.")
-        self._seconds = histogram("request_seconds", "From the request's body to the answer's last byte.", _SECONDS)
-        self._ttft = histogram("ttft_seconds", "From the request's body to the answer's first event.", _SECONDS)
-        self._tpot = histogram("tpot_seconds", "Mean between two events of a stream, by stream.", _TOKEN_SECONDS)
+        self._requests = Counter("serve_requests", "Requests, by how they ended.", "path", "status")
+        self._failures = Counter("serve_engine_failures", "Attempts that an engine failed.", "instance", "reason")
+        self.retried = Counter(
+            "serve_retries", "Requests sent to another engine, of which the client had nothing yet."
+        )
+        self.resumed = Counter("serve_resumed", "Streams that another engine was asked to go on with.")
+        self.broken = Counter("serve_broken", "Streams that ended with an error, as nobody could go on.")
+        self.shed = Counter("serve_shed", "Requests that the scheduler refused.")
+        self.handed_over = Counter("serve_prefills", "Prompts computed by one engine for another.")
+        self._seconds = Histogram(
+            "serve_request_seconds", "From the request's body to the answer's last byte.", buckets=_SECONDS
+        )
+        self._ttft = Histogram(
+            "serve_ttft_seconds", "From the request's body to the answer's first event.", buckets=_SECONDS
+        )
+        self._tpot = Histogram(
+            "serve_tpot_seconds", "Mean between two events of a stream, by stream.", buckets=_TOKEN_SECONDS
+        )
+        super().__init__()
         self.traffic = Traffic()
-        self._children: dict[tuple[str, int], Any] = {}
         self._members = members
-        self._failed: dict[str, set[str]] = {}  # reasons by instance
+        self._failed: dict[str, None] = {}  # instances, in the order of their first failures
+        self.registry = CollectorRegistry()
+        for one in (*others, _Standing(members), self):
+            self.registry.register(MetricsCollector(one) if isinstance(one, Counted) else one)
 
     def ended(self, path: str, status: int) -> None:
         """A request has ended; status 499: its client has left."""
-        child = self._children.get((path, status))
-        if child is None:
-            child = self._children[path, status] = self._requests.labels(path, str(status))
-        child.inc()
+        self._requests.count(path, str(status))
         if path in (COMPLETIONS, CHAT) and (status == 429 or status >= 500):
             self.traffic.failed += 1
 
     def failed(self, instance: str, reason: str) -> None:
-        self._failures.labels(instance, reason).inc()
-        self._failed.setdefault(instance, set()).add(reason)
+        self._failures.count(instance, reason)
+        self._failed.setdefault(instance)
         if len(self._failed) > len(self._members.members) + _GONE:
             oldest = next(name for name in self._failed if name not in self._members.members)
-            for said in self._failed.pop(oldest):
-                self._failures.remove(oldest, said)
+            del self._failed[oldest]
+            self._failures.forget("instance", oldest)
 
     def timed(self, since: float, first: float, latest: float, events: int) -> None:
         """An answer has come to its end. Times by `time.monotonic`; first: 0.0: it was no stream."""

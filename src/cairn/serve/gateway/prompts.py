@@ -40,7 +40,7 @@ class FleetPrompts:
             if tokens is not None:
                 return self._known(asked, tokens)
         prompt = asked.prompt
-        found, count, size = pieces(prompt), asked.tokens, max(1, len(prompt))
+        found, count, size = pieces(prompt), asked.tokens(prompt), max(1, len(prompt))
         held = {name: {_GUESSED: count * end // size} for name, end in self._guesses.held(found).items()}
         return Prompt(count, held, found)
 

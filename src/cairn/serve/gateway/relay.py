@@ -213,7 +213,7 @@ class _Passage:
         if last:
             return False
         if not self._client.started:
-            self._metrics.retried.inc()
+            self._metrics.retried.add()
             return True
         if self._transcript is None:
             return False
@@ -221,7 +221,7 @@ class _Passage:
         if self._transcript.finished or not self._transcript.plain or not self._asked.resumable():
             return False
         self._continuation = Continuation(self._asked, self._transcript)
-        self._metrics.resumed.inc()
+        self._metrics.resumed.add()
         return True
 
     async def _give_up(self, error: UpstreamError) -> None:
@@ -229,7 +229,7 @@ class _Passage:
         client = self._client
         if not client.started:
             raise RequestError(f"{len(self._tried)} engines have failed this request; the last: {error}", 502)
-        self._metrics.broken.inc()
+        self._metrics.broken.add()
         if not self._events:
             return None  # no words can be put in; a connection that ends before the body does says it
         if self._transcript is not None and self._transcript.finished and self._asked.single():

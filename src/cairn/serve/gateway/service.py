@@ -98,7 +98,7 @@ async def _serve(config: Config, started: Callable[[Addresses], None]) -> None:
             rpc_at = None if port is None else address(serve.host, port)
             registry = await stack.enter_async_context(_followed(config, members, parts))
             metrics = GatewayMetrics(members, (registry.metrics, *parts.metrics.collectors))
-            dispatch = Dispatch(members, SCHEDULERS[serve.policy](), serve, metrics.shed.inc)
+            dispatch = Dispatch(members, SCHEDULERS[serve.policy](), serve, metrics.shed.add)
             await stack.enter_async_context(_agreed(config, registry, dispatch, serve.name or at))
             shown = ClusterShown(
                 serve.name or at,
