@@ -15,7 +15,7 @@ from cairn.fleet import Source
 from cairn.fleet.publisher import Publisher
 from cairn.serve.gateway.asked import Asked
 from cairn.serve.gateway.base import Prompt
-from cairn.serve.gateway.guesses import Guesses, pieces
+from cairn.serve.gateway.guesses import Guesses, Pieces
 from cairn.serve.gateway.prompts import FleetPrompts
 from cairn.serve.indexer.lookup import Query
 from cairn.serve.indexer.parts import Parts
@@ -31,6 +31,14 @@ def asked(path: str = "/v1/completions", **fields: Any) -> Asked:
     return Asked(path, json.dumps({"model": "m"} | fields).encode())
 
 
+def pieces(prompt: bytes) -> Pieces:
+    return Guesses(4).look(prompt)[0]
+
+
+def held(guesses: Guesses, prompt: bytes) -> dict[str, int]:
+    return guesses.look(prompt)[1]
+
+
 @settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 4000)), max_size=30), st.integers(0, 3))
 def test_guesses_are_the_longest_prefix_that_was_sent(sent: list[tuple[int, int, int]], family: int) -> None:
@@ -39,7 +47,7 @@ def test_guesses_are_the_longest_prefix_that_was_sent(sent: list[tuple[int, int,
     guesses = Guesses()
     for instance, which, size in sent:
         guesses.sent(pieces(texts[which][:size]), f"i{instance}")
-    found = guesses.held(pieces(texts[family]))
+    found = held(guesses, texts[family])
     expected: dict[str, int] = {}
     for instance, which, size in sent:
         end = min(size, len(texts[which])) // 512 * 512
@@ -47,7 +55,9 @@ def test_guesses_are_the_longest_prefix_that_was_sent(sent: list[tuple[int, int,
             expected[f"i{instance}"] = max(end, expected.get(f"i{instance}", 0))
     assert found == expected
     guesses.forget("i0")
-    assert guesses.held(pieces(texts[family])) == {name: end for name, end in expected.items() if name != "i0"}
+    assert held(guesses, texts[family]) == {name: end for name, end in expected.items() if name != "i0"}
+    guesses.sent(pieces(texts[family]), "new")  # perhaps by the number that has become free
+    assert held(guesses, texts[family])["new"] == len(texts[family]) // 512 * 512
 
 
 def test_pieces_of_long_prompts_are_longer() -> None:
@@ -58,15 +68,45 @@ def test_pieces_of_long_prompts_are_longer() -> None:
         assert len(pieces(whole + bytes(511))) == count
         guesses = Guesses()
         guesses.sent(pieces(whole), "a")
-        assert guesses.held(pieces(whole + bytes(9000))) == ({"a": len(whole)} if count else {})
+        assert held(guesses, whole + bytes(9000)) == ({"a": len(whole)} if count else {})
+
+
+def test_a_piece_is_told_from_all_others() -> None:
+    """Any byte that differs, and the order of pieces: by digests of prompts that differ in a bit."""
+    base = bytes(range(256)) * 8
+    seen = {pieces(base)[-1]}
+    for place in range(len(base)):
+        for bit in (1, 128):
+            seen.add(pieces(base[:place] + bytes([base[place] ^ bit]) + base[place + 1 :])[-1])
+    assert len(seen) == 2 * len(base) + 1
+    assert pieces(base)[0] == pieces(base[:512] + bytes(512))[0]
+    assert len({*pieces(bytes(4096)).tolist()}) == 8
 
 
 def test_guesses_are_bounded() -> None:
-    guesses = Guesses(room=10)
+    guesses = Guesses(room=8)
     for i in range(100):
         guesses.sent(pieces(bytes([i]) * 1000), "a")
-    assert guesses.held(pieces(b"\x00" * 1000)) == {}
-    assert guesses.held(pieces(bytes([99]) * 1000)) == {"a": 512}
+        assert held(guesses, bytes([i]) * 1000) == {"a": 512}
+    assert sum(bool(held(guesses, bytes([i]) * 1000)) for i in range(100)) <= 8
+    assert sum(bool(held(guesses, bytes([i]) * 1000)) for i in range(80)) == 0
+
+
+def test_of_the_instances_that_hold_a_piece_the_latest_count() -> None:
+    guesses, prompt = Guesses(), bytes(1024)
+    for name in "abcdeb":
+        guesses.sent(pieces(prompt), name)
+    assert held(guesses, prompt) == dict.fromkeys("becd", 1024)
+    for name in "ec":
+        guesses.forget(name)
+    assert held(guesses, prompt) == dict.fromkeys("bd", 1024)
+
+
+def test_there_are_only_so_many_instances() -> None:
+    guesses, prompt = Guesses(), bytes(512)
+    guesses._names = dict.fromkeys(range(1, 1 << 16), "x")
+    guesses.sent(pieces(prompt), "one too many")
+    assert held(guesses, prompt) == {}
 
 
 def test_the_index_is_asked_with_the_engine_s_tokens(tiny: Path) -> None:

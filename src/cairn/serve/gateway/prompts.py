@@ -10,7 +10,7 @@ from cairn.plan.schedule.base import TIERS
 from cairn.serve.base import RequestError, Tokens
 from cairn.serve.gateway.asked import Asked
 from cairn.serve.gateway.base import Prompt
-from cairn.serve.gateway.guesses import Guesses, Pieces, pieces
+from cairn.serve.gateway.guesses import Guesses, Pieces
 from cairn.serve.indexer.lookup import Query
 from cairn.serve.indexer.models import ChatRequest
 from cairn.serve.indexer.parts import Parts
@@ -40,9 +40,9 @@ class FleetPrompts:
             if tokens is not None:
                 return self._known(asked, tokens)
         prompt = asked.prompt
-        found, count, size = pieces(prompt), asked.tokens(prompt), max(1, len(prompt))
-        held = {name: {_GUESSED: count * end // size} for name, end in self._guesses.held(found).items()}
-        return Prompt(count, held, found)
+        count, size = asked.tokens(prompt), max(1, len(prompt))
+        pieces, reached = self._guesses.look(prompt)
+        return Prompt(count, {name: {_GUESSED: count * end // size} for name, end in reached.items()}, pieces)
 
     def sent(self, prompt: Prompt, instance: str) -> None:
         if isinstance(prompt.key, Query):
