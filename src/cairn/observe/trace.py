@@ -2,16 +2,19 @@
 imported, and a call here costs a fraction of a microsecond.
 
 Spans nest by OpenTelemetry's context: `with begin(...)` is the parent of what begins inside it, in this thread or
-task; `joined` takes the parent from another process (W3C Trace Context), `Span.headers` tells it to the next one.
+task; `joined` takes the parent from another process (W3C Trace Context), `onward` tells it to the next one. `spanned`
+does the same around a coroutine, for paths on which each call counts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import Token
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self, TypeVar
 
 from cairn.config.schema import Observe
 from cairn.errors import ConfigError
+
+T = TypeVar("T")
 
 #: Headers as ASGI has them: names in lower case.
 Headers = Sequence[tuple[bytes, bytes]]
@@ -48,10 +51,6 @@ class Span:
 
     def end(self) -> None:
         """It is over. Repeatable; from any thread."""
-
-    def headers(self, given: Headers) -> Headers:
-        """A request's headers with this span as the parent of what the request causes."""
-        return given
 
     def __enter__(self) -> Self:
         return self
@@ -101,6 +100,43 @@ def joined(headers: Mapping[str, str] | Headers | None) -> AbstractContextManage
     return _NO_PARENT if _otel is None or not headers else _Joined(_otel, headers)
 
 
+def onward(given: Headers) -> Headers:
+    """A request's headers with the present span as the parent of what the request causes."""
+    if _otel is None:
+        return given
+    told: dict[str, str] = {}
+    _otel.propagator.inject(told)
+    kept = [one for one in given if one[0].decode("latin-1") not in _PARENT]
+    return [*kept, *((name.encode(), value.encode()) for name, value in told.items())]
+
+
+def spanned(
+    name: str,
+    work: Coroutine[Any, Any, T],
+    note: Callable[[T], Mapping[str, Any]] | None = None,
+    below: Headers | None = None,
+    **attributes: Any,
+) -> Coroutine[Any, Any, T]:
+    """`work`, within a span. note: further attributes, by what came of it. below: the span begins below the one that
+    these headers name, as in `joined`.
+    """
+    return work if _otel is None else _spanned(name, work, note, below, attributes)
+
+
+async def _spanned(
+    name: str,
+    work: Coroutine[Any, Any, T],
+    note: Callable[[T], Mapping[str, Any]] | None,
+    below: Headers | None,
+    attributes: Mapping[str, Any],
+) -> T:
+    with joined(below), begin(name, **attributes) as span:
+        made = await work
+        if note is not None:
+            span.note(**note(made))
+        return made
+
+
 class _Traced(Span):
     on = True
 
@@ -120,12 +156,6 @@ class _Traced(Span):
         if not self._over:
             self._over = True
             self._span.end()
-
-    def headers(self, given: Headers) -> Headers:
-        told: dict[str, str] = {}
-        self._otel.propagator.inject(told, self._context())
-        kept = [one for one in given if one[0].decode("latin-1") not in _PARENT]
-        return [*kept, *((name.encode(), value.encode()) for name, value in told.items())]
 
     def __enter__(self) -> Self:
         self._token = self._otel.context.attach(self._context())

@@ -76,7 +76,7 @@ def test_instances_are_shown_as_they_stand_and_for_a_while_when_they_are_gone() 
     for name in "abc":
         cluster.tell(name)
     assert cluster.instances() == dict.fromkeys("abc", "ready")
-    cluster.members.members["a"].drains = True
+    cluster.members.drain(cluster.members.members["a"], True)
     cluster.members.members["b"].failed(1e18)
     cluster.leave("c")
     assert cluster.instances() == {"a": "draining", "b": "resting", "c": "gone"}

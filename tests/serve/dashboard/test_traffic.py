@@ -44,7 +44,7 @@ def test_few_prompts_of_a_period_are_remembered_and_few_in_all() -> None:
     traffic = Traffic()
     for _ in range(10):
         for i in range(100):
-            if traffic.curious:
+            if traffic.answered_at("a", 1, {}, None):
                 traffic.remember(recent(b"%d" % i))
         traffic.served()
     assert [one.beginning for one in traffic.recent] == 4 * [b"%d" % i for i in range(64)]

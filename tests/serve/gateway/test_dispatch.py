@@ -13,7 +13,7 @@ from cairn.plan.schedule import RoundRobin
 from cairn.plan.schedule.base import Ask, Choice, InstanceView, Send, Shed, Wait
 from cairn.serve.gateway.base import Prompt
 from cairn.serve.gateway.dispatch import Dispatch, RefusedError
-from cairn.serve.gateway.members import Members
+from cairn.serve.gateway.members import Flight, Members
 from cairn.serve.gateway.metrics import GatewayMetrics
 
 PROMPT = Prompt(100, {})
@@ -64,7 +64,7 @@ def test_waiting_requests_are_served_in_turn_whatever_leaves() -> None:
 
         async def one(i: int) -> None:
             placed = await dispatch.place(ask(i), "m", ())
-            with members.flight(placed.member, PROMPT):
+            with Flight(members, placed.member, PROMPT):
                 assert placed.member.running == 1
                 served.append(i)
                 await asyncio.sleep(0)
@@ -117,7 +117,7 @@ def test_refusals_and_requests_under_way_are_counted() -> None:
         def shown() -> set[str]:
             return {line for line in metrics.exposition().decode().splitlines() if line.endswith((" 1.0", " 100.0"))}
 
-        with members.flight(members.members["a"], PROMPT):
+        with Flight(members, members.members["a"], PROMPT):
             figures = ("cairn_serve_running", 1.0), ("cairn_serve_queued_tokens", 100.0), ("cairn_serve_ready", 1.0)
             assert {f'{name}{{instance="a"}} {value}' for name, value in figures} <= shown()
         with pytest.raises(RefusedError):

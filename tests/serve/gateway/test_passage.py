@@ -89,6 +89,9 @@ class Passage:
         self.metrics = GatewayMetrics(self.members)
         self._relay = Relay(self.members, self.dispatch, Known(), config, self.metrics)
 
+    def drain(self, name: str, drains: bool) -> None:
+        self.members.drain(self.members.members[name], drains)
+
     def learn(self) -> None:
         """The scheduler sees many prompts, each computed within 60 ms."""
         scheduler, views = self.dispatch.scheduler, [member.view for member in self.members.members.values()]
@@ -128,12 +131,13 @@ def test_a_stream_is_gone_on_with_however_long_ago_its_request_came(monkeypatch:
 
     async def main() -> None:
         def a_minute_later() -> None:
-            clock.offset, passage.members.members["b"].drains = 60.0, False
+            clock.offset = 60.0
+            passage.drain("b", False)
 
         async with engine([word(" one"), word(" two")], a_minute_later) as dying, engine() as other:
             passage = Passage(SloAware(), a=dying, b=other)
             passage.learn()
-            passage.members.members["b"].drains = True
+            passage.drain("b", True)
             await passage.carry()
             assert said(passage.sent) == TEXT
             assert passage.sent.endswith(DONE)
@@ -156,12 +160,13 @@ def test_what_tells_no_first_token_is_soon_no_queue(streams: bool) -> None:
             decoding.append(ledger._books["decoding"][slots].tolist())
 
         def only_b() -> None:
-            passage.members.members["a"].drains, passage.members.members["b"].drains = True, False
+            passage.drain("a", True)
+            passage.drain("b", False)
 
         async with engine(begun, only_b) as dying, engine([word(" three"), *rest], look) as other:
             passage = Passage(scheduler, a=dying, b=other)
             passage.learn()
-            passage.members.members["b"].drains = True
+            passage.drain("b", True)
             if not streams:
                 only_b()
             await passage.carry(stream=streams)
@@ -191,7 +196,7 @@ def test_the_end_of_one_choice_is_not_the_end_of_all(asked: dict[str, Any]) -> N
     async def main() -> None:
         async with engine([word(" one"), word(" uno", 1), word("", 0, "stop")]) as dying, engine() as other:
             passage = Passage(RoundRobin(), a=dying, b=other)
-            passage.members.members["b"].drains = True
+            passage.drain("b", True)
             await passage.carry(**asked)
             *_, last = payloads(passage.sent)
             assert "the answer ends here" in last["error"]["message"]
@@ -218,7 +223,7 @@ def test_who_asks_for_what_only_engines_can_read_is_told_of_the_end(ends: bool) 
         begun = [word(" one"), *([word("", 0, "stop")] if ends else [])]
         async with engine(begun) as dying, engine() as other:
             passage = Passage(RoundRobin(), a=dying, b=other)
-            passage.members.members["b"].drains = True
+            passage.drain("b", True)
             await passage.carry(seed=float("inf"))
             assert passage.sent.startswith(b"".join(begun))
             assert passage.sent.endswith(DONE)

@@ -12,6 +12,9 @@ from cairn.plan.schedule.base import Ask, InstanceView
 from cairn.plan.schedule.estimate import Estimates
 from cairn.plan.schedule.mix import MixRoles, MixSettings, Side
 
+_DEFAULT = Role.DEFAULT
+"""Which by its class takes as long to look up as it does to ask an instance's role."""
+
 _OBSERVE_S = 1.0
 """How often a model's MIX instances are looked at."""
 
@@ -43,9 +46,12 @@ class Sides:
         A decode instance computes itself what takes no longer than the time between two tokens, as it then holds up
         its batch no longer than that. If a side has nobody, all do everything.
         """
-        roles = [one.role for one in here]
-        if roles.count(Role.DEFAULT) == len(roles):
+        for one in here:
+            if one.role is not _DEFAULT:
+                break
+        else:
             return None
+        roles = [one.role for one in here]
         if here != self._here or roles != self._roles:
             self._here, self._roles = here, roles
             self.mix.meet([one.id for one in here if one.role is Role.MIX], now)

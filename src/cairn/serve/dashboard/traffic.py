@@ -62,25 +62,26 @@ class Traffic:
         self._cold, self._hit = _Times(), _Times()
         self._new = 0
 
-    @property
-    def curious(self) -> bool:
-        """Whether a prompt is to be remembered: the first ones of each period are."""
-        return self._new < _NEW
-
     def remember(self, recent: Recent) -> None:
         self._new += 1
         self.recent.append(recent)
 
-    def answered_at(self, instance: str, tokens: int, held: Mapping[str, int], ttft_s: float | None) -> None:
-        """Counts a request. tokens: of its prompt. held: of them, there, by tier. ttft_s: None: it was no stream."""
+    def answered_at(self, instance: str, tokens: int, held: Mapping[str, int], ttft_s: float | None) -> bool:
+        """Counts a request. tokens: of its prompt. held: of them, there, by tier. ttft_s: None: it was no stream. Gives
+        whether the prompt is to be remembered: the first ones of each period are.
+        """
         self.answered += 1
-        hits, hit = self.hits.setdefault(instance, {}), 0
+        hits, hit = self.hits.get(instance), 0
+        if hits is None:
+            hits = self.hits[instance] = {}
         for tier, count in held.items():
             hits[tier] = hits.get(tier, 0) + count
             hit += count
-        self.misses[instance] = self.misses.get(instance, 0) + max(0, tokens - hit)
+        missed = tokens - hit if tokens > hit else 0
+        self.misses[instance] = self.misses.get(instance, 0) + missed
         if ttft_s is not None:
             (self._hit if 2 * hit >= tokens else self._cold).add(ttft_s)
+        return self._new < _NEW
 
     def keep(self, instances: Set[str]) -> None:
         """Of all others what was expected is forgotten."""

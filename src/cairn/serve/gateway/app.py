@@ -80,7 +80,8 @@ class Gateway:
             REQUEST_ID.reset(before)
 
     async def _infer(self, client: Client, path: str) -> None:
-        _check_key(client, self._keys)
+        if self._keys:
+            _check_key(client, self._keys)
         if self._running >= self._config.max_requests:
             raise RefusedError(f"{self._running} requests are being served already; try again later", 503, 1.0)
         self._running += 1

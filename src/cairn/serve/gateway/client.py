@@ -34,6 +34,7 @@ class Waits(NamedTuple):
     read.
     """
 
+    loop: asyncio.AbstractEventLoop
     bodies: "Alarms[Client]"
     leaving: "Alarms[Client]"
     reading: "Alarms[Client]"
@@ -41,7 +42,8 @@ class Waits(NamedTuple):
     @classmethod
     def of(cls, body_s: float, read_s: float) -> "Waits":
         """body_s: for a whole body. read_s: how long a client may read nothing at all."""
-        return cls(Alarms(body_s, Client.is_late), Alarms(_WATCH_S, Client.wait), Alarms(read_s, Client.leave))
+        bodies, leaving = Alarms(body_s, Client.is_late), Alarms(_WATCH_S, Client.wait)
+        return cls(asyncio.get_running_loop(), bodies, leaving, Alarms(read_s, Client.leave))
 
 
 class Client:
@@ -52,7 +54,7 @@ class Client:
         self.given: Headers = scope["headers"]
         self.query: bytes = scope["query_string"]
         self._receive, self._send, self._waits = receive, send, waits
-        self._task = asyncio.current_task()
+        self._task = asyncio.current_task(waits.loop)
         self._watcher: asyncio.Task[None] | None = None
         self.left = self.started = self.ended = self._late = False
         self.status = 0
@@ -81,9 +83,20 @@ class Client:
         told = self._named.get(b"content-length", b"")
         if told.isdigit() and int(told[:20]) > most:
             raise _too_large(most)
+        pieces, size = list[bytes](), 0
         self._waits.bodies.set(self)
         try:
-            return await self._all(most)
+            while True:
+                message = await self._receive()
+                if message["type"] != "http.request":
+                    self.left = True
+                    raise RequestError("the client has left")
+                pieces.append(message.get("body", b""))
+                size += len(pieces[-1])
+                if size > most:
+                    raise _too_large(most)
+                if not message.get("more_body"):
+                    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
         except asyncio.CancelledError:
             if not self._late:
                 raise
@@ -92,20 +105,6 @@ class Client:
             raise RequestError(f"the body has not come within {self._waits.bodies.seconds:g} s", 408) from None
         finally:
             self._waits.bodies.cancel(self)
-
-    async def _all(self, most: int) -> bytes:
-        pieces, size = list[bytes](), 0
-        while True:
-            message = await self._receive()
-            if message["type"] != "http.request":
-                self.left = True
-                raise RequestError("the client has left")
-            pieces.append(message.get("body", b""))
-            size += len(pieces[-1])
-            if size > most:
-                raise _too_large(most)
-            if not message.get("more_body"):
-                return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def watch(self) -> None:
         """From now on the task that made this is cancelled soon after the client leaves (`left` tells)."""
@@ -150,6 +149,10 @@ class Client:
             await self._send({"type": "http.response.body", "body": body, "more_body": more})
         finally:
             reading.cancel(self)
+
+    def said(self, _: object) -> dict[str, int]:
+        """What it was told, for who traces."""
+        return {"status": self.status}
 
     async def refuse(self, message: str, status: int, headers: Headers = ()) -> None:
         """Answers in OpenAI's form, if nothing has been sent."""

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from cairn.observe.log import log_once
-from cairn.observe.trace import begin
+from cairn.observe.trace import begin, onward
 from cairn.serve.gateway.asked import Asked, edited
 from cairn.serve.gateway.base import Headers, Prompt, UpstreamError
-from cairn.serve.gateway.members import Member
+from cairn.serve.gateway.members import Flight, Member
 
 if TYPE_CHECKING:
     from cairn.serve.gateway.relay import Relay
@@ -48,10 +48,9 @@ async def prefilled(
         changes["max_completion_tokens"] = 1
     question, patience_s = edited(body, changes), relay.config.first_token_s
     try:
-        with begin("cairn.prefill", instance=member.name) as asking, relay.members.flight(member, prompt) as flight:
+        with begin("cairn.prefill", instance=member.name), Flight(relay.members, member, prompt) as flight:
             relay.prompts.sent(prompt, member.name)
-            path, headers = asked.path.encode(), asking.headers(headers)
-            answer = await member.pool.post(path, headers, question, patience_s)
+            answer = await member.pool.post(asked.path.encode(), onward(headers), question, patience_s)
             try:
                 told = bytearray()
                 while data := await answer.read(patience_s):

@@ -26,8 +26,8 @@ _RETURN_S: Final = 10.0
 
 
 class Member:
-    """One engine in this incarnation. drains: nothing new goes there. rests_until: after failures. running: our
-    requests there. queued: tokens of their prompts that are to be computed.
+    """One engine in this incarnation. drains: nothing new goes there, set by `Members.drain`. rests_until: after
+    failures. running: our requests there. queued: tokens of their prompts that are to be computed.
     """
 
     load: Load | None = None
@@ -67,7 +67,7 @@ class Member:
 
 
 class Flight:
-    """A request at a member, from its sending to its end: `with members.flight(...)`."""
+    """A request at a member, from its sending to its end: `with Flight(...)`."""
 
     def __init__(self, members: "Members", member: Member, prompt: Prompt) -> None:
         held = sum(prompt.held.get(member.name, {}).values())
@@ -141,10 +141,6 @@ class Members:
         if tried:
             able = [one for one in able if one.name not in tried]
         return [one for one in able if now >= one.rests_until] or able
-
-    def flight(self, member: Member, prompt: Prompt) -> Flight:
-        """A request's stay at a member."""
-        return Flight(self, member, prompt)
 
     def drain(self, member: Member, drains: bool) -> None:
         """Whether nothing new goes there."""

@@ -27,9 +27,7 @@ class GatewayMetrics(Counted):
         """others: what is shown beside, of the registry and the index."""
         self._requests = Counter("serve_requests", "Requests, by how they ended.", "path", "status")
         self._failures = Counter("serve_engine_failures", "Attempts that an engine failed.", "instance", "reason")
-        self.retried = Counter(
-            "serve_retries", "Requests sent to another engine, of which the client had nothing yet."
-        )
+        self.retried = Counter("serve_retries", "Requests sent to another engine, of which the client had nothing yet.")
         self.resumed = Counter("serve_resumed", "Streams that another engine was asked to go on with.")
         self.broken = Counter("serve_broken", "Streams that ended with an error, as nobody could go on.")
         self.shed = Counter("serve_shed", "Requests that the scheduler refused.")

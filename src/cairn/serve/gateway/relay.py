@@ -2,17 +2,18 @@
 
 import re
 import time
+from collections.abc import Awaitable, Mapping
 from typing import Final
 
 import msgspec
 
 from cairn.config.schema import Serve
-from cairn.observe.trace import begin, joined
+from cairn.observe.trace import onward, spanned
 from cairn.serve.base import RequestError
 from cairn.serve.dashboard.traffic import BEGINNING, Recent
 from cairn.serve.gateway import sse
 from cairn.serve.gateway.asked import Asked
-from cairn.serve.gateway.base import Answer, Headers, Prompt, Prompts, UpstreamError
+from cairn.serve.gateway.base import Answer, Prompt, Prompts, UpstreamError
 from cairn.serve.gateway.client import Client, error_body
 from cairn.serve.gateway.continuation import Continuation, DivergedError
 from cairn.serve.gateway.disaggregation import prefilled
@@ -24,6 +25,7 @@ from cairn.serve.gateway.metrics import GatewayMetrics
 _HELD: Final = 8 << 20
 #: Where an answer tells its usage: near its end.
 _TAIL: Final = 2048
+_NOTHING: Final[Mapping[str, int]] = {}
 _USAGE: Final = re.compile(rb'"completion_tokens"\s*:\s*(\d{1,9})')
 
 
@@ -36,17 +38,23 @@ class Relay:
         self.members, self.dispatch, self.prompts = members, dispatch, prompts
         self.config, self.metrics = config, metrics
 
-    async def carry(self, asked: Asked, client: Client) -> None:
+    def carry(self, asked: Asked, client: Client) -> Awaitable[None]:
         """Serves one request. Raises RequestError if nothing has been sent; later a stream ends
         with an event that tells, and any other answer before its end."""
-        with joined(client.given), begin("cairn.serve", path=asked.path, model=asked.model) as serving:
-            with begin("cairn.score") as scoring:
-                prompt = await self.prompts.look(asked)
-                if scoring.on:
-                    scoring.note(prompt_tokens=prompt.tokens, holders=len(prompt.held))
-            await _Passage(self, asked, client, prompt).run()
-            if serving.on:
-                serving.note(status=client.status)
+        work, below = self._carry(asked, client), client.given
+        return spanned("cairn.serve", work, client.said, below, path=asked.path, model=asked.model)
+
+    async def _carry(self, asked: Asked, client: Client) -> None:
+        prompt = await spanned("cairn.score", self.prompts.look(asked), _scored)
+        await _Passage(self, asked, client, prompt).run()
+
+
+def _scored(prompt: Prompt) -> dict[str, int]:
+    return {"prompt_tokens": prompt.tokens, "holders": len(prompt.held)}
+
+
+def _scheduled(placed: Placed) -> dict[str, str]:
+    return {"instance": placed.member.name}
 
 
 class _Passage:
@@ -69,10 +77,11 @@ class _Passage:
             self._transcript = sse.Transcript()
 
     async def run(self) -> None:
-        attempts, failure = self._config.attempts, None
+        attempts, failure, dispatch = self._config.attempts, None, self._relay.dispatch
         for attempt in range(1, attempts + 1):
             try:
-                placed = await self._place()
+                place = dispatch.place(self._ask, self._asked.model, self._tried)
+                placed = await spanned("cairn.schedule", place, _scheduled)
                 await self._attempt(placed, last=attempt == attempts)
                 break
             except UpstreamError as error:
@@ -89,36 +98,24 @@ class _Passage:
                         return await self._give_up(failure)
                     raise
                 return await self._give_up(UpstreamError("resume", str(error)))
-        self._metrics.timed(self._arrived, self._first, self._latest, self._tokens)
-        self._remember()
+        self._count()
         return None
 
-    def _remember(self) -> None:
-        """For who looks at the dashboard."""
-        traffic, prompt, served = self._metrics.traffic, self._prompt, self._served
-        ttft_s = self._first - self._arrived if self._first else None
-        traffic.answered_at(served, prompt.tokens, prompt.held.get(served, {}), ttft_s)
-        if traffic.curious:
+    def _count(self) -> None:
+        prompt, served, first = self._prompt, self._served, self._first
+        self._metrics.timed(self._arrived, first, self._latest, self._tokens)
+        traffic, ttft_s = self._metrics.traffic, first - self._arrived if first else None
+        if traffic.answered_at(served, prompt.tokens, prompt.held.get(served, _NOTHING), ttft_s):
             traffic.remember(Recent(*self._asked.beginning(BEGINNING), prompt.tokens, prompt.held, served))
-
-    async def _place(self) -> Placed:
-        with begin("cairn.schedule") as scheduling:
-            placed = await self._relay.dispatch.place(self._ask, self._asked.model, self._tried)
-            if scheduling.on:
-                scheduling.note(instance=placed.member.name)
-        return placed
 
     async def _attempt(self, placed: Placed, *, last: bool) -> None:
         scheduler, member = self._relay.dispatch.scheduler, placed.member
         scheduler.sent(self._ask, placed.choice, time.monotonic())
         ended = False
         try:
-            with (
-                self._relay.members.flight(member, self._prompt) as flight,
-                begin("cairn.engine", instance=member.name) as asking,
-            ):
+            with Flight(self._relay.members, member, self._prompt) as flight:
                 self._relay.prompts.sent(self._prompt, member.name)
-                await self._exchange(placed, flight, asking.headers(self._headers), last=last)
+                await spanned("cairn.engine", self._exchange(placed, flight, last=last), instance=member.name)
             ended, self._served = True, member.name
             member.succeeded()
         except UpstreamError as error:
@@ -133,7 +130,8 @@ class _Passage:
             else:
                 scheduler.failed(self._ask, time.monotonic())
 
-    async def _exchange(self, placed: Placed, flight: Flight, headers: Headers, *, last: bool) -> None:
+    async def _exchange(self, placed: Placed, flight: Flight, *, last: bool) -> None:
+        headers = onward(self._headers)
         body = self._continuation.body() if self._continuation else self._asked.body
         if placed.prefill is not None:
             body = await prefilled(self._relay, self._asked, placed.prefill, self._prompt, headers, body)

@@ -23,6 +23,7 @@ from cairn.serve.gateway.agreed import Agreed, SharedSlo
 from cairn.serve.gateway.app import Gateway
 from cairn.serve.gateway.backends import parse_backends, registered
 from cairn.serve.gateway.dispatch import Dispatch
+from cairn.serve.gateway.guesses import Guesses
 from cairn.serve.gateway.members import Members
 from cairn.serve.gateway.metrics import GatewayMetrics
 from cairn.serve.gateway.prompts import FleetPrompts
@@ -88,6 +89,7 @@ async def _serve(config: Config, started: Callable[[Addresses], None]) -> None:
             ended = stack.enter_context(ended_by_signals(serve.shutdown_s))
             await asyncio.to_thread(parts.start, index)
             await asyncio.to_thread(rehearse, SCHEDULERS[serve.policy]())
+            await asyncio.to_thread(Guesses.rehearse)
             if serve.tokenizer_path is not None:
                 await asyncio.to_thread(parts.tokenizers.text, ANY_MODEL, "loaded before anybody waits for it")
             rpc = port = None
