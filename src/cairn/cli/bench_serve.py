@@ -31,7 +31,7 @@ _WARM: Final = 100
 #: Of each prompt so much is the same for all, as a system prompt is.
 _SHARED: Final = 0.25
 #: In so many turns, so that what else the machine does meets all alike.
-_TURNS: Final = 4
+_TURNS: Final = 12
 
 
 class Load(NamedTuple):

@@ -56,8 +56,8 @@ def setup_logging(level: str, form: Literal["text", "json"] = "text") -> None:
 
 def request_id_of(headers: Mapping[bytes, bytes]) -> str:
     """What a client calls its request, if it does in characters for a log; or else a new id."""
-    given = headers.get(REQUEST_HEADER, b"")
-    return given.decode() if _READABLE(given) else f"{_PROCESS}{next(_numbers):x}"
+    given = headers.get(REQUEST_HEADER)
+    return given.decode() if given and _READABLE(given) else f"{_PROCESS}{next(_numbers):x}"
 
 
 @contextmanager

@@ -5,9 +5,9 @@ not for each block. What a tier counts itself (residents, evictions, queue depth
 somebody looks (`watch`), so it costs nothing until then. `cairn.observe.prometheus` shows all of it to Prometheus.
 """
 
-import bisect
 import itertools
 import threading
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal
 
@@ -140,7 +140,7 @@ class Histogram:
     def observe(self, amount: float, count: int = 1, **labels: str) -> None:
         """Counts `count` cases of `amount` each."""
         values = tuple([labels[name] for name in self.labels]) if self.labels else ()
-        bucket = bisect.bisect_left(self.buckets, amount)
+        bucket = bisect_left(self.buckets, amount)
         with self._lock:
             cell = self._cells.get(values)
             if cell is None:

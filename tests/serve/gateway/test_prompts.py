@@ -36,7 +36,7 @@ def pieces(prompt: bytes) -> Pieces:
 
 
 def held(guesses: Guesses, prompt: bytes) -> dict[str, int]:
-    return guesses.look(prompt)[1]
+    return dict(guesses.look(prompt)[1])
 
 
 @settings(max_examples=60)

@@ -130,7 +130,8 @@ class Ledger:
         self._prefills = _Renewal(_FLEET_EVERY)
         self._fleet_fit: FleetFit = np.zeros(4)
         self._out: Estimates = np.empty(0, ESTIMATE)
-        self._latest: tuple[str, list[int], Estimates] = "", [], np.empty(0, ESTIMATE)  # of a request, by its slots
+        self._out_rows = _bytes_of(self._out)
+        self._latest: tuple[str, list[int]] = "", []  # whose estimates these are: a request's, by its slots
 
     def slots(self, view: Sequence[InstanceView]) -> Slots:
         """The slot of each instance, with its latest report taken in."""
@@ -169,10 +170,11 @@ class Ledger:
                         table[i, _TIER_ROWS[tier]] = tokens
         if len(self._out) != len(slots):
             self._out = np.empty(len(slots), ESTIMATE)
+            self._out_rows = _bytes_of(self._out)
         prompt, answer, tbt_slo_s = request.prompt_tokens, request.max_tokens, request.tbt_slo_s
         books, fleet, out = self._books, self._fleet_fit, self._out
         best = estimate(books, slots, table, fleet, prompt, answer, now, left_s, tbt_slo_s, turn, tie_s, out)
-        self._latest = request.id, listed, out
+        self._latest = request.id, listed
         return out, best
 
     def in_flight(self, slots: Slots) -> npt.NDArray[np.int64]:
@@ -185,12 +187,12 @@ class Ledger:
         if request.id in self._flights:
             self.failed(request, now)
         prefill, decode = self._slots[choice.prefill_on or choice.instance_id], self._slots[choice.instance_id]
-        asked, slots, estimates = self._latest
-        if asked == request.id and prefill in slots:  # it was chosen just now
-            row = slots.index(prefill)
-        else:
-            row, estimates = 0, self.estimates(request, np.array([prefill], np.int64), now)
-        ttft_s, _, load_s, compute_s, _, _, _, missing, _, _ = _ROW.unpack_from(estimates.data, row * ESTIMATE.itemsize)
+        asked, slots = self._latest
+        if asked != request.id or prefill not in slots:  # it was not chosen just now
+            slots = [prefill]
+            self.estimates(request, np.array(slots, np.int64), now)
+        at = slots.index(prefill) * ESTIMATE.itemsize
+        ttft_s, _, load_s, compute_s, _, _, _, missing, _, _ = _ROW.unpack_from(self._out_rows, at)
         life = self._lives[prefill]
         flight = _Flight(
             prefill=prefill,
@@ -357,5 +359,6 @@ class Ledger:
             self._books["known"][slot] = cost.horizon
 
 
-def _bytes_of(books: Books) -> memoryview:
-    return books.view(np.uint8).data
+def _bytes_of(rows: npt.NDArray[np.void]) -> memoryview:
+    """To keep: a buffer is made in microseconds where rows have fields."""
+    return rows.view(np.uint8).data

@@ -150,4 +150,6 @@ def edited(body: bytes, changes: Mapping[str, Any]) -> bytes:
 
 
 def _count(value: object) -> int:
-    return min(value, _MOST_TOKENS) if isinstance(value, int) and value > 0 else 0
+    if not isinstance(value, int) or value < 0:
+        return 0
+    return value if value < _MOST_TOKENS else _MOST_TOKENS

@@ -60,6 +60,7 @@ class Client:
         self.status = 0
         self._named = dict(self.given)  # of several of one name the last
         self.id = request_id_of(self._named)
+        self._id = REQUEST_HEADER, self.id.encode()
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """What the engine is told."""
@@ -68,7 +69,7 @@ class Client:
             named = [value for name, value in self.given if name == b"connection"]
             hops = {one.strip().lower() for value in named for one in value.split(b",")}
             kept = [one for one in kept if one[0] not in hops]
-        kept.append((REQUEST_HEADER, self.id.encode()))
+        kept.append(self._id)
         return kept
 
     def may_pass(self, keys: Sequence[str]) -> bool:
@@ -83,7 +84,8 @@ class Client:
         told = self._named.get(b"content-length", b"")
         if told.isdigit() and int(told[:20]) > most:
             raise _too_large(most)
-        pieces, size = list[bytes](), 0
+        pieces: list[bytes] = []
+        size = 0
         self._waits.bodies.set(self)
         try:
             while True:
@@ -137,7 +139,8 @@ class Client:
     async def start(self, status: int, headers: Headers) -> None:
         """Sends the head."""
         self.started, self.status = True, status
-        kept = [*[one for one in headers if one[0] not in _FROM_ENGINES], (REQUEST_HEADER, self.id.encode())]
+        kept = [one for one in headers if one[0] not in _FROM_ENGINES]
+        kept.append(self._id)
         await self._send({"type": "http.response.start", "status": status, "headers": kept})
 
     async def send(self, body: bytes, *, more: bool) -> None:

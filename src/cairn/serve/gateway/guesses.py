@@ -43,19 +43,19 @@ class Guesses:
         self._table: _Table = np.zeros((max(1, room // _WAYS), _WAYS, 2), np.uint64)
         self._numbers: dict[str, int] = {}
         self._names: dict[int, str] = {}
-        self._reached = np.zeros(2 * _SENT_TO, np.int64)  # of the latest look: a number and bytes, a number and ...
+        self._told = np.zeros(2 + 2 * _SENT_TO, np.int64)  # by the kernel, of the latest look
 
-    def look(self, prompt: bytes) -> tuple[Pieces, dict[str, int]]:
-        """The prompt's pieces; a rest that fills none is left out. And by instance, the bytes from its start that were
-        sent there before.
+    def look(self, prompt: bytes) -> tuple[Pieces, list[tuple[str, int]]]:
+        """The prompt's pieces; a rest that fills none is left out. And instances, with the bytes from its start that
+        were sent there before.
         """
         pieces = np.empty(len(prompt) // _FIRST, np.uint64)
         if not len(pieces):
-            return pieces, {}
-        words, reached = np.frombuffer(prompt, np.uint64, len(prompt) // 8), self._reached
-        count = _look(words, self._table, pieces, reached)
-        names, told = self._names, reached.tolist()
-        return pieces[:count], {names[told[i]]: told[i + 1] for i in range(0, len(told), 2) if told[i]}
+            return pieces, []
+        _look(np.frombuffer(prompt, np.uint64, len(prompt) // 8), self._table, pieces, self._told)
+        names, (count, end, *reached) = self._names, self._told.tolist()
+        held = [(names[reached[i]], reached[i + 1]) for i in range(0, end, 2)]
+        return pieces if count == len(pieces) else pieces[:count], held
 
     def sent(self, pieces: Pieces, instance: str) -> None:
         """A prompt goes there."""
@@ -103,11 +103,11 @@ def _mixed(lane: np.uint64, word: np.uint64) -> np.uint64:
 
 
 @kernel
-def _look(words: npt.NDArray[np.uint64], table: _Table, pieces: Pieces, reached: npt.NDArray[np.int64]) -> int:
-    """Fills `pieces`, and `reached` with up to _SENT_TO instances and how far each holds the prompt, in bytes. Gives
-    how many pieces there are.
+def _look(words: npt.NDArray[np.uint64], table: _Table, pieces: Pieces, told: npt.NDArray[np.int64]) -> None:
+    """Fills `pieces`, and `told`: how many pieces there are, the length of what follows, and of each instance that the
+    prompt's beginning was sent to its number and how far it holds the prompt, in bytes.
     """
-    reached[:] = 0
+    reached = told[2:]
     digest, holders, at, count, found = _NONE, _NONE, 0, 0, 0
     while True:
         end = at + min(_FIRST << (count // _ALIKE), _LARGEST)
@@ -121,8 +121,8 @@ def _look(words: npt.NDArray[np.uint64], table: _Table, pieces: Pieces, reached:
         elif here != holders:
             found, holders = _part(holders, here, at, reached, found)
         at, count = end, count + 1
-    _part(holders, _NONE, at, reached, found)
-    return count
+    found, _ = _part(holders, _NONE, at, reached, found)
+    told[0], told[1] = count, found
 
 
 @kernel

@@ -42,7 +42,7 @@ class FleetPrompts:
         prompt = asked.prompt
         count, size = asked.tokens(prompt), max(1, len(prompt))
         pieces, reached = self._guesses.look(prompt)
-        return Prompt(count, {name: {_GUESSED: count * end // size} for name, end in reached.items()}, pieces)
+        return Prompt(count, {name: {_GUESSED: count * end // size} for name, end in reached}, pieces)
 
     def sent(self, prompt: Prompt, instance: str) -> None:
         if isinstance(prompt.key, Query):

@@ -152,7 +152,8 @@ class _Passage:
 
     async def _pass_whole(self, answer: Answer) -> None:
         """Sends nothing before all of it is here, unless it is very large."""
-        client, pieces, size = self._client, list[bytes](), 0
+        pieces: list[bytes] = []
+        client, size = self._client, 0
         while data := await answer.read(self._config.answer_s):
             pieces.append(data)
             size += len(data)
