@@ -99,6 +99,21 @@ def test_any_answer_comes_whole_however_it_is_cut(body: bytes, places: list[int]
     asyncio.run(main())
 
 
+def test_trailers_are_no_headers() -> None:
+    wire = b"HTTP/1.1 200 OK\r\nX-One: 1\r\ntransfer-encoding: chunked\r\n\r\n2\r\nab\r\n0\r\nX-Late: 2\r\n\r\n"
+
+    async def main() -> None:
+        async with asyncio.timeout(DEADLINE_S), serving(answers_with([wire], keep=True)) as (pool, made):
+            for _ in range(2):
+                answer = await pool.post(b"/v1", [], b"{}", DEADLINE_S)
+                while await answer.read(DEADLINE_S):
+                    pass
+                assert answer.headers == [(b"x-one", b"1"), (b"transfer-encoding", b"chunked")]
+            assert len(made) == 1
+
+    asyncio.run(main())
+
+
 def test_the_request_is_what_was_asked_for() -> None:
     got: list[bytes] = []
 

@@ -142,7 +142,8 @@ class Connection(asyncio.Protocol):
         return self._wake()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers.append((name.lower(), value))
+        if not self.status:  # what comes behind a body is no part of the head
+            self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
