@@ -7,7 +7,7 @@ from tests.plan.schedule.driving import ask, instance
 
 from cairn.plan.role import Role
 from cairn.plan.schedule import InstanceView, Send
-from cairn.plan.schedule.ledger import Ledger
+from cairn.plan.schedule.ledger import _ROW, Ledger
 
 
 def queue(ledger: Ledger, view: InstanceView, now: float) -> float:
@@ -27,6 +27,21 @@ def test_a_queue_shrinks_as_its_head_is_at_work_and_no_further() -> None:
     assert queue(ledger, view, 1.1) == pytest.approx(0.4, rel=1e-3)
     ledger.failed(second, 1.2)
     assert queue(ledger, view, 1.2) == 0
+
+
+def test_what_kernels_read_is_what_the_books_say() -> None:
+    ledger = Ledger()
+    (slot,) = ledger.slots([instance("a")])
+    ledger.slots([instance(f"i{i}") for i in range(100)])  # the rows have moved
+    ledger.sent(ask("r1", 1000), Send("a"), 0.0)
+    ledger.sent(ask("r2", 500), Send("a"), 0.5)
+    ledger.first_token(ask("r1", 1000), 0.75)
+    life, row = ledger._lives[slot], ledger._books[slot]
+    for name in ("pending_s", "head_s", "since", "requests", "decoding", "kv_used"):
+        assert row[name] == getattr(life, name) != 0, name
+    found = ledger.estimates(ask("r3"), np.array([slot]), 1.0)
+    told = _ROW.unpack_from(ledger._out_rows, 0)
+    assert dict(zip(found.dtype.names or (), told, strict=True)) == {name: found[name][0] for name in found.dtype.names}
 
 
 def test_who_does_not_stream_has_its_first_token_when_it_was_expected() -> None:

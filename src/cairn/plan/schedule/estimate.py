@@ -24,7 +24,7 @@ BOOK = np.dtype(
         ("since", np.float64),  # ... since then
         ("requests", np.int64),  # sent and not ended
         ("decoding", np.int64),  # of these, those with a first token
-        ("kv_used", np.int64),  # tokens of KV that they may need; up to here one pattern of `struct`, see `Ledger`
+        ("kv_used", np.int64),  # tokens of KV that they may need; the fields up to here are written as one (`Ledger`)
         ("kv_tokens", np.int64),  # that there is room for; 0: not known
         ("reported_at", np.float64),
         ("foreign", np.int64),  # requests of others, by the last report

@@ -13,7 +13,7 @@ from cairn.plan.schedule.estimate import Estimates
 from cairn.plan.schedule.mix import MixRoles, MixSettings, Side
 
 _DEFAULT = Role.DEFAULT
-"""Which by its class takes as long to look up as it does to ask an instance's role."""
+"""At hand: to look it up at its class takes as long as to read an instance's role."""
 
 _OBSERVE_S = 1.0
 """How often a model's MIX instances are looked at."""
