@@ -84,29 +84,42 @@ def test_a_piece_is_told_from_all_others() -> None:
 
 
 def test_guesses_are_bounded() -> None:
-    guesses = Guesses(room=8)
-    for i in range(100):
-        guesses.sent(pieces(bytes([i]) * 1000), "a")
-        assert held(guesses, bytes([i]) * 1000) == {"a": 512}
-    assert sum(bool(held(guesses, bytes([i]) * 1000)) for i in range(100)) <= 8
-    assert sum(bool(held(guesses, bytes([i]) * 1000)) for i in range(80)) == 0
+    guesses, prompts = Guesses(room=8), [bytes([i]) * 1000 for i in range(100)]
+    for i, prompt in enumerate(prompts):
+        guesses.sent(pieces(prompt), "a")
+        assert all(held(guesses, one) == {"a": 512} for one in prompts[max(0, i - 3) : i + 1])
+    assert sum(bool(held(guesses, one)) for one in prompts) <= 8
+    assert not any(held(guesses, one) for one in prompts[:80])
+
+
+def test_what_was_sent_again_stays() -> None:
+    guesses, prompts = Guesses(room=4), [bytes([i]) * 512 for i in range(5)]
+    for i in (0, 1, 2, 3, 0, 4):
+        guesses.sent(pieces(prompts[i]), "a")
+    assert [bool(held(guesses, one)) for one in prompts] == [True, False, True, True, True]
 
 
 def test_of_the_instances_that_hold_a_piece_the_latest_count() -> None:
     guesses, prompt = Guesses(), bytes(1024)
-    for name in "abcdeb":
+    for name in "abcdb":
         guesses.sent(pieces(prompt), name)
-    assert held(guesses, prompt) == dict.fromkeys("becd", 1024)
+    assert held(guesses, prompt) == dict.fromkeys("bdca", 1024)
+    guesses.sent(pieces(prompt), "e")
+    assert held(guesses, prompt) == dict.fromkeys("ebdc", 1024)
     for name in "ec":
         guesses.forget(name)
     assert held(guesses, prompt) == dict.fromkeys("bd", 1024)
 
 
 def test_there_are_only_so_many_instances() -> None:
-    guesses, prompt = Guesses(), bytes(512)
-    guesses._names = dict.fromkeys(range(1, 1 << 16), "x")
+    guesses, prompt, most = Guesses(), bytes(512), (1 << 16) - 1
+    guesses._numbers = {f"i{number}": number for number in range(1, most + 1)}
+    guesses._names = {number: name for name, number in guesses._numbers.items()}
     guesses.sent(pieces(prompt), "one too many")
     assert held(guesses, prompt) == {}
+    guesses.forget("i7")
+    guesses.sent(pieces(prompt), "one more")
+    assert held(guesses, prompt) == {"one more": 512}
 
 
 def test_the_index_is_asked_with_the_engine_s_tokens(tiny: Path) -> None:
