@@ -189,6 +189,21 @@ def test_prometheus_reads_ratios_and_histograms() -> None:
     assert samples[f"{name}_sum", (tier,)] == 100.002
 
 
+def test_what_has_no_labels_is_shown_before_anything_is_counted() -> None:
+    shown = scraped(Metrics())
+    assert shown["cairn_lookups_total", ()] == 0
+    assert shown["cairn_layerwise_load_latency_seconds_count", ()] == 0
+
+
+def test_counting_by_values_is_adding_by_labels() -> None:
+    counter = Counter("requests", "Requests.", "path", "status")
+    counter.count("/v1", "200")
+    counter.add(2, path="/v1", status="200")
+    counter.count("/v1", "500")
+    assert counter.value(path="/v1", status="200") == 3
+    assert counter.value(status="500") == 1
+
+
 def test_a_ratio_without_a_denominator_is_none() -> None:
     ratio = Ratio("r", "help", "tier")
     ratio.add(5, 0, tier="remote")
