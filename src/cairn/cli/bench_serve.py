@@ -126,7 +126,7 @@ async def _measured(targets: Mapping[str, Target], load: Load, *, stream: bool) 
             "added_p50_ms": own[0] - np.percentile(direct, 50) * 1e3,
             "added_p99_ms": own[1] - np.percentile(direct, 50) * 1e3,
             "requests_per_s": float(np.median(rates[name])),
-            "cpu_us_per_request": cpu[name] / load.requests * 1e6 if targets[name].pid else None,
+            "cpu_us_per_request": cpu[name] / (load.requests // _TURNS * _TURNS) * 1e6 if targets[name].pid else None,
         }
     for pool in pools.values():
         pool.close()

@@ -42,7 +42,7 @@ class Counter:
             self._sums[values] = self._sums.get(values, 0) + amount
 
     def count(self, *values: str) -> None:
-        """Adds one under the labels' values in their order: half of what `add` costs."""
+        """Adds one under the labels' values in their order: for paths of a few microseconds."""
         with self._lock:
             self._sums[values] = self._sums.get(values, 0) + 1
 
