@@ -27,16 +27,6 @@ def move_bytes(typingctx: Any, target: Any, source: Any, count: Any) -> Any:
 
 
 @intrinsic
-def load_word(typingctx: Any, source: Any) -> Any:
-    """load_word(source): the 8 bytes at an address (int64), aligned or not, the first one lowest; a uint64."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        return builder.load(builder.inttoptr(args[0], _WORD.as_pointer()), align=1)
-
-    return types.uint64(types.int64), codegen
-
-
-@intrinsic
 def stream_lines(typingctx: Any, target: Any, source: Any, count: Any) -> Any:
     """stream_lines(target, source, count): as move_bytes, past the caches, for `count` a multiple of 128 and a
     32-aligned target.
