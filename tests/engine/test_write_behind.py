@@ -14,6 +14,7 @@ from cairn.engine.write_behind import WriteBehind
 from cairn.index import LRU, Reservation
 from cairn.kv import Keys
 from cairn.observe.metrics import Metrics
+from cairn.observe.reasons import Reason
 from cairn.tier.base import Outcomes, Rows, Tier
 from cairn.tier.dram import DramTier
 from tests.index.test_model import chain_of
@@ -31,11 +32,14 @@ class Slow(Tier):
         self.pack_blocks = pack_blocks
         self.written: set[bytes] = set()
         self.pending: list[tuple[Keys, Future[Outcomes]]] = []
+        self.broken = False
 
     def match(self, keys: Keys) -> int:
         return next((i for i, key in enumerate(keys) if key.tobytes() not in self.written), len(keys))
 
     def write(self, keys: Keys, first: int, rows: Rows, **_: Any) -> "Future[Outcomes]":
+        if self.broken:
+            raise RuntimeError("can't start new thread")
         future: Future[Outcomes] = Future()
         self.pending.append((keys[first : first + len(rows.ids)].copy(), future))
         return future
@@ -200,6 +204,22 @@ def test_what_is_skipped_is_not_waited_for() -> None:
     other.lower.finish(0)
     assert other.behind.drain(0.0), "it was evicted before its turn"
     assert np.count_nonzero(other.lower.match(keys)) == 0
+
+
+def test_a_tier_that_breaks_is_counted_and_written_to_again() -> None:
+    rig = Rig(limit=2)
+    rig.lower.broken = True
+    rig.store((0, 0, 0))  # in somebody's step: it hears nothing of it
+    assert rig.behind.drain(0.0)
+    skipped = rig.metrics.skipped_tokens
+    assert (
+        skipped.value(tier="slow", reason=Reason.IO_ERROR) + skipped.value(tier="slow", reason=Reason.NO_PARENT) == 12
+    )
+    assert rig.dram.index.pinned == 0
+    rig.lower.broken = False
+    keys = rig.store((1,))
+    rig.lower.finish(0)
+    assert rig.lower.match(keys) == 1
 
 
 def test_the_end_of_a_chain_that_grows_belongs_to_its_turn() -> None:

@@ -1,5 +1,6 @@
 """Write-behind: what is committed in DRAM goes to the tier below in the background, and nobody waits for it."""
 
+import logging
 import threading
 import time
 from collections import OrderedDict
@@ -12,10 +13,13 @@ import numpy.typing as npt
 
 from cairn.engine.turns import Turns
 from cairn.kv import Keys
+from cairn.observe.log import log_once
 from cairn.observe.metrics import Metrics
 from cairn.observe.reasons import Reason
 from cairn.tier.base import Outcomes, Tier
 from cairn.tier.dram import DramTier
+
+logger = logging.getLogger(__name__)
 
 #: How long one background write may take before what has not started is given up.
 WRITE_TIMEOUT_S = 30.0
@@ -226,21 +230,28 @@ class WriteBehind:
 
     def _write(self, chain: _Waiting, first: int, ids: npt.NDArray[np.int32]) -> None:
         started = time.monotonic()
-        future = self._lower.write(
-            chain.keys,
-            first,
-            self._dram.rows(ids),
-            namespace=chain.namespace,
-            deadline=started + WRITE_TIMEOUT_S,
-            cancel=self._cancel,
-        )
+        try:
+            future = self._lower.write(
+                chain.keys,
+                first,
+                self._dram.rows(ids),
+                namespace=chain.namespace,
+                deadline=started + WRITE_TIMEOUT_S,
+                cancel=self._cancel,
+            )
+        except Exception as error:  # noqa: BLE001 - such as no thread to be had: counted as a write that failed
+            future = Future()
+            future.set_exception(error)
         future.add_done_callback(lambda done: self._written(done, chain, first, ids, started))
 
     def _written(
         self, done: "Future[Outcomes]", chain: _Waiting, first: int, ids: npt.NDArray[np.int32], started: float
     ) -> None:
         self._dram.index.unpin(ids)
-        outcomes: Outcomes = [Reason.IO_ERROR] * len(ids) if done.exception() else done.result()
+        error = done.exception()
+        if error:
+            log_once(logger, f"write {type(error).__name__}", f"a write to {self._lower.name} failed: {error!r}")
+        outcomes: Outcomes = [Reason.IO_ERROR] * len(ids) if error else done.result()
         written = sum(reason is None for reason in outcomes)
         for reason in {reason for reason in outcomes if reason is not None}:
             self._skip(outcomes.count(reason), reason)
