@@ -114,6 +114,30 @@ def test_trailers_are_no_headers() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(
+    "begun",
+    [b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n"],
+    ids=["head", "trailers"],
+)
+def test_a_head_or_trailers_without_end_end_the_answer(begun: bytes) -> None:
+    """Each line is something new, so no deadline ever passes."""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await request_of(reader)
+        writer.write(begun)
+        while not writer.is_closing():
+            writer.write(b"X-More: and more\r\n" * 50)
+            await writer.drain()
+            await asyncio.sleep(0)
+
+    async def main() -> None:
+        async with asyncio.timeout(DEADLINE_S), serving(script) as (pool, _):
+            with pytest.raises(UpstreamError, match="do not end"):
+                await all_of(pool)
+
+    asyncio.run(main())
+
+
 def test_the_request_is_what_was_asked_for() -> None:
     got: list[bytes] = []
 

@@ -15,7 +15,7 @@ from cairn.serve.gateway.base import Headers, UpstreamError
 
 #: Bytes of a body that wait for their reader before the connection is not read any more.
 _WAITING: Final = 256 << 10
-#: Bytes of an answer's head.
+#: Bytes that may come without a body's: of a head, of trailers.
 _HEAD: Final = 64 << 10
 #: Connections kept for later, by engine.
 _IDLE: Final = 256
@@ -60,7 +60,7 @@ class Connection(asyncio.Protocol):
         self._patience_s = self._until = 0.0
         self._timer: asyncio.TimerHandle | None = None  # of the wait that is over first; later ones set it anew
         self._body: list[bytes] = []
-        self._waiting = self._head = 0
+        self._waiting = self._bare = 0
         self._complete = self._paused = self._to_the_end = self._keeps = False
         self._failure: UpstreamError | None = None
 
@@ -74,7 +74,7 @@ class Connection(asyncio.Protocol):
         assert self._transport is not None
         self.status, self.headers = 0, []
         self.done = self._complete = self._to_the_end = False
-        self._head = self._waiting = 0  # what nobody has read of the last answer is gone
+        self._bare = self._waiting = 0  # what nobody has read of the last answer is gone
         self._pool = pool
         self._transport.write(data)
         try:
@@ -127,14 +127,13 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self.done:
             return self._protocol("an answer that nobody asked for")
-        if not self.status:
-            self._head += len(data)
-            if self._head > _HEAD + _WAITING:
-                return self._protocol("an answer's head that does not end")
+        self._bare += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
             return self._protocol(f"no answer in HTTP: {error}")
+        if self._bare > _HEAD and not self._complete:
+            return self._protocol("an answer's head, or trailers, that do not end")
         if self._waiting > _WAITING and not self._paused and not self._complete:
             assert self._transport is not None
             self._paused = True
@@ -158,6 +157,7 @@ class Connection(asyncio.Protocol):
     def on_body(self, body: bytes) -> None:
         self._body.append(body)
         self._waiting += len(body)
+        self._bare = 0
 
     def on_message_complete(self) -> None:
         self._complete, self._keeps = self.status != 0, self._parser.should_keep_alive()
