@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cairn.copy.base import Copier, DeviceRows, RowMemory
+from cairn.copy.cores import roam, usable_cores
 from cairn.copy.memory import move_bytes, stream_lines
 from cairn.copy.paged import PagedKV, TokenSlots
 from cairn.errors import InputError
@@ -97,13 +98,14 @@ def _move(
 
 class CpuCopier(Copier):
     """Copies with `threads` threads (the caller's own when 1, or once closed), each taking an equal share of the
-    blocks.
+    blocks. A load of single layers leaves half of the cores to the model, which computes meanwhile.
     """
 
     def __init__(self, geometry: KVGeometry, threads: int = 1) -> None:
         super().__init__(geometry)
         self._threads = threads
-        self._pool = ThreadPoolExecutor(threads, "cairn-copy") if threads > 1 else None
+        self._beside = max(1, min(threads, len(usable_cores()) // 2))
+        self._pool = ThreadPoolExecutor(threads, "cairn-copy", roam) if threads > 1 else None
         self._closing = Lock()
 
     def gather(
@@ -149,10 +151,11 @@ class CpuCopier(Copier):
             raise InputError(f"{len(slots)} slots for {len(rows)} blocks: each block needs {tokens}")
         kv.check_slots(slots, tokens)
         slots = np.ascontiguousarray(slots, np.int64)
-        cuts = np.linspace(0, len(rows), self._threads + 1).astype(int)
+        threads = self._threads if layers is None or into_rows else self._beside
+        cuts = np.linspace(0, len(rows), threads + 1).astype(int)
         shares: list[Future[None]] = []
         with self._closing:
-            if self._pool and len(rows) >= 2 * self._threads:
+            if self._pool and threads > 1 and len(rows) >= 2 * threads:
                 shares = [
                     self._pool.submit(
                         self._share, kv, slots[a * tokens : b * tokens], memory, rows[a:b], layers, into_rows

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from cairn.codec.quantized import Quantizer
 from cairn.copy import PagedKV, RowMemory, TokenSlots
 from cairn.copy.base import Copier
+from cairn.copy.cores import roam
 from cairn.copy.cpu_quantized import cpu_copier
 from cairn.engine.layers import LayerLoad
 from cairn.engine.rehearsal import rehearse_copies
@@ -154,7 +155,7 @@ class CpuMover(Mover):
         rehearse_copies()
         self._copier = copier
         copier.prepare(kv)
-        self._pool = ThreadPoolExecutor(_THREADS, "cairn-copy")
+        self._pool = ThreadPoolExecutor(_THREADS, "cairn-copy", roam)
         self._stores: list[Future[float]] = []
 
     def load(self, slots: TokenSlots, rows: Rows, memory: RowMemory | None = None) -> Copying:
