@@ -16,6 +16,8 @@ from tests.vllm.server import Server
 
 LOAD_S = 60.0
 CLIENTS = 6
+#: The model is bound to one core, as vLLM does by itself: to all but those that it leaves to transfers.
+CORE = max(os.sched_getaffinity(0))
 CONFIG = {
     "kv_connector": "CairnConnector",
     "kv_role": "kv_both",
@@ -35,7 +37,8 @@ class Serving(Server):
         options = ["--max-model-len", "2048", "--max-num-batched-tokens", "512", "--block-size", "32"]
         options += ["--num-gpu-blocks-override", "96", "--max-num-seqs", "8"]
         options += ["--kv-transfer-config", json.dumps(CONFIG | {"kv_connector_extra_config": extra})]
-        super().__init__(model, home, *options, environ={"VLLM_SERVER_DEV_MODE": "1"})
+        bound = {"VLLM_CPU_OMP_THREADS_BIND": str(CORE)}
+        super().__init__(model, home, *options, environ={"VLLM_SERVER_DEV_MODE": "1"} | bound)
 
     def stream(self, prompt: list[int], tokens: int, cut: bool) -> str:
         """Asks for a streamed completion; cut: hangs up after the first piece. Returns the text."""
@@ -140,6 +143,14 @@ def test_a_minute_of_mixed_streams(server: Serving) -> None:
     assert descriptors_after <= descriptors + CLIENTS
     assert server.metric("vllm:num_requests_running") == 0
     metrics_tell_what_was_served(server)
+    copies_run_beside_the_model(server)
+
+
+def copies_run_beside_the_model(server: Serving) -> None:
+    (worker,) = server.named("VLLM::Worker")
+    threads = [int(task.name) for task in Path(f"/proc/{worker}/task").iterdir()]
+    assert os.sched_getaffinity(worker) == {CORE}
+    assert any(os.sched_getaffinity(thread) == os.sched_getaffinity(0) for thread in threads)
 
 
 def metrics_tell_what_was_served(server: Serving) -> None:
