@@ -84,7 +84,9 @@ def _encode_plane(
     out[at:low_at] = 0
     out[word_at - 4 : word_at] = 0
     out[at : at + 4].view(np.uint32)[0] = found
-    out[table_at:largest_at].view(np.uint16)[:] = frequencies
+    table = out[table_at:largest_at].view(np.uint16)
+    for s in range(SYMBOLS):
+        table[s] = frequencies[s]
     for c in range(channels):
         out[largest_at + c] = largest[c]
     write_vectors(rows, offset, block_tokens, exact, dim, out, place_at, vector_at)
@@ -159,7 +161,10 @@ def _make_symbols(
 def _normalized(counts: npt.NDArray[np.int64]) -> Any:
     """Frequencies of at least 1 that sum to SLOTS, in proportion to counts; uint16 [SYMBOLS]."""
     frequencies = np.empty(SYMBOLS, np.uint16)
-    total, given, top = max(counts.sum(), 1), np.int64(0), 0
+    total, given, top = np.int64(0), np.int64(0), 0
+    for s in range(SYMBOLS):
+        total += counts[s]
+    total = max(total, 1)
     for s in range(SYMBOLS):
         frequencies[s] = 1 + counts[s] * (SLOTS - SYMBOLS) // total
         given += frequencies[s]

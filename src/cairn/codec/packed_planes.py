@@ -84,7 +84,8 @@ def _encode_plane(rows: Bits, offset: int, block_tokens: int, channels: int, kin
         strays += _note_strays(padded, exponents, out[stray_at + strays :])
         _write_low(rests, low_bytes, out[low_at + t * low_bytes * channels :])
         if kind == FLOAT16:
-            codes[:] = rests >> np.uint32(8)
+            for c in range(channels):
+                codes[c] = rests[c] >> np.uint32(8)
             _pack(codes, t % _GROUP, out[high_at + group : high_at + group + 3 * channels])
     out[at : at + 4].view(np.uint32)[0] = strays
     end = stray_at + up(strays)

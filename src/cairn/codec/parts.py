@@ -69,8 +69,10 @@ def write_streams(
         if at + count > len(out16):
             return -1
         spans[stream] = count
-        spans[streams + stream * LANES : streams + (stream + 1) * LANES] = states
-        out16[at : at + count] = words[:count]
+        for lane in range(LANES):
+            spans[streams + stream * LANES + lane] = states[lane]
+        for i in range(count):
+            out16[at + i] = words[i]
         at += count
     if at % 2:
         if at >= len(out16):
@@ -100,7 +102,8 @@ def read_streams(
         end: Any = at + np.int64(spans[stream])
         if end > len(stored16):
             return -1
-        states[:] = spans[streams + stream * LANES : streams + (stream + 1) * LANES]
+        for lane in range(LANES):
+            states[lane] = spans[streams + stream * LANES + lane]
         some = min(groups, total - first)
         if not decode_stream(stored16, at, end, states, first, some, classes, decoder, residuals):
             return -1

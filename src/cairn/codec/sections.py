@@ -112,9 +112,12 @@ def _encode_plane(
         return -1
     out[at:word_at] = 0
     out[at : at + 4].view(np.uint32)[0] = found
-    out[code_at : code_at + heads] = codes
-    out[class_at : class_at + channels] = classes
-    out[anchor_at : anchor_at + 2 * channels].view(np.int16)[:] = anchors
+    for h in range(heads):
+        out[code_at + h] = codes[h]
+    anchors_out = out[anchor_at : anchor_at + 2 * channels].view(np.int16)
+    for c in range(channels):
+        out[class_at + c] = classes[c]
+        anchors_out[c] = anchors[c]
     write_vectors(rows, offset, block_tokens, exact, channels // heads, out, place_at, vector_at)
     return write_streams(residuals, groups, classes, encoder, words, out, at + 4, word_at)
 

@@ -139,7 +139,8 @@ def _fold(typingctx: Any, a: Any, b: Any) -> Any:
 @kernel
 def begin(state: Words) -> None:
     """Makes the state, uint64 [8], that of no bytes."""
-    state[:] = _INITIAL
+    for i in range(len(_INITIAL)):
+        state[i] = _INITIAL[i]
 
 
 @kernel

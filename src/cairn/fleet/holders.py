@@ -154,7 +154,8 @@ def turned(holders: Holders, old: int, source: int, flips: int) -> int:
         new = table_find(holders.table, holders.sets, key0, key1)
         if new == NONE:
             new = _take(holders)
-            holders.rows[new] = holders.rows[old]
+            for column in range(holders.rows.shape[1]):
+                holders.rows[new, column] = holders.rows[old, column]
             first, bit = TIERS * (source >> 6), _ONE << (np.uint64(source) & _63)
             for tier in range(TIERS):
                 if flips >> tier & 1:

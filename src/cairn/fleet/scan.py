@@ -134,13 +134,15 @@ def _scan(
         before, before_stored, before_blocks, before_used = found, stored, blocks, used
         first, stop = spans[payload, 0], spans[payload, 1]
         if found:
-            last_run[:] = runs[found - 1]
+            for column in range(RUN_COLUMNS):
+                last_run[column] = runs[found - 1, column]
         sound, told_rank, found, stored, blocks, used = _payload(
             base, first, stop, group, notes, runs, hashes, tokens, told, found, stored, blocks, used
         )
         if not sound or (payload and told_rank != rank):
             if before:
-                runs[before - 1] = last_run
+                for column in range(RUN_COLUMNS):
+                    runs[before - 1, column] = last_run[column]
             return payload, rank, before, before_stored, before_blocks, before_used
         rank = told_rank
     return len(spans), rank, found, stored, blocks, used

@@ -155,7 +155,7 @@ def _end_of_chain(hashes: Hashes, told: Told, event: int, stop: int) -> int:
 def _parent(blocks: Blocks, names: Names, told: Told, event: int, root: Keys, seed: Keys) -> tuple[bool, int]:
     """Whether what an event is behind is known: `seed` [1, 2] is its key then; and its record, NONE before a prompt."""
     if told[event, 1]:
-        seed[0, :] = root[0]
+        seed[0, 0], seed[0, 1] = root[0, 0], root[0, 1]
         return True, NONE
     name = find_name(names, told[event, 0])
     if name == NONE:
@@ -196,7 +196,7 @@ def store_many(
     first, stop = at, min(len(hashes), at + most)
     keys, links = np.empty((most, 2), np.uint64), np.empty(most, np.uint64)
     seed = np.empty((1, 2), np.uint64)
-    seed[0, :] = cursor[2:]
+    seed[0, 0], seed[0, 1] = cursor[2], cursor[3]
     while at < stop and (at == first or not waiting[0]):
         slot = NONE
         if at == begun:
@@ -219,11 +219,11 @@ def store_many(
         added += new
         refused += double
         uncounted += missed
-        seed[0, :] = keys[done - 1]
+        seed[0, 0], seed[0, 1] = keys[done - 1, 0], keys[done - 1, 1]
         at += done
         while event < len(told) and _first_of(told, event + 1) <= at:
             event += 1
         begun = _first_of(told, event)
     cursor[EVENT], cursor[BLOCK] = np.uint64(event), np.uint64(at)
-    cursor[2:] = seed[0]
+    cursor[2], cursor[3] = seed[0, 0], seed[0, 1]
     return added, refused, uncounted, orphans

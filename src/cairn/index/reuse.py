@@ -185,13 +185,25 @@ def learn(samples: Samples, widths: npt.NDArray[np.float64], clock: float, unit:
     exposure(exits, widths, time)
     group_hits = np.zeros((LEVELS, AGES))
     group_time = np.zeros((LEVELS, AGES))
+    seen, sampled = 0.0, 0
     for kind in range(KINDS):
-        group_hits[group_of(kind)] += hits[kind]
-        group_time[group_of(kind)] += time[kind]
-    run = exits.sum() / max(1, np.count_nonzero(samples["weight"]))
+        level = group_of(kind)
+        for age in range(AGES):
+            group_hits[level, age] += hits[kind, age]
+            group_time[level, age] += time[kind, age]
+            seen += exits[kind, age]
+    for i in range(len(samples)):
+        sampled += samples[i].weight != 0
+    run = seen / max(1, sampled)
+    all_hits = np.zeros(AGES)
+    all_time = np.zeros(AGES)
+    for level in range(LEVELS):
+        for age in range(AGES):
+            all_hits[age] += group_hits[level, age]
+            all_time[age] += group_time[level, age]
     nothing = np.full(AGES, 1e-9)
     common = np.empty(AGES)
-    shrink(group_hits.sum(axis=0), group_time.sum(axis=0), widths, nothing, BORROW_GROUP * run, common)
+    shrink(all_hits, all_time, widths, nothing, BORROW_GROUP * run, common)
     group = np.empty((LEVELS, AGES))
     for level in range(LEVELS):
         shrink(group_hits[level], group_time[level], widths, common, BORROW_GROUP * run, group[level])

@@ -79,6 +79,8 @@ def kernel(function: Callable[P, R]) -> Callable[P, R]:
     Kernels raise nothing: they run while other threads hold the GIL, so they report by their return value.
     """
     made = numba.njit(function, nogil=True, boundscheck=False)
-    made._cache = KernelCache.of(function) or made._cache
+    kept = KernelCache.of(function)
+    if kept is not None:
+        made._cache, made.compile = kept, kept.around(made.compile)
     _kernels.append(made)
     return cast(Callable[P, R], made)

@@ -16,6 +16,7 @@ from typing import Any, Final, Self
 
 import numba
 from numba.core.caching import FunctionCache
+from numba.core.compiler_lock import global_compiler_lock
 
 logger = logging.getLogger(__name__)
 
@@ -53,23 +54,29 @@ class KernelCache(FunctionCache):  # type: ignore[misc]
         self._stem = self._impl.filename_base
         self._lock: int | None = None
 
+    def around(self, compile_: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """The dispatcher's `compile`, behind which nobody is kept waiting any more, also if it fails."""
+
+        def compiling(sig: Any) -> Any:
+            with global_compiler_lock:  # which `compile_` takes itself: nobody else's lock is let go of
+                try:
+                    return compile_(sig)
+                finally:
+                    self._release()
+
+        return compiling
+
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """None: the caller is to compile, and to save then. (One that fails to compile keeps the lock.)"""
+        """None: the caller is to compile, and to save then."""
         kept = self._load(sig, target_context)
         if kept is None and self._take():
             kept = self._load(sig, target_context)
-            if kept is not None:
-                self._release()
         return kept
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        if self._lock is None:
-            return
-        try:
+        if self._lock is not None:
             with suppress(OSError):  # a full disk: the next process compiles anew
                 super().save_overload(sig, data)
-        finally:
-            self._release()
 
     def _load(self, sig: Any, target_context: Any) -> Any:
         try:
@@ -87,7 +94,7 @@ class KernelCache(FunctionCache):  # type: ignore[misc]
 
     def _take(self) -> bool:
         """Takes the lock as soon as it is free. False if it is not in time, or cannot be had here."""
-        if self._lock is not None:
+        if self._lock is not None:  # the kernel calls itself, with other arguments
             return True
         until = time.monotonic() + _PATIENCE_S
         try:

@@ -171,7 +171,8 @@ def hash_chain(initial: Words, seed: Words, links: Matrix, keys: Matrix) -> None
     width = links.shape[1]
     block = np.zeros(BLOCK_WORDS, np.uint32)
     state = np.empty(8, np.uint32)
-    block[:4] = seed
+    for word in range(4):
+        block[word] = seed[word]
     for i in range(links.shape[0]):
         for word in range(width):
             block[4 + word] = links[i, word]

@@ -137,7 +137,8 @@ class KeyChain:
             links = leaves[first - start : last - start]
             if first in self._extra:
                 links = np.concatenate([links[0], np.frombuffer(self._extra[first], np.uint32)])[None]
-            seed = self._keys[first - 1] if first else np.frombuffer(self.namespace, np.uint64)
+            # Writable as the others are: the kernel would be compiled once more for one that is not.
+            seed = self._keys[first - 1] if first else np.frombuffer(bytearray(self.namespace), np.uint64)
             hash_chain(_BLOCK, seed.view(np.uint32), links, self._keys[first:last].view(np.uint32))
 
 

@@ -171,7 +171,9 @@ def _read_summed(fd: int, offset: int, extents: Extents, sums: Octets, buffer: O
     cut short, or that cannot be read any more, is what a read says and never a signal.
     """
     scratch = -(-buffer.ctypes.data // ALIGNMENT) * ALIGNMENT
-    stop = offset + extents[:, 1].sum()
+    stop = offset
+    for i in range(len(extents)):
+        stop += extents[i, 1]
     start = offset // _PAGE * _PAGE
     mapped = _mapped(fd, start, stop, scratch)
     total: int = 0

@@ -187,7 +187,7 @@ def _remember(pieces: Pieces, number: int, table: _Table) -> None:
             way += 1
         before = np.uint64(entries[way, 1]) if entries[way, 0] == digest else _NONE
         for later in range(way, 0, -1):
-            entries[later] = entries[later - 1]
+            entries[later, 0], entries[later, 1] = entries[later - 1, 0], entries[later - 1, 1]
         others = _without(before, np.uint64(number))
         entries[0, 0], entries[0, 1] = digest, (others << np.uint64(_BITS)) | np.uint64(number)
 
