@@ -92,7 +92,9 @@ class JournalModel(IndexModel):
         held = self.held()
         assert reader.blocks <= held
         # What was silent, went and came back since the last read is told: nobody can know it was the same.
-        assert held - reader.blocks <= silent
+        place = {self.key(path): path for path in self.known}
+        for path in map(place.__getitem__, held - reader.blocks - silent):
+            assert self.key(path[:-1]) not in reader.blocks, "only what is behind something silent is silent unasked"
 
     @invariant()
     def the_count_of_the_silent_is_right(self) -> None:
@@ -126,6 +128,23 @@ def test_what_comes_and_goes_between_two_reads_is_not_told() -> None:
     store(index, keys)
     changes = reader.journal.changes()
     assert len(changes.stored) == len(changes.removed) == 0
+
+
+def test_a_child_waits_for_its_parent_to_be_mentioned() -> None:
+    """As an engine of several on a node reads: it names a chain after the changes with the parent were taken out, and
+    somebody else stores the child before the chain is mentioned.
+    """
+    index = PrefixIndex(8, POLICIES["lru"])
+    reader = Reader(index)
+    keys = chain_of((0, 1, 2), False)
+    store(index, keys[:1])
+    reader.read(unknown=lambda _: True)
+    store(index, keys)
+    assert reader.read() == []
+    reader.journal.mention(keys[:2])
+    assert reader.read() == [key.tobytes() for key in keys[:2]]
+    reader.journal.mention(keys)
+    assert reader.read() == [keys[2].tobytes()]
 
 
 def test_a_block_that_moved_is_removed_once_and_only_at_its_end() -> None:

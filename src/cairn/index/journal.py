@@ -116,6 +116,23 @@ def _parents_first(slots: Slots, flags: Flags, new: SlotIds, out: SlotIds) -> No
 
 
 @kernel
+def _hold_back(slots: Slots, flags: Flags, new: SlotIds) -> int:
+    """Of slots in order, those behind one that is silent become so, too; returns how many are left, and leaves them in
+    `new`.
+    """
+    count = 0
+    for i in range(len(new)):
+        slot = new[i]
+        parent = slots[slot].parent
+        if parent != NONE and flags[parent] & _SILENT:
+            flags[slot] = _SILENT
+        else:
+            new[count] = slot
+            count += 1
+    return count
+
+
+@kernel
 def _silence(flags: Flags, ids: SlotIds) -> int:
     """Takes back that slots were told; returns how many are silent by it."""
     count = 0
@@ -177,8 +194,9 @@ class Journal:
     """Follows one index for one reader; made by `PrefixIndex.watch`. About 30 bytes a slot.
 
     Every block is *told* (its reader has had it in `stored`), *silent* (resident, and held back until it is mentioned),
-    or gone. What was resident before the journal began is silent. `added` and `dropped` are the index's, which calls
-    them under its lock; the others are the reader's, and take it. Thread-safe.
+    or gone. What was resident before the journal began is silent, and so is what is stored behind a silent block: a
+    reader whose mentions are on their way would else hear of a child, stored meanwhile, before its parent. `added` and
+    `dropped` are the index's, which calls them under its lock; the others are the reader's, and take it. Thread-safe.
     """
 
     def __init__(self, table: Table, slots: Slots, lock: threading.Lock, ended: "Callable[[Journal], None]") -> None:
@@ -222,6 +240,8 @@ class Journal:
             new = new[:fresh]
             new, slots = new[np.argsort(self._order[new])], np.empty(fresh, np.int32)
             _parents_first(self._slots, self._flags, new, slots)
+            slots = slots[: _hold_back(self._slots, self._flags, slots)]
+            self._silent += fresh - len(slots)
             return Changes(self._told[slots], slots, gone[:left])
 
     def silence(self, slots: SlotIds) -> None:
