@@ -164,7 +164,7 @@ def _normalized(counts: npt.NDArray[np.int64]) -> Any:
     total, given, top = np.int64(0), np.int64(0), 0
     for s in range(SYMBOLS):
         total += counts[s]
-    total = max(total, 1)
+    total = max(total, np.int64(1))
     for s in range(SYMBOLS):
         frequencies[s] = 1 + counts[s] * (SLOTS - SYMBOLS) // total
         given += frequencies[s]
