@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final, Self
 
 import numba
 from numba.core.caching import FunctionCache
@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).parents[1]
 _STALE_SECONDS: Final = 86_400.0
-#: Who compiles longer than this is not waited for: it may have been stopped.
+#: Who compiles longer than this is not waited for, nor is anybody from then on: it may have been stopped, and may have
+#: the locks of all the kernels that call the one it was at.
 _PATIENCE_S: Final = 60.0
 _POLL_S: Final = 0.01
 
@@ -35,6 +36,9 @@ class KernelCache(FunctionCache):  # type: ignore[misc]
     lets go of. Numba calls it in one thread at a time, and kernels call each other in no circle, so nobody waits for
     whom he keeps waiting. A file that cannot be read or written is as if it were not there.
     """
+
+    #: Whether this process has waited in vain.
+    _impatient: ClassVar[bool] = False
 
     @classmethod
     def of(cls, function: Callable[..., Any]) -> Self | None:
@@ -96,7 +100,7 @@ class KernelCache(FunctionCache):  # type: ignore[misc]
         """Takes the lock as soon as it is free. False if it is not in time, or cannot be had here."""
         if self._lock is not None:  # the kernel calls itself, with other arguments
             return True
-        until = time.monotonic() + _PATIENCE_S
+        until = time.monotonic() + (0.0 if KernelCache._impatient else _PATIENCE_S)
         try:
             self._place.mkdir(parents=True, exist_ok=True)
             lock = os.open(self._place / f"{self._stem}.lock", os.O_RDONLY | os.O_CREAT, 0o644)
@@ -109,6 +113,7 @@ class KernelCache(FunctionCache):  # type: ignore[misc]
                 if time.monotonic() < until:
                     time.sleep(_POLL_S)  # the system's wait has no deadline
                     continue
+                KernelCache._impatient = True
                 os.close(lock)
                 return False
             except OSError as error:
