@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from cairn.tier.remote import Put, open_store
+from cairn.tier.remote import open_store
 from tests.tier.remote import servers
 from tests.tier.remote.rig import Place, kept_open
-from tests.tier.rig import soon
 
 KINDS = ("files", "valkey", "s3", "mooncake")
 
@@ -22,10 +21,7 @@ def valkey_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Group]:
     with servers.running(servers.Group([servers.weed(tmp_path_factory.mktemp("weed"))])) as server:
-        store = open_store(servers.s3_url(server.ports[0]))
-        # The gateway answers before there is a volume to write to.
-        servers.until(lambda: store.put([Put(b"ready", [])], deadline=soon()) == [None], "seaweedfs stores")
-        store.close()
+        servers.weed_stores(servers.s3_url(server.ports[0]))
         yield server
 
 

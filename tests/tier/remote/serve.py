@@ -9,9 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from cairn.tier.remote import Put, open_store
 from tests.tier.remote import servers
-from tests.tier.rig import soon
 
 
 def main() -> int:
@@ -33,9 +31,7 @@ def main() -> int:
             cluster = servers.mooncake(places["mooncake"], 1 << 30)
             stack.enter_context(servers.running(cluster.group))
             urls.append(cluster.url)
-        store = open_store(urls[2])
-        servers.until(lambda: store.put([Put(b"ready", [])], deadline=soon()) == [None], "seaweedfs stores")
-        store.close()
+        servers.weed_stores(urls[2])
         return subprocess.run([*sys.argv[1:], *urls], check=False).returncode
 
 

