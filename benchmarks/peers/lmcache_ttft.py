@@ -7,7 +7,7 @@ off, so a second visit can only come from the connector. Engines, a process each
 new prompt of its own (LMCache's two share a server), cold and, when all have stored theirs, five times warm, one engine
 after the other; the order turns. All have blocks of 128
 tokens (vLLM's default on CPUs), prompts computed in chunks of 2,048 tokens, and one OpenMP thread, not bound to a core:
-what else their processes do has the other one.
+what else their processes do has the other one. `--threads` gives them more, where there are more cores.
 
 LMCache is measured in both ways that its server has on a CPU, through one server: `lmcache-driven` (the server's
 default: it copies out of the engine's memory, which is shared) and `engine-driven` (the engine's process copies, into
@@ -31,6 +31,7 @@ The server runs with defaults, except port, memory (2 GB) and what is said above
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -41,7 +42,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,12 +66,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warm", type=int, default=5, help="warm visits in each round")
     parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--threads", type=int, default=1, help="OpenMP threads of each engine")
     parser.add_argument("--lmcache-venv", type=Path, default=Path("/tmp/lmcache-venv"))
     parser.add_argument("--logs", type=Path, help="where logs are kept (default: nowhere)")
     return parser.parse_args()
 
 
-@contextmanager
+@contextlib.contextmanager
 def lmcache_server(args: argparse.Namespace, logs: Path) -> Iterator[int]:
     """LMCache's cache server; gives its port. Raises EngineError if it does not listen in time."""
     port, http_port = _free_port(), _free_port()
@@ -93,7 +94,8 @@ def lmcache_server(args: argparse.Namespace, logs: Path) -> Iterator[int]:
             time.sleep(0.2)  # nothing tells when it listens but asking
         yield port
     finally:
-        os.killpg(server.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it died
+            os.killpg(server.pid, signal.SIGKILL)
         server.wait(15)
         for left in Path("/dev/shm").glob(f"*{pool}*"):
             left.unlink()
@@ -125,7 +127,8 @@ def start(name: str, connector: dict[str, Any] | None, args: argparse.Namespace,
     llm["num_gpu_blocks_override"] = kv_tokens // BLOCK + 1
     python = str(args.lmcache_venv / "bin" / "python") if name in LMCACHE_MODES else sys.executable
     spec = {"llm": llm, "seed": None, "survive_llvmlite": True}
-    return Engine(name, spec, logs, engines.CPU_ENVIRON | QUIET, python)
+    environ = engines.CPU_ENVIRON | QUIET | {"OMP_NUM_THREADS": str(args.threads)}
+    return Engine(name, spec, logs, environ, python)
 
 
 @dataclass
@@ -206,7 +209,12 @@ def run(args: argparse.Namespace, logs: Path) -> dict[str, Any]:
                 engine.ask("freeze", VISIT_S)
             runs = {name: Samples() for name in running}
             head = engines.machine() | running["cairn"].about
-            head |= {"lmcache": _version(args.lmcache_venv), "lmcache_mode": "server", "tokens": args.tokens}
+            head |= {
+                "lmcache": _version(args.lmcache_venv),
+                "lmcache_mode": "server",
+                "tokens": args.tokens,
+                "threads": args.threads,
+            }
             result = dict(head)
             for turn in range(args.rounds):
                 measure(running, runs, turn, args.tokens, args.warm)
