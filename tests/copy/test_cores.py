@@ -44,11 +44,16 @@ def test_a_limit_that_is_no_binding_of_openmp_holds() -> None:
     assert _cores_of_copies(bound=True, through_a_shell=True) == one, "a shell's cores are not vLLM's"
 
 
-@pytest.mark.parametrize(("cores", "beside"), [(1, 1), (2, 1), (4, 2), (64, 3)])
-def test_layers_that_a_model_follows_leave_it_half_of_the_cores(
-    cores: int, beside: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("cores", "share_bytes", "beside"),
+    [(1, 64, 1), (2, 64, 1), (4, 64, 2), (64, 64, 3), (64, 128, 2), (64, 129, 1), (64, 1 << 20, 1)],
+)
+def test_layers_that_a_model_follows_leave_it_cores_and_the_gil(
+    cores: int, share_bytes: int, beside: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Half of the cores, and one thread where shares of the 256 bytes of a layer would be small."""
     monkeypatch.setattr(cpu, "usable_cores", lambda: set(range(cores)))
+    monkeypatch.setattr(cpu, "_SHARE_BYTES", share_bytes)
     g = KVGeometry(layers=2, kv_heads=1, head_dim=4, dtype="float16", block_tokens=2)
     rng = np.random.default_rng(0)
     pages = [rng.integers(0, 1 << 16, (2, 8, 2, 1, 4), dtype=np.uint16) for _ in range(2)]
