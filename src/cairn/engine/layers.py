@@ -20,13 +20,13 @@ logger = logging.getLogger(__name__)
 #: Copies these layers of all blocks; False: they cannot be had any more.
 CopyLayers = Callable[[range], bool]
 
-#: Layers are copied in groups that grow up to this share of them: the first is there soonest, and the thread that
-#: computes is interrupted less often.
-_LARGEST_GROUP = 1 / 8
-
 
 class LayerLoad:
     """Copies held blocks into the paged cache in the background, layer after layer.
+
+    Layers go in groups, since each takes the GIL from the model's thread, some 0.3 ms: as many together as the model
+    still has before it. They are there when it comes to them, if copying a layer takes no longer than computing it; if
+    it takes longer, the model is always close behind and groups stay small.
 
     `wait(layer)` before the layer's attention reads the cache. The rows stay held by whoever started the load, who must
     `close` it before releasing them. finished: told how long it took. times, trace: told of each layer. Thread-safe.
@@ -48,6 +48,7 @@ class LayerLoad:
         self._finished = finished
         self._stop = False
         self._done = 0
+        self._reached = 0  # the layer that the model has come to
         self._changed = threading.Condition()
         try:
             self._job = executor.submit(self._run)
@@ -62,6 +63,7 @@ class LayerLoad:
             raise InputError(f"layer {layer}: the model has layers 0..{self.layers - 1}")
         started = time.monotonic()
         with self._changed:
+            self._reached = layer
             self._changed.wait_for(lambda: self._done > layer or self._stop, timeout)
             there = self._done > layer
         if self._times:
@@ -95,8 +97,8 @@ class LayerLoad:
                     self._times.copied(group, time.monotonic() - begun)
                 with self._changed:
                     self._done = group.stop
+                    size = max(1, self._done - self._reached)
                     self._changed.notify_all()
-                size = max(1, min(2 * size, int(self.layers * _LARGEST_GROUP)))
         finally:
             # Nobody waits for what will not come.
             with self._changed:
