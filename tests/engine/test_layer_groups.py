@@ -48,3 +48,8 @@ def test_a_group_is_no_longer_than_what_the_model_has_before_it() -> None:
             load.wait(there - 4, 0.0)
 
     assert [len(group) for group in groups(32, model)] == [1, 1, 2, 4, 8, 12, 4]
+
+
+def test_who_only_waits_for_the_end_is_not_the_model() -> None:
+    found = groups(30, lambda load, _: load.complete(0.0) and None)
+    assert [len(group) for group in found] == [1, 1, 2, 4, 8, 14]

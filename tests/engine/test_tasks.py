@@ -89,6 +89,7 @@ def test_layer_by_layer() -> None:
         engine.launch([task], [slots], layerwise_transfer=True)
         assert [engine.wait_layer(task, layer) for layer in range(2)] == [True, True]
         assert pages.holds(tokens, slots, engine.wait([task])[task].mask)
+        assert [layer["waits"] for layer in engine.layer_times.stats()["layers"]] == [1, 1], "the model's waits alone"
         at_rest(engine)
 
 

@@ -247,8 +247,7 @@ class CacheEngine(EngineCore):
         task.held.wait()
         task.layers = task.held.load_layers(self._paged(None), task.slots)
         task.layers_started.set()
-        complete = task.layers.wait(self.geometry.layers - 1)
-        return task.outcome(task.held.loaded_tokens if complete else task.start)
+        return task.outcome(task.held.loaded_tokens if task.layers.complete() else task.start)
 
     def _run_put(self, task: Task) -> TaskResult:
         assert task.slots is not None

@@ -56,8 +56,8 @@ class LayerLoad:
             raise ClosedError("the engine was closed") from None
 
     def wait(self, layer: int, timeout: float | None = None) -> bool:
-        """Waits until the layer is in the paged cache; False if the timeout came first or the load was closed. Raises
-        InputError for a layer that the model has not.
+        """The model has come to the layer: waits until it is in the paged cache. False if the timeout came first or the
+        load was closed. Raises InputError for a layer that the model has not.
         """
         if not 0 <= layer < self.layers:
             raise InputError(f"layer {layer}: the model has layers 0..{self.layers - 1}")
@@ -71,6 +71,12 @@ class LayerLoad:
             self._times.waited(layer, waited)
             self._trace.event("layer", layer=layer, waited_s=waited, there=there)
         return there
+
+    def complete(self, timeout: float | None = None) -> bool:
+        """Waits until the load is over, or for `timeout`, for who does not follow it: whether every layer is there."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._done == self.layers or self._stop, timeout)
+            return self._done == self.layers
 
     def close(self) -> BaseException | None:
         """Stops after the layers under way; when it returns nothing touches the paged cache or the rows. Idempotent.

@@ -124,7 +124,7 @@ class _CpuLayers(Layers):
         self._load.wait(layer, timeout)
 
     def end(self) -> Copying:
-        complete = self._load.wait(self._load.layers - 1, 0.0)
+        complete = self._load.complete(0.0)
         error = self._load.close()
         if not complete:
             return failed(error or TimeoutError("its deadline passed"))
