@@ -162,9 +162,9 @@ def weed_stores(url: str) -> None:
 
     An object of no bytes needs none; whoever stores the first one with some waits seconds, more than a put may take.
     """
-    store, first = open_store(url), [Put(b"ready", [memoryview(b"x")])]
-    until(lambda: store.put(first, deadline=time.monotonic() + WAIT_S) == [None], "seaweedfs stores")
-    store.close()
+    first = [Put(b"ready", [memoryview(b"x")])]
+    with contextlib.closing(open_store(url)) as store:
+        until(lambda: store.put(first, deadline=time.monotonic() + WAIT_S) == [None], "seaweedfs stores")
 
 
 class Mooncake(NamedTuple):
