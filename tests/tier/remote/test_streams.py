@@ -1,6 +1,7 @@
 """Compressed objects: what comes back, who reads whose, and that nothing but a whole object of this name is taken."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cairn.codec.choice import codec_for, reader_for
-from cairn.codec.ladder import Ladder, ladder_for
+from cairn.codec.ladder import Ladder, Rung, ladder_for
+from cairn.codec.raw import Raw
 from cairn.config.autopilot import Pin
 from cairn.config.schema import Compression
 from cairn.errors import GeometryError
@@ -237,6 +239,14 @@ def test_a_fast_store_is_given_blocks_as_they_are(tmp_path: Path) -> None:
     assert one.read(keys, 0, target, deadline=soon()).result(60) == [None] * 4
     assert np.array_equal(target.memory, rows)
     one.close(10)
+
+
+def test_a_time_slice_lost_in_a_rehearsal_is_no_cost_of_the_codec(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 9.0, 9.0, 9.5, 10.0, 12.0])
+    monkeypatch.setattr("cairn.codec.ladder.time", SimpleNamespace(perf_counter=clock.__next__))
+    rung = Rung(Raw(GEOMETRY))
+    rung.rehearse(np.zeros((2, GEOMETRY.block_bytes), np.uint8))
+    assert rung.cost == (1.0, 0.5 / (2 * GEOMETRY.block_bytes))
 
 
 def test_the_ladder_of_a_level_leads_from_no_loss_down_to_it() -> None:
