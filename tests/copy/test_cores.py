@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from cairn.copy import CpuCopier, PagedKV, cpu
+from cairn.copy import CpuCopier, PagedKV, Progress, cpu
 from cairn.kv import KVGeometry
 
 #: Binds itself to one core, as OpenMP binds whoever loads it, and prints where a thread of a copier may run.
@@ -53,7 +53,6 @@ def test_layers_that_a_model_follows_leave_it_cores_and_the_gil(
 ) -> None:
     """Half of the cores, and one thread where shares of the 256 bytes of a layer would be small."""
     monkeypatch.setattr(cpu, "usable_cores", lambda: set(range(cores)))
-    monkeypatch.setattr(cpu, "_SHARE_BYTES", share_bytes)
     g = KVGeometry(layers=2, kv_heads=1, head_dim=4, dtype="float16", block_tokens=2)
     rng = np.random.default_rng(0)
     pages = [rng.integers(0, 1 << 16, (2, 8, 2, 1, 4), dtype=np.uint16) for _ in range(2)]
@@ -61,17 +60,26 @@ def test_layers_that_a_model_follows_leave_it_cores_and_the_gil(
     shares: list[int] = []
 
     class Counting(CpuCopier):
-        def _share(self, kv, slots, memory, rows, layers, into_rows):  # type: ignore[no-untyped-def]
-            shares.append(len(rows))
-            super()._share(kv, slots, memory, rows, layers, into_rows)
+        def _sides(self, kv, slots, memory, rows, part):  # type: ignore[no-untyped-def]
+            shares.append(part.stop - part.start)
+            return super()._sides(kv, slots, memory, rows, part)
 
+    monkeypatch.setattr(Counting, "share_bytes", share_bytes)
     copier, slots = Counting(g, 3), np.arange(16, dtype=np.int64)
     memory, rows = np.zeros((8, g.block_bytes), np.uint8), np.arange(8, dtype=np.int32)
     copier.gather(PagedKV.from_tensors(pages, "nhd", g), slots, memory, rows)
     assert len(shares) == 3
+    kv = PagedKV.from_tensors(back, "nhd", g)
     for layer in range(2):
         shares.clear()
-        copier.scatter(PagedKV.from_tensors(back, "nhd", g), slots, memory, rows, range(layer, layer + 1))
+        copier.scatter(kv, slots, memory, rows, range(layer, layer + 1))
         assert (len(shares), sum(shares)) == (beside, 8)
+    assert all((a == b).all() for a, b in zip(pages, back, strict=True))
+    for page in back:
+        page[:] = 0
+    monkeypatch.setattr(Counting, "share_bytes", 2 * share_bytes)
+    shares.clear()
+    copier.scatter_layers(kv, slots, memory, rows, Progress(2))
+    assert (len(shares), sum(shares)) == (beside, 8), "of all layers together"
     assert all((a == b).all() for a, b in zip(pages, back, strict=True))
     copier.close()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cairn.copy import CpuCopier, PagedKV
+from cairn.copy import CpuCopier, PagedKV, Progress
 from cairn.errors import GeometryError, InputError
 from cairn.kv import KVGeometry
 
@@ -71,10 +71,11 @@ def vectors(entries: list[Any], layout: str, g: KVGeometry, slot: int, page_toke
     page_tokens=st.sampled_from([4, 16]),
     shape=st.sampled_from(["runs", "scattered", "gaps"]),
     threads=st.sampled_from([1, 2]),
+    followed=st.booleans(),
     seed=st.integers(0, 1 << 30),
 )
 def test_gather_and_scatter_equal_indexing(
-    layout: str, heads: int, dim: int, block: int, page_tokens: int, shape: str, threads: int, seed: int
+    layout: str, heads: int, dim: int, block: int, page_tokens: int, shape: str, threads: int, followed: bool, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     planes = 1 if layout == "mla" else 2
@@ -101,7 +102,13 @@ def test_gather_and_scatter_equal_indexing(
             assert (stored[:, :, t] == expected).all()
     assert (memory[:, g.block_bytes :] == 0).all()
 
-    copier.scatter(PagedKV.from_tensors(target, name, g), slots, memory, rows)
+    kv = PagedKV.from_tensors(target, name, g)
+    if followed:
+        progress = Progress(g.layers)
+        copier.scatter_layers(kv, slots, memory, rows, progress)
+        assert progress.done == g.layers
+    else:
+        copier.scatter(kv, slots, memory, rows)
     written = set(slots[slots >= 0].tolist())
     for slot in range(PAGES * page_tokens):
         expected = vectors(source if slot in written else untouched, layout, g, slot, page_tokens)

@@ -3,6 +3,7 @@
 import threading
 import time
 from concurrent.futures import CancelledError, Future
+from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from cairn.copy import Copier
 from cairn.engine import CacheEngine, TaskStatus
 from cairn.errors import ClosedError, InputError
 
@@ -136,7 +138,7 @@ def test_a_layer_whose_copy_fails_ends_the_task(monkeypatch: pytest.MonkeyPatch)
         def broken(*_: object) -> None:
             raise RuntimeError("injected")
 
-        monkeypatch.setattr(engine._copier, "scatter", broken)
+        monkeypatch.setattr(engine._copier, "scatter_layers", broken)
         task, _ = engine.get_match(tokens)
         engine.launch([task], [slots], layerwise_transfer=True)
         assert not engine.wait_layer(task, 0)
@@ -156,6 +158,7 @@ def held_back(engine: CacheEngine, monkeypatch: pytest.MonkeyPatch) -> tuple[Eve
         copied.append(arguments[4])
 
     monkeypatch.setattr(engine._copier, "scatter", late)
+    monkeypatch.setattr(engine._copier, "scatter_layers", partial(Copier.scatter_layers, engine._copier))
     return begun, go, copied
 
 

@@ -143,7 +143,7 @@ def test_full_dram(llm: Any, tiny_plain: list[list[int]], tiny_other: list[int],
 def test_one_layer_that_is_not_loaded(
     llm: Any, tiny_plain: list[list[int]], layer: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cairn.copy import CpuCopier
+    from cairn.copy import Copier, CpuCopier
 
     real, failed = CpuCopier.scatter, []
 
@@ -154,6 +154,7 @@ def test_one_layer_that_is_not_loaded(
         real(self, kv, slots, memory, rows, layers)
 
     monkeypatch.setattr(CpuCopier, "scatter", broken)
+    monkeypatch.setattr(CpuCopier, "scatter_layers", Copier.scatter_layers)  # in groups of layers, by the former
     before = stats(llm)["failures"].get("dram", {}).get("io_error", 0)
     for prompt, expected in zip(ASKED[:4], tiny_plain, strict=False):
         assert answers(llm, [prompt]) == [expected]
@@ -172,6 +173,7 @@ def test_copy_threads_that_die(llm: Any, tiny_plain: list[list[int]], monkeypatc
     before = stats(llm)["failures"].get("dram", {}).get("io_error", 0)
     with monkeypatch.context() as patch:
         patch.setattr(CpuCopier, "scatter", dies)
+        patch.setattr(CpuCopier, "scatter_layers", dies)
         patch.setattr(CpuCopier, "gather", dies)
         assert answers(llm, ASKED) == tiny_plain[:8]
         settle(llm)

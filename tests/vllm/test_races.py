@@ -69,6 +69,7 @@ def breaking_loads(patch: pytest.MonkeyPatch) -> None:
         raise OSError("injected")
 
     patch.setattr(CpuCopier, "scatter", broken)
+    patch.setattr(CpuCopier, "scatter_layers", broken)
 
 
 @contextmanager

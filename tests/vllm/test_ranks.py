@@ -24,15 +24,17 @@ def break_loads(worker: Any, rank: int) -> None:
     def broken(*args: Any, **kwargs: Any) -> None:
         raise OSError("injected")
 
-    _real["scatter"] = CpuCopier.scatter
-    if worker.rank == rank:
-        CpuCopier.scatter = broken  # type: ignore[method-assign]
+    for name in ("scatter", "scatter_layers"):
+        _real[name] = getattr(CpuCopier, name)
+        if worker.rank == rank:
+            setattr(CpuCopier, name, broken)
 
 
 def mend_loads(worker: Any) -> None:
     from cairn.copy import CpuCopier
 
-    CpuCopier.scatter = _real["scatter"]  # type: ignore[method-assign]
+    for name, real in _real.items():
+        setattr(CpuCopier, name, real)
 
 
 def on_disk(home: Path) -> dict[str, Any]:

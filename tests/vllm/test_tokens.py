@@ -90,6 +90,43 @@ def test_loaded_answers_are_plain_answers(llm: Any, plain: list[list[int]], batc
     assert stats(llm)["failures"] == before["failures"]
 
 
+@pytest.mark.parametrize("zeroed", [False, True])
+def test_what_a_step_follows_begins_before_it_is_prepared(
+    llm: Any, plain: list[list[int]], zeroed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But behind what vLLM writes to new blocks itself, as models of other kinds have it do."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from cairn.connect.vllm.movers import CpuMover
+    from cairn.connect.vllm.scheduler import SchedulerSide
+
+    assert answers(llm, PROMPTS[:1]) == plain[:1]
+    settle(llm)
+    seen: list[str] = []
+    load, orders, prepare = CpuMover.load_layers, SchedulerSide.orders, GPUModelRunner._update_states
+
+    def loads(self: Any, *args: Any) -> Any:
+        seen.append("load")
+        return load(self, *args)
+
+    def ordered(self: Any, output: Any) -> Any:
+        output.new_block_ids_to_zero = [0] if zeroed else None
+        given = orders(self, output)
+        output.new_block_ids_to_zero = None
+        return given
+
+    def prepares(self: Any, output: Any) -> Any:
+        seen.append("prepare")
+        return prepare(self, output)
+
+    monkeypatch.setattr(CpuMover, "load_layers", loads)
+    monkeypatch.setattr(SchedulerSide, "orders", ordered)
+    monkeypatch.setattr(GPUModelRunner, "_update_states", prepares)
+    assert answers(llm, PROMPTS[:1]) == plain[:1]
+    assert seen[:2] == (["prepare", "load"] if zeroed else ["load", "prepare"])
+    assert seen.count("load") == 1
+
+
 def test_abort_in_flight(llm: Any, plain: list[list[int]]) -> None:
     from vllm import SamplingParams
 
@@ -112,7 +149,7 @@ def test_abort_in_flight(llm: Any, plain: list[list[int]]) -> None:
 def test_failed_copies_are_recomputed(
     llm: Any, plain: list[list[int]], plain_longer: list[list[int]], fails: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cairn.copy import CpuCopier
+    from cairn.copy import Copier, CpuCopier
 
     assert answers(llm, PROMPTS) == plain
     settle(llm)
@@ -126,6 +163,7 @@ def test_failed_copies_are_recomputed(
 
     before = failures(llm)
     monkeypatch.setattr(CpuCopier, "scatter", broken)
+    monkeypatch.setattr(CpuCopier, "scatter_layers", Copier.scatter_layers)  # in groups of layers, by the former
     for prompt, expected in zip(LONGER, plain_longer, strict=True):
         assert answers(llm, [prompt]) == [expected]
         settle(llm)

@@ -3,5 +3,6 @@
 from cairn.copy.base import Copier, DeviceRows, RowMemory
 from cairn.copy.cpu import CpuCopier
 from cairn.copy.paged import LAYOUTS, PagedKV, TokenSlots
+from cairn.copy.progress import Progress
 
-__all__ = ["LAYOUTS", "Copier", "CpuCopier", "DeviceRows", "PagedKV", "RowMemory", "TokenSlots"]
+__all__ = ["LAYOUTS", "Copier", "CpuCopier", "DeviceRows", "PagedKV", "Progress", "RowMemory", "TokenSlots"]

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cairn.copy.paged import PagedKV, TokenSlots
+from cairn.copy.progress import Progress
 from cairn.kv import KVGeometry
 
 
@@ -66,6 +67,13 @@ class Copier(ABC):
         layers: range | None = None,
     ) -> None:
         """Rows -> paged cache. Raises InputError for slots outside the cache."""
+
+    def scatter_layers(
+        self, kv: PagedKV, slots: TokenSlots, memory: RowMemory, rows: npt.NDArray[np.int32], progress: Progress
+    ) -> None:
+        """As `scatter`, layer after layer, beside a model that follows by `progress`, until that is stopped."""
+        for group in progress.groups():
+            self.scatter(kv, slots, memory, rows, group)
 
     def start_scatter(
         self,

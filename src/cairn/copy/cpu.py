@@ -1,8 +1,10 @@
 """The CPU copier: one numba kernel that moves the largest pieces both sides have in one run."""
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import pairwise
 from threading import Lock
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -11,8 +13,9 @@ from cairn.copy.base import Copier, DeviceRows, RowMemory
 from cairn.copy.cores import roam, usable_cores
 from cairn.copy.memory import move_bytes, stream_lines
 from cairn.copy.paged import PagedKV, TokenSlots
+from cairn.copy.progress import Progress
 from cairn.errors import InputError
-from cairn.jit import fence, kernel
+from cairn.jit import fence, kernel, load_acquire, store_release
 from cairn.kv import KVGeometry
 
 #: Below this a piece is copied through the caches: streaming would not pay for its ragged ends.
@@ -20,9 +23,12 @@ _SMALL = 256
 _LINES = 128
 _ALIGNMENT = 32
 
-#: Beside a model that computes, a thread more pays from so many bytes on: each takes the GIL from the model's own
-#: thread, which costs the model about 0.3 ms, whoever waits for the copy.
-_SHARE_BYTES = 16 << 20
+#: Beside a model that computes, a thread more pays from so many bytes on, which one copies in 6 to 10 ms: each takes
+#: the GIL from the model's own thread once, which costs the model about 0.3 ms, and memory's time from it throughout.
+_SHARE_BYTES = 64 << 20
+
+#: Arguments of the kernels, in their order: the paged cache, slots, rows, a block's shape.
+_Sides = tuple[npt.NDArray[np.int64], int, int, int, int, TokenSlots, int, int, npt.NDArray[np.int32], int, int, int]
 
 
 @kernel
@@ -62,11 +68,11 @@ def _move(
     memory: int,
     row_stride: int,
     rows: npt.NDArray[np.int32],
-    first_layer: int,
-    last_layer: int,
     block_tokens: int,
     heads: int,
     head_bytes: int,
+    first_layer: int,
+    last_layer: int,
     into_rows: bool,
 ) -> None:
     planes = bases.shape[1]
@@ -100,16 +106,61 @@ def _move(
     fence()
 
 
+@kernel
+def _move_layers(
+    bases: npt.NDArray[np.int64],
+    page_tokens: int,
+    page_stride: int,
+    token_stride: int,
+    head_stride: int,
+    slots: TokenSlots,
+    memory: int,
+    row_stride: int,
+    rows: npt.NDArray[np.int32],
+    block_tokens: int,
+    heads: int,
+    head_bytes: int,
+    layers: int,
+    stop: int,
+    told: int,
+) -> None:
+    """Rows -> paged cache, layer after layer; stop, told: see `Progress.split`."""
+    for layer in range(layers):
+        if load_acquire(stop):
+            return
+        _move(
+            bases,
+            page_tokens,
+            page_stride,
+            token_stride,
+            head_stride,
+            slots,
+            memory,
+            row_stride,
+            rows,
+            block_tokens,
+            heads,
+            head_bytes,
+            layer,
+            layer + 1,
+            False,
+        )
+        store_release(told, layer + 1)
+
+
 class CpuCopier(Copier):
     """Copies with `threads` threads (the caller's own when 1, or once closed), each taking an equal share of the
-    blocks. A load of single layers, beside which the model computes, leaves it half of the cores, and takes one thread
-    unless the shares are large.
+    blocks. A load beside a model that computes leaves it half of the cores, and takes one thread unless the shares are
+    large.
     """
+
+    #: How large.
+    share_bytes: ClassVar[int] = _SHARE_BYTES
 
     def __init__(self, geometry: KVGeometry, threads: int = 1) -> None:
         super().__init__(geometry)
         self._threads = threads
-        self._beside = max(1, min(threads, len(usable_cores()) // 2))
+        self._half = len(usable_cores()) // 2
         self._pool = ThreadPoolExecutor(threads, "cairn-copy", roam) if threads > 1 else None
         self._closing = Lock()
 
@@ -133,6 +184,20 @@ class CpuCopier(Copier):
     ) -> None:
         self._run(kv, slots, memory, rows, layers, into_rows=False)
 
+    def scatter_layers(
+        self, kv: PagedKV, slots: TokenSlots, memory: RowMemory, rows: npt.NDArray[np.int32], progress: Progress
+    ) -> None:
+        """All in one go for each thread, which takes the GIL but once."""
+        memory, slots = self._checked(kv, slots, memory, rows)
+        parts = self._parts(rows, self._beside(len(rows) * self.geometry.block_bytes))
+        stop, told = progress.split(len(parts))
+
+        def move(part: int) -> None:
+            sides = self._sides(kv, slots, memory, rows, parts[part])
+            _move_layers(*sides, self.geometry.layers, stop, told[part])
+
+        self._each(len(parts), move)
+
     def close(self) -> None:
         with self._closing:
             pool, self._pool = self._pool, None
@@ -149,29 +214,46 @@ class CpuCopier(Copier):
         *,
         into_rows: bool,
     ) -> None:
+        memory, slots = self._checked(kv, slots, memory, rows)
+        threads = self._threads
+        if layers is not None and not into_rows:
+            threads = self._beside(len(rows) * len(layers) * self.geometry.layer_bytes)
+        parts = self._parts(rows, threads)
+        span = layers if layers is not None else range(self.geometry.layers)
+        self._each(len(parts), lambda part: self._share(kv, slots, memory, rows, parts[part], span, into_rows))
+
+    def _checked(
+        self, kv: PagedKV, slots: TokenSlots, memory: RowMemory, rows: npt.NDArray[np.int32]
+    ) -> tuple[npt.NDArray[np.uint8], TokenSlots]:
+        """Memory and slots for a kernel, which checks nothing."""
         if isinstance(memory, DeviceRows) or kv.device >= 0:
             raise InputError("the CPU copier cannot reach a GPU's memory: name the GPU as storage.vram.device")
         tokens = self.geometry.block_tokens
         if len(slots) != len(rows) * tokens:
             raise InputError(f"{len(slots)} slots for {len(rows)} blocks: each block needs {tokens}")
         kv.check_slots(slots, tokens)
-        slots = np.ascontiguousarray(slots, np.int64)
-        threads = self._threads
-        if layers is not None and not into_rows:
-            size = len(rows) * len(layers) * self.geometry.layer_bytes
-            threads = max(1, min(self._beside, size // _SHARE_BYTES))
+        return memory, np.ascontiguousarray(slots, np.int64)
+
+    def _beside(self, size: int) -> int:
+        """How many threads copy so many bytes beside a model that computes."""
+        return max(1, min(self._threads, self._half, size // self.share_bytes))
+
+    def _parts(self, rows: npt.NDArray[np.int32], threads: int) -> list[slice]:
+        """Equal shares of the rows, if each has two at least."""
+        if len(rows) < 2 * threads:
+            threads = 1
         cuts = np.linspace(0, len(rows), threads + 1).astype(int)
+        return [slice(first, stop) for first, stop in pairwise(cuts)]
+
+    def _each(self, parts: int, move: Callable[[int], None]) -> None:
+        """Moves parts 0..parts - 1, at once where there are threads for it."""
         shares: list[Future[None]] = []
         with self._closing:
-            if self._pool and threads > 1 and len(rows) >= 2 * threads:
-                shares = [
-                    self._pool.submit(
-                        self._share, kv, slots[a * tokens : b * tokens], memory, rows[a:b], layers, into_rows
-                    )
-                    for a, b in pairwise(cuts)
-                ]
+            if self._pool and parts > 1:
+                shares = [self._pool.submit(move, part) for part in range(parts)]
         if not shares:
-            self._share(kv, slots, memory, rows, layers, into_rows)
+            for part in range(parts):
+                move(part)
         wait(shares)  # also when one fails: the caller takes rows and pages for free then
         for share in shares:
             share.result()
@@ -182,28 +264,31 @@ class CpuCopier(Copier):
         slots: TokenSlots,
         memory: npt.NDArray[np.uint8],
         rows: npt.NDArray[np.int32],
-        layers: range | None,
+        part: slice,
+        span: range,
         into_rows: bool,
     ) -> None:
+        _move(*self._sides(kv, slots, memory, rows, part), span.start, span.stop, into_rows)
+
+    def _sides(
+        self, kv: PagedKV, slots: TokenSlots, memory: npt.NDArray[np.uint8], rows: npt.NDArray[np.int32], part: slice
+    ) -> _Sides:
+        """What kernels are told of the paged cache and of a part of the rows."""
         g = self.geometry
-        span = layers if layers is not None else range(g.layers)
         # Opaque pages are one run of `layer_bytes` a layer: as if they had one head of that many bytes a token.
         opaque_vector = g.layer_bytes // g.block_tokens
         heads, head_bytes = (1, opaque_vector) if kv.opaque else (g.kv_heads, g.head_dim * g.element_bytes)
-        _move(
+        return (
             kv.bases,
             kv.page_tokens,
             kv.page_stride,
             kv.token_stride,
             kv.head_stride,
-            slots,
+            slots[part.start * g.block_tokens : part.stop * g.block_tokens],
             memory.ctypes.data,
             memory.strides[0],
-            rows,
-            span.start,
-            span.stop,
+            rows[part],
             g.block_tokens,
             heads,
             head_bytes,
-            into_rows,
         )

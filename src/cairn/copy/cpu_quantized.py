@@ -5,13 +5,14 @@ import numpy.typing as npt
 from msgspec.structs import replace
 
 from cairn.codec.quantized import Quantizer
-from cairn.copy.base import RowMemory
+from cairn.copy.base import Copier, RowMemory
 from cairn.copy.cpu import CpuCopier
 from cairn.copy.paged import PagedKV, TokenSlots
+from cairn.copy.progress import Progress
 from cairn.errors import GeometryError, InputError
 from cairn.kv import CANONICAL, KVGeometry, Layout
 
-_FIRST = np.zeros(1, np.int32)
+_FIRST, _ONLY = np.zeros(1, np.int32), slice(0, 1)
 
 
 class QuantizedCpuCopier(CpuCopier):
@@ -20,6 +21,8 @@ class QuantizedCpuCopier(CpuCopier):
     page: the order of values in opaque pages, if the paged cache has such; they are refused (GeometryError) unless it
     is known.
     """
+
+    share_bytes = 16 << 20  # decoding takes several times as long as copying
 
     def __init__(self, quantizer: Quantizer, threads: int = 1, page: Layout = CANONICAL) -> None:
         super().__init__(quantizer.geometry, threads)
@@ -37,29 +40,35 @@ class QuantizedCpuCopier(CpuCopier):
         if kv.opaque != (self._layout != CANONICAL):
             raise GeometryError("pages of this attention backend are opaque: set storage.cpu.codec to none")
 
+    def scatter_layers(
+        self, kv: PagedKV, slots: TokenSlots, memory: RowMemory, rows: npt.NDArray[np.int32], progress: Progress
+    ) -> None:
+        """In groups, as blocks are decoded from Python."""
+        Copier.scatter_layers(self, kv, slots, memory, rows, progress)
+
     def _share(
         self,
         kv: PagedKV,
         slots: TokenSlots,
         memory: npt.NDArray[np.uint8],
         rows: npt.NDArray[np.int32],
-        layers: range | None,
+        part: slice,
+        span: range,
         into_rows: bool,
     ) -> None:
         self.prepare(kv)
         check_whole(slots, memory, into_rows)
-        span = layers if layers is not None else range(self.geometry.layers)
         raw = np.empty((1, self.geometry.block_bytes), np.uint8)
         block = raw[0] if self._layout == CANONICAL else np.empty_like(raw[0])
-        for row, of_block in zip(rows, slots.reshape(len(rows), -1), strict=True):
+        for row, of_block in zip(rows[part], slots.reshape(len(rows), -1)[part], strict=True):
             if into_rows:
-                super()._share(kv, of_block, raw, _FIRST, span, into_rows)
+                super()._share(kv, of_block, raw, _FIRST, _ONLY, span, into_rows)
                 self._reorder(raw[0], block, span, into_rows)
                 self._quantizer.encode(block, memory[row], span)
             else:
                 self._quantizer.decode(memory[row], block, span)
                 self._reorder(raw[0], block, span, into_rows)
-                super()._share(kv, of_block, raw, _FIRST, span, into_rows)
+                super()._share(kv, of_block, raw, _FIRST, _ONLY, span, into_rows)
 
     def _reorder(self, raw: npt.NDArray[np.uint8], block: npt.NDArray[np.uint8], span: range, into_rows: bool) -> None:
         if block is raw:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cairn.copy import Copier, PagedKV, TokenSlots
+from cairn.copy import Copier, PagedKV, Progress, TokenSlots
 from cairn.errors import StorageError
 from cairn.index import PrefixIndex
 from cairn.kv import Keys
@@ -100,9 +100,10 @@ class Hold(ABC):
         return self.home, self.ids[blocks.start : blocks.stop]
 
     def scatter(
-        self, copier: Copier, kv: PagedKV, slots: TokenSlots, blocks: range, layers: range | None = None
+        self, copier: Copier, kv: PagedKV, slots: TokenSlots, blocks: range, layers: range | Progress | None = None
     ) -> bool:
-        """Copies blocks of one `run`, of those that are there, into a paged cache; see `Copier`.
+        """Copies blocks of one `run`, of those that are there, into a paged cache; see `Copier`. layers: for a run in
+        DRAM also a progress, to copy all of them layer by layer.
 
         False: they are held no more, or cannot be had. Then it is not known what is in the slots, the hold stops short,
         and it knows why. Raises InputError for slots outside the cache.
@@ -112,7 +113,11 @@ class Hold(ABC):
                 self.stop_short(Reason.NODE_AWAY)
                 return False
             try:
-                copier.scatter(kv, slots, memory, self.ids[blocks.start : blocks.stop], layers)
+                rows = self.ids[blocks.start : blocks.stop]
+                if isinstance(layers, Progress):
+                    copier.scatter_layers(kv, slots, memory, rows, layers)
+                else:
+                    copier.scatter(kv, slots, memory, rows, layers)
             except StorageError as error:
                 log_once(logger, "scatter", f"a copy failed: {error}")
                 self.stop_short(Reason.IO_ERROR)

@@ -1,12 +1,11 @@
 """Layer by layer: a load that the model overtakes only where it must wait, and a store that follows the model."""
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
 
-from cairn.copy import Copier, PagedKV, TokenSlots
+from cairn.copy import Copier, PagedKV, Progress, TokenSlots
 from cairn.engine.arguments import check_whole
 from cairn.engine.writing import Writing
 from cairn.errors import ClosedError, InputError, StorageError
@@ -17,39 +16,33 @@ from cairn.observe.trace import NO_SPAN, Span
 
 logger = logging.getLogger(__name__)
 
-#: Copies these layers of all blocks; False: they cannot be had any more.
-CopyLayers = Callable[[range], bool]
+#: Copies all blocks layer by layer and tells of it; returns early once that is stopped. False: some cannot be had.
+CopyLayers = Callable[[Progress], bool]
 
 
 class LayerLoad:
     """Copies held blocks into the paged cache in the background, layer after layer.
 
-    Layers go in groups, since each takes the GIL from the model's thread, some 0.3 ms: as many together as the model
-    still has before it. They are there when it comes to them, if copying a layer takes no longer than computing it; if
-    it takes longer, the model is always close behind and groups stay small.
-
     `wait(layer)` before the layer's attention reads the cache. The rows stay held by whoever started the load, who must
-    `close` it before releasing them. finished: told how long it took. times, trace: told of each layer. Thread-safe.
+    `close` it before releasing them. progress: new, of all layers; who stops it stops the load. finished: told how long
+    it took. times, trace: told of each layer. Thread-safe.
     """
 
     def __init__(
         self,
         executor: Executor,
-        layers: int,
+        progress: Progress,
         copy: CopyLayers,
         finished: Callable[[float], None],
         *,
         times: LayerTimes | None = None,
         trace: Span = NO_SPAN,
     ) -> None:
-        self.layers = layers
+        self.layers = progress.layers
+        self._progress = progress
         self._times, self._trace = times, trace
         self._copy = copy
         self._finished = finished
-        self._stop = False
-        self._done = 0
-        self._reached = 0  # the layer that the model has come to
-        self._changed = threading.Condition()
         try:
             self._job = executor.submit(self._run)
         except RuntimeError:
@@ -61,56 +54,40 @@ class LayerLoad:
         """
         if not 0 <= layer < self.layers:
             raise InputError(f"layer {layer}: the model has layers 0..{self.layers - 1}")
+        if self._times is None:
+            return self._progress.follow(layer, timeout)
         started = time.monotonic()
-        with self._changed:
-            self._reached = layer
-            self._changed.wait_for(lambda: self._done > layer or self._stop, timeout)
-            there = self._done > layer
-        if self._times:
-            waited = time.monotonic() - started
-            self._times.waited(layer, waited)
-            self._trace.event("layer", layer=layer, waited_s=waited, there=there)
+        there = self._progress.follow(layer, timeout)
+        waited = time.monotonic() - started
+        self._times.waited(layer, waited)
+        self._trace.event("layer", layer=layer, waited_s=waited, there=there)
         return there
 
     def complete(self, timeout: float | None = None) -> bool:
         """Waits until the load is over, or for `timeout`, for who does not follow it: whether every layer is there."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._done == self.layers or self._stop, timeout)
-            return self._done == self.layers
+        return self._progress.wait(self.layers, timeout)
 
     def close(self) -> BaseException | None:
         """Stops after the layers under way; when it returns nothing touches the paged cache or the rows. Idempotent.
 
         Returns what the copier raised, if it did: then `wait` is False for the layers that are not there.
         """
-        with self._changed:
-            self._stop = True
-            self._changed.notify_all()
+        self._progress.stop()
         return None if self._job.cancel() else self._job.exception()
 
     def _run(self) -> None:
         started = time.monotonic()
         try:
-            size = 1
-            while self._done < self.layers:
-                if self._stop:
-                    return
-                group = range(self._done, min(self.layers, self._done + size))
-                begun = time.monotonic()
-                if not self._copy(group):
-                    return
-                if self._times:
-                    self._times.copied(group, time.monotonic() - begun)
-                with self._changed:
-                    self._done = group.stop
-                    size = max(1, self._done - self._reached)
-                    self._changed.notify_all()
+            if self._progress.stopped or not self._copy(self._progress):
+                return
         finally:
             # Nobody waits for what will not come.
-            with self._changed:
-                self._stop = True
-                self._changed.notify_all()
-        self._finished(time.monotonic() - started)
+            self._progress.stop()
+        seconds = time.monotonic() - started
+        if self._times and (done := self._progress.done):
+            self._times.copied(range(done), seconds)
+        if self._progress.done == self.layers:
+            self._finished(seconds)
 
 
 class LayerStore:

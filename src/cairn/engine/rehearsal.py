@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 
 from cairn.codec.frame import checksum_of
-from cairn.copy import CpuCopier, PagedKV
+from cairn.copy import CpuCopier, PagedKV, Progress
 from cairn.index import EvictionPolicy, PrefixIndex
 from cairn.kv import KeyChain, KVGeometry
 from cairn.tier.admission import Sightings
@@ -57,3 +57,7 @@ def rehearse_copies() -> None:
     copier = CpuCopier(geometry)
     copier.gather(kv, slots, memory, rows)
     copier.scatter(kv, slots, memory, rows)
+    progress = Progress(1)
+    copier.scatter_layers(kv, slots, memory, rows, progress)
+    progress.wait(1, 0.0)
+    progress.stop()

@@ -11,7 +11,7 @@ from typing import NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from cairn.copy import Copier, PagedKV, TokenSlots
+from cairn.copy import Copier, PagedKV, Progress, TokenSlots
 from cairn.engine.hold import Hold
 from cairn.engine.layers import LayerLoad
 from cairn.node.base import Home, VramHome
@@ -84,6 +84,7 @@ class Stage:
         self._whole: Stage | None = None
         self._by_parts = 0
         self._layer_load: LayerLoad | None = None
+        self._progress: Progress | None = None
         self._released = False
         self._abandoned = False
 
@@ -167,24 +168,24 @@ class Stage:
         stop = max(first, min(self.blocks, first + len(slots) // self._block))
         runs = list(self._runs(first, stop))
 
-        def copy(layers: range) -> bool:
-            return not self._abandoned and all(
-                self._hold.scatter(
-                    self._copier,
-                    kv,
-                    slots[(blocks.start - first) * self._block : (blocks.stop - first) * self._block],
-                    blocks,
-                    layers,
-                )
-                for _, blocks in runs
-            )
+        def part(blocks: range, layers: range | Progress) -> bool:
+            of_blocks = slots[(blocks.start - first) * self._block : (blocks.stop - first) * self._block]
+            return self._hold.scatter(self._copier, kv, of_blocks, blocks, layers)
+
+        def copy(progress: Progress) -> bool:
+            if self._abandoned:
+                return False
+            if [tier for tier, _ in runs] == ["dram"]:
+                return part(runs[0][1], progress)
+            return all(part(blocks, group) for group in progress.groups() for _, blocks in runs)
 
         def finished(seconds: float) -> None:
             for tier, blocks in runs:
                 self._copied(tier, len(blocks), seconds * len(blocks) / (stop - first))
 
-        layers = self._copier.geometry.layers
-        self._layer_load = LayerLoad(self._executor, layers, copy, finished, times=self._times, trace=self._trace)
+        # Told of before the load begins, which may be abandoned at once.
+        self._progress = progress = Progress(self._copier.geometry.layers)
+        self._layer_load = LayerLoad(self._executor, progress, copy, finished, times=self._times, trace=self._trace)
         self._loaded = max(self._loaded, stop * self._block)
         return self._layer_load
 
@@ -211,6 +212,8 @@ class Stage:
     def abandon(self) -> None:
         """Stops waiting and copying at the next step."""
         self._abandoned = True
+        if self._progress:
+            self._progress.stop()
         self._hold.abandon()
 
     def release(self) -> None:

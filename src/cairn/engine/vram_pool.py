@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cairn.copy import Copier, PagedKV, TokenSlots
+from cairn.copy import Copier, PagedKV, Progress, TokenSlots
 from cairn.engine.base import Held
 from cairn.engine.hold import Hold, Run
 from cairn.engine.node_store import NodeHold, NodeStore
@@ -78,12 +78,13 @@ class VramHold(NodeHold):
         return part.home, part.rows[blocks.start - part.first : blocks.stop - part.first]
 
     def scatter(
-        self, copier: Copier, kv: PagedKV, slots: TokenSlots, blocks: range, layers: range | None = None
+        self, copier: Copier, kv: PagedKV, slots: TokenSlots, blocks: range, layers: range | Progress | None = None
     ) -> bool:
         part = self._part(blocks.start)
         if part is None:
             return super().scatter(copier, kv, slots, blocks, layers)
         assert part.source
+        assert not isinstance(layers, Progress)
         _, rows = self.placed(blocks)
         try:
             with self._session.passage() as inside, part.source.using(pinned=part.noted is None) as memory:

@@ -91,8 +91,9 @@ class CairnConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._workers.register(dict(zip(names, layers, strict=True)))
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
-        if isinstance(kv_connector_metadata, Orders) and kv_connector_metadata.settle_stores:
-            self._workers.settle_stores()
+        # At the beginning of every step, before vLLM prepares it.
+        if isinstance(kv_connector_metadata, Orders):
+            self._workers.foresee(kv_connector_metadata)
 
     def bind_connector_metadata(self, connector_metadata: Any) -> None:
         super().bind_connector_metadata(connector_metadata)

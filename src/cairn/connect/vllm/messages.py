@@ -85,8 +85,9 @@ class Orders(KVConnectorMetadata):  # type: ignore[misc]
     layered: loads that this step's forward pass needs, layer by layer. loads: loads whose requests wait outside of the
     step. blends: the same. learns: chunks for later requests. stores: made after the forward pass. released: requests
     that are over and whose blocks vLLM may free. work: what the step computes, if it is to be timed for the planner.
-    settle_stores: blocks are about to be taken from requests, so stores under way must end first. forgiven: failed
-    copies that the scheduler has heard of, so that no request goes on with what they left.
+    settle_stores: blocks are about to be taken from requests, so stores under way must end first. early: nothing else
+    is written to new blocks before the forward pass. forgiven: failed copies that the scheduler has heard of, so that
+    no request goes on with what they left.
     """
 
     layered: list[Copy] = field(default_factory=list)
@@ -97,6 +98,7 @@ class Orders(KVConnectorMetadata):  # type: ignore[misc]
     released: set[str] = field(default_factory=set)
     work: Work | None = None
     settle_stores: bool = False
+    early: bool = False
     forgiven: set[int] = field(default_factory=set)
 
 

@@ -4,13 +4,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from cairn.codec.quantized import Quantizer
-from cairn.copy import PagedKV, RowMemory, TokenSlots
+from cairn.copy import PagedKV, Progress, RowMemory, TokenSlots
 from cairn.copy.base import Copier
 from cairn.copy.cores import roam
 from cairn.copy.cpu_quantized import cpu_copier
@@ -85,6 +85,9 @@ class Mover(ABC):
     given. Called by the model runner's thread alone.
     """
 
+    #: Whether what the model has been given to do so far is over whenever its thread comes to the next step.
+    early: ClassVar[bool] = False
+
     def __init__(self, kv: PagedKV, memory: npt.NDArray[np.uint8]) -> None:
         self.kv, self.memory = kv, memory
         #: Moves the same bytes, but tokens to any slot, where `kv` has opaque pages whose inside is known all the same.
@@ -150,6 +153,8 @@ class _CpuTimer(Timer):
 class CpuMover(Mover):
     """For a paged cache in host memory."""
 
+    early = True
+
     def __init__(self, copier: Copier, kv: PagedKV, memory: npt.NDArray[np.uint8]) -> None:
         super().__init__(kv, memory)
         rehearse_copies()
@@ -167,11 +172,11 @@ class CpuMover(Mover):
         return store
 
     def load_layers(self, slots: TokenSlots, rows: Rows) -> Layers:
-        def copy(layers: range) -> bool:
-            self._copier.scatter(self.kv, slots, self.memory, rows, layers)
+        def copy(progress: Progress) -> bool:
+            self._copier.scatter_layers(self.kv, slots, self.memory, rows, progress)
             return True
 
-        return _CpuLayers(LayerLoad(self._pool, self._copier.geometry.layers, copy, lambda _: None))
+        return _CpuLayers(LayerLoad(self._pool, Progress(self._copier.geometry.layers), copy, lambda _: None))
 
     def settle_stores(self) -> None:
         for store in self._stores:

@@ -39,6 +39,9 @@ logger = logging.getLogger(__name__)
 #: Chunks that requests lacked are remembered until nobody runs; up to so many.
 _MOST_LACKING: Final = 256
 
+#: Fields of vLLM's output whose orders write to blocks before the forward pass.
+_WRITES: Final = ("new_block_ids_to_zero", "kv_cache_block_copies")
+
 
 class SchedulerSide:
     """Lives in vLLM's scheduler and owns the engine. Called by vLLM's scheduler loop alone.
@@ -173,6 +176,7 @@ class SchedulerSide:
             self._finish(tracked)
         orders, self._orders = self._orders, Orders()
         orders.settle_stores = bool(output.preempted_req_ids)
+        orders.early = not any(getattr(output, writes, None) for writes in _WRITES)
         orders.forgiven = self._under_way.forgiven()
         if not orders.layered and not orders.blends:
             orders.work = self._timed.work(scheduled, self._computed)

@@ -131,18 +131,23 @@ class WorkerSide:
         if self._vram and (donation := self._vram.donation()) != self._told:
             self._told = self._done.donation = donation
 
-    def settle_stores(self) -> None:
-        """Blocks of stores under way are about to be overwritten: not before the stores are over."""
-        self.store()
-        self._all_places.settle_stores()
+    def foresee(self, orders: Orders) -> None:
+        """The next step will have these orders. If blocks of stores under way are to be overwritten, not before those
+        are over; and where a copy needs nobody's stream, what the pass follows begins now, a millisecond sooner.
+        """
+        if orders.settle_stores:
+            self.store()
+            self._all_places.settle_stores()
+        mover = self._all_places.mover
+        if orders.early and mover and mover.early:
+            self.store()
+            self._follow(orders)
 
     def start_loads(self) -> None:
         """Starts the step's loads; called once a step, before or after its forward pass."""
-        if self._orders.layered or self._orders.loads:
-            now = time.monotonic()
-            self._layered += [(copy, self._load_layers(copy), now) for copy in self._orders.layered]
-            self._loads += [(copy, self._copy(copy, store=False)) for copy in self._orders.loads]
-        self._orders.layered, self._orders.loads = [], []
+        self._follow(self._orders)
+        self._loads += [(copy, self._copy(copy, store=False)) for copy in self._orders.loads]
+        self._orders.loads = []
 
     def wait_for_layer(self, name: str) -> None:
         """Before a layer's attention: waits until the layer is loaded, or never will be."""
@@ -256,6 +261,13 @@ class WorkerSide:
             return mover.store(slots, rows, memory) if store else mover.load(slots, rows, memory)
 
         return self._vram.copy(home, begin, self._all_places.entrance(home.gate)) if self._vram else refused()
+
+    def _follow(self, orders: Orders) -> None:
+        """Starts the loads that the step's pass follows, once."""
+        if orders.layered:
+            now = time.monotonic()
+            self._layered += [(copy, self._load_layers(copy), now) for copy in orders.layered]
+            orders.layered = []
 
     def _load_layers(self, copy: Copy) -> Layers:
         place = self._all_places.at(copy.home)
