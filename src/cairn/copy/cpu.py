@@ -23,10 +23,6 @@ _SMALL = 256
 _LINES = 128
 _ALIGNMENT = 32
 
-#: Beside a model that computes, a thread more pays from so many bytes on, which one copies in 6 to 10 ms: each takes
-#: the GIL from the model's own thread once, which costs the model about 0.3 ms, and memory's time from it throughout.
-_SHARE_BYTES = 64 << 20
-
 #: Arguments of the kernels, in their order: the paged cache, slots, rows, a block's shape.
 _Sides = tuple[npt.NDArray[np.int64], int, int, int, int, TokenSlots, int, int, npt.NDArray[np.int32], int, int, int]
 
@@ -154,8 +150,9 @@ class CpuCopier(Copier):
     large.
     """
 
-    #: How large.
-    share_bytes: ClassVar[int] = _SHARE_BYTES
+    #: Beside a model, a thread more pays from so many bytes on, which one copies in 6 to 10 ms: each takes the GIL from
+    #: the model's own thread, which costs the model about 0.3 ms.
+    share_bytes: ClassVar[int] = 64 << 20
 
     def __init__(self, geometry: KVGeometry, threads: int = 1) -> None:
         super().__init__(geometry)

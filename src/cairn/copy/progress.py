@@ -11,8 +11,8 @@ from cairn.jit import kernel, load_acquire, store_release
 #: Words that different threads write stand on cache lines of their own.
 _LINE_WORDS = 8
 
-#: Who follows looks again after so long, and the later, the longer he has waited: waking him by a lock would cost the
-#: one who copies more than that.
+#: Who follows looks again after so long, and the later, the longer he has waited: to wake him by a lock, whoever copies
+#: would need the GIL.
 _LOOK_S, _LOOK_SHARE = 50e-6, 1 / 64
 
 

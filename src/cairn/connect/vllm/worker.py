@@ -132,15 +132,14 @@ class WorkerSide:
             self._told = self._done.donation = donation
 
     def foresee(self, orders: Orders) -> None:
-        """The next step will have these orders. If blocks of stores under way are to be overwritten, not before those
-        are over; and where a copy needs nobody's stream, what the pass follows begins now, a millisecond sooner.
+        """The next step will have these orders, and is yet to be prepared. If blocks of stores under way are to be
+        overwritten, not before those are over; and what the pass follows begins now where it can, a millisecond sooner.
         """
+        self.store()
         if orders.settle_stores:
-            self.store()
             self._all_places.settle_stores()
         mover = self._all_places.mover
         if orders.early and mover and mover.early:
-            self.store()
             self._follow(orders)
 
     def start_loads(self) -> None:
