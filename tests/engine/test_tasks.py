@@ -2,7 +2,7 @@
 
 import threading
 import time
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from threading import Event, Thread
@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from cairn.copy import Copier
-from cairn.engine import CacheEngine, TaskStatus
+from cairn.copy import Copier, Progress
+from cairn.engine import CacheEngine, LayerLoad, TaskStatus
 from cairn.errors import ClosedError, InputError
 
 from .gate import Gate
@@ -226,6 +226,19 @@ def test_a_stage_outlives_its_engine() -> None:
 def _pinned(engine: CacheEngine) -> int:
     store: Any = engine._store
     return int(store.dram.index.pinned)
+
+
+def test_nobody_waits_for_a_layered_load_that_never_begins() -> None:
+    go, progress = Event(), Progress(2)
+    executor = ThreadPoolExecutor(1)
+    executor.submit(go.wait, 60)
+    load = LayerLoad(executor, progress, lambda _: True, lambda _: None)
+    executor.shutdown(wait=False, cancel_futures=True)
+    assert progress.stopped
+    assert not load.wait(0)
+    assert not load.complete()
+    assert load.close() is None
+    go.set()
 
 
 def test_nothing_to_find() -> None:

@@ -23,8 +23,11 @@ _SMALL = 256
 _LINES = 128
 _ALIGNMENT = 32
 
-#: Arguments of the kernels, in their order: the paged cache, slots, rows, a block's shape.
-_Sides = tuple[npt.NDArray[np.int64], int, int, int, int, TokenSlots, int, int, npt.NDArray[np.int32], int, int, int]
+#: What kernels are told: the paged cache (bases, page_tokens, strides of pages, tokens and heads), slots, the rows'
+#: memory (address, stride), rows, and a block's shape (tokens, heads, bytes of a head).
+_Sides = tuple[
+    npt.NDArray[np.int64], int, int, int, int, TokenSlots, int, int, npt.NDArray[np.int32], tuple[int, int, int]
+]
 
 
 @kernel
@@ -54,23 +57,9 @@ def _in_one_run(slots: TokenSlots, page_tokens: int, pages_join: bool) -> bool:
 
 
 @kernel
-def _move(
-    bases: npt.NDArray[np.int64],
-    page_tokens: int,
-    page_stride: int,
-    token_stride: int,
-    head_stride: int,
-    slots: TokenSlots,
-    memory: int,
-    row_stride: int,
-    rows: npt.NDArray[np.int32],
-    block_tokens: int,
-    heads: int,
-    head_bytes: int,
-    first_layer: int,
-    last_layer: int,
-    into_rows: bool,
-) -> None:
+def _move(sides: _Sides, first_layer: int, last_layer: int, into_rows: bool) -> None:
+    bases, page_tokens, page_stride, token_stride, head_stride, slots, memory, row_stride, rows, shape = sides
+    block_tokens, heads, head_bytes = shape
     planes = bases.shape[1]
     vector = heads * head_bytes
     vectors_packed = heads == 1 or head_stride == head_bytes
@@ -103,44 +92,12 @@ def _move(
 
 
 @kernel
-def _move_layers(
-    bases: npt.NDArray[np.int64],
-    page_tokens: int,
-    page_stride: int,
-    token_stride: int,
-    head_stride: int,
-    slots: TokenSlots,
-    memory: int,
-    row_stride: int,
-    rows: npt.NDArray[np.int32],
-    block_tokens: int,
-    heads: int,
-    head_bytes: int,
-    layers: int,
-    stop: int,
-    told: int,
-) -> None:
+def _move_layers(sides: _Sides, layers: int, stop: int, told: int) -> None:
     """Rows -> paged cache, layer after layer; stop, told: see `Progress.split`."""
     for layer in range(layers):
         if load_acquire(stop):
             return
-        _move(
-            bases,
-            page_tokens,
-            page_stride,
-            token_stride,
-            head_stride,
-            slots,
-            memory,
-            row_stride,
-            rows,
-            block_tokens,
-            heads,
-            head_bytes,
-            layer,
-            layer + 1,
-            False,
-        )
+        _move(sides, layer, layer + 1, False)
         store_release(told, layer + 1)
 
 
@@ -191,7 +148,7 @@ class CpuCopier(Copier):
 
         def move(part: int) -> None:
             sides = self._sides(kv, slots, memory, rows, parts[part])
-            _move_layers(*sides, self.geometry.layers, stop, told[part])
+            _move_layers(sides, self.geometry.layers, stop, told[part])
 
         self._each(len(parts), move)
 
@@ -265,12 +222,12 @@ class CpuCopier(Copier):
         span: range,
         into_rows: bool,
     ) -> None:
-        _move(*self._sides(kv, slots, memory, rows, part), span.start, span.stop, into_rows)
+        _move(self._sides(kv, slots, memory, rows, part), span.start, span.stop, into_rows)
 
     def _sides(
         self, kv: PagedKV, slots: TokenSlots, memory: npt.NDArray[np.uint8], rows: npt.NDArray[np.int32], part: slice
     ) -> _Sides:
-        """What kernels are told of the paged cache and of a part of the rows."""
+        """Of a part of the rows."""
         g = self.geometry
         # Opaque pages are one run of `layer_bytes` a layer: as if they had one head of that many bytes a token.
         opaque_vector = g.layer_bytes // g.block_tokens
@@ -285,7 +242,5 @@ class CpuCopier(Copier):
             memory.ctypes.data,
             memory.strides[0],
             rows[part],
-            g.block_tokens,
-            heads,
-            head_bytes,
+            (g.block_tokens, heads, head_bytes),
         )

@@ -47,6 +47,8 @@ class LayerLoad:
             self._job = executor.submit(self._run)
         except RuntimeError:
             raise ClosedError("the engine was closed") from None
+        # Nobody waits for what will not come, whatever ends the job, which may never have begun.
+        self._job.add_done_callback(lambda _: progress.stop())
 
     def wait(self, layer: int, timeout: float | None = None) -> bool:
         """The model has come to the layer: waits until it is in the paged cache. False if the timeout came first or the
@@ -77,12 +79,8 @@ class LayerLoad:
 
     def _run(self) -> None:
         started = time.monotonic()
-        try:
-            if self._progress.stopped or not self._copy(self._progress):
-                return
-        finally:
-            # Nobody waits for what will not come.
-            self._progress.stop()
+        if self._progress.stopped or not self._copy(self._progress):
+            return
         seconds = time.monotonic() - started
         if self._times and (done := self._progress.done):
             self._times.copied(range(done), seconds)
